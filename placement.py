@@ -1,0 +1,112 @@
+"""Where SIBO's modules go: which modules of a model are adapted and which of those get h0, found by name.
+
+Source: the paper's Section 4.2 (targets of each backbone) and 4.4 (placement of h0). A name that matches nothing, or a
+module that cannot take h0, is an error, where the official code skips it and trains less than it was asked to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from sibo import Settings
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paper's choice for one family: modules by place; "wide" ones are adapted, but h0 does not fit their input."""
+
+    h0: tuple[str, ...]  # the source of h0, by any of these names
+    lora: dict[str, tuple[str, ...]]
+    out: dict[str, tuple[str, ...]]  # an adapter on the output of ...
+    into: dict[str, tuple[str, ...]]  # an adapter on the input of ...
+    sibo_at: str
+
+
+LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names
+    Layout(("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)},
+           {"ffn": ("mlp",)}, {"ffn": ("gate_proj", "up_proj")}, "ffn"),
+    Layout(("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)},
+           {"ffn": ("mlp",)}, {"ffn": ("fc_in",)}, "ffn"),
+    Layout(("embeddings",), {"attn": ("q_proj", "v_proj")}, {"attn": ("attn",), "ffn": ("mlp",)}, {}, "attn"),
+    Layout(("embeddings",), {"attn": ("query", "value")},
+           {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}, {}, "attn"),
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What `place` found; `widths` maps each adapted module to the width its adapter or LoRA reads."""
+
+    targets: tuple[str, ...]
+    sibo_at: tuple[str, ...]
+    source: str
+    widths: dict[str, int]
+    mixed: frozenset[str]
+
+
+def find(m: nn.Module, target: str) -> list[str]:
+    """Names of the modules whose last dotted segments are those of `target`; * stands for any one segment."""
+    want = target.split(".")
+    return [name for name, _ in m.named_modules() if name and len(tail := name.split(".")[-len(want):]) == len(want)
+            and all(w in ("*", t) for w, t in zip(want, tail, strict=True))]
+
+
+def find_all(m: nn.Module, targets: Sequence[str]) -> list[str]:
+    """`find` for several targets, in the model's order. ValueError with the near names if one matches nothing."""
+    found = set()
+    for target in targets:
+        if not (names := find(m, target)):
+            known = {".".join(n.split(".")[-k:]) for n, _ in m.named_modules() for k in (1, 2)} - {""}
+            near = ", ".join(difflib.get_close_matches(target, sorted(known), 4, 0.4)) or "no name is near"
+            raise ValueError(f"target {target!r} matches no module of {type(m).__name__}; did you mean: {near}?")
+        found.update(names)
+    return [name for name, _ in m.named_modules() if name in found]
+
+
+def place(m: nn.Module, s: Settings) -> Placement:
+    """Resolves the settings against the model `m`. Raises ValueError naming whatever does not fit."""
+    layout = next((y for y in LAYOUTS if all(find(m, t) for ts in y.lora.values() for t in ts)
+                   and any(find(m, name) for name in y.h0)), Layout((), {}, {}, {}, "both"))
+    places = layout.lora if s.method == "lora" else layout.out if s.side == "out" else layout.into
+    targets = tuple(s.targets or (t for ts in places.values() for t in ts))
+    if not targets:
+        raise ValueError(f"{type(m).__name__}: no known place for method {s.method!r}, side {s.side!r}; name targets=")
+    names = find_all(m, targets)
+
+    sibo_at = s.sibo_at or (s.targets or layout.sibo_at)  # targets of one's own all get h0
+    if sibo_at in ("attn", "ffn", "both"):
+        sibo_at = [t for p in ("attn", "ffn") if sibo_at in (p, "both") for t in places.get(p, ()) if t in targets]
+    sibo_at = tuple(sibo_at) if s.lam else ()
+    mixed = frozenset(find_all(m, sibo_at))
+    if s.lam and not (mixed and mixed <= set(names)):
+        raise ValueError(f"sibo_at {s.sibo_at!r}: found {list(sibo_at)}, expected some of the adapted {list(targets)}; "
+                         "name the modules that get h0, or use lam=0 for the plain method")
+
+    sources = sorted({n for name in ((s.h0,) if s.h0 else layout.h0) for n in find(m, name)})
+    if len(sources) != 1 and (s.lam or s.h0):
+        raise ValueError(f"h0 {s.h0!r}: found {sources}, expected the one module whose output enters the first block; "
+                         "name it with h0=")
+    d = next(m.get_submodule(sources[0]).parameters()).shape[-1] if len(sources) == 1 else None
+    widths = {name: _width(m.get_submodule(name), name, s, d) for name in names}
+    for name in mixed:
+        if widths[name] != d:
+            raise ValueError(f"{name}: its input is {widths[name]} wide and h0 {d}, so it cannot take h0; "
+                             "adapt it plainly, by leaving it out of sibo_at")
+    return Placement(targets, sibo_at, sources[0] if len(sources) == 1 else "", widths, mixed)
+
+
+def _width(base: nn.Module, name: str, s: Settings, d: int | None) -> int:
+    on_output = s.method == "adapter" and s.side == "out"
+    if isinstance(base, nn.Linear):
+        return base.out_features if on_output else base.in_features
+    if not on_output or d is None:
+        raise ValueError(f"{name}: found {type(base).__name__}, expected a nn.Linear"
+                         + (", or h0= to tell how wide its output is" if on_output else ""))
+    return d

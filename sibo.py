@@ -1,0 +1,229 @@
+"""SIBO: every adapter or LoRA module also sees the initial token representation h0. This file is the whole method.
+
+      token embedding ──────► h0 ─────────────┬───────────────────────────┐
+             │                                │ λ                         │ λ
+      ┌──────┴─────┐           ┌──────────────┴──────────┐  ┌─────────────┴─────────────┐
+      │ sub-layer  │ ── h ───► │ h̃ = (1−λ)h + λh0        │  │ h̃ = (1−λ)h + λh0          │
+      └────────────┘   1−λ     │ h ← h̃ + f(h̃ Wdown)Wup   │  │ h ← hW + s·h̃ Wdown Wup    │
+                               └─── Adapter-SIBO (4) ────┘  └────── LoRA-SIBO (5) ──────┘
+
+Source: Wen, Zhang, Fang, "SIBO", Findings of ACL 2024 (arXiv 2402.11896); equation and section numbers are its own.
+Where the authors' code departs from the paper, the paper is the default: the skip is mixed (theirs: skip="plain"), an
+adapter stands on a sub-layer's output (theirs: side="in"), a missing h0 is an error (theirs: silently the plain
+method), λ is stored with the weights (theirs: forgotten) and merging is exact (theirs: drops h0)."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import checkpoint
+from placement import place
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `inject` is told; None: the paper's choice, see placement.py. Stored with the trained weights."""
+
+    method: str = "lora"  # or "adapter"
+    lam: float = 0.2  # λ in [0, 1); 0: the plain method, h0 is neither captured nor needed
+    targets: tuple[str, ...] | None = None  # modules by the last dotted segments of their names, * for any one segment
+    sibo_at: str | tuple[str, ...] | None = None  # which of them get h0: "attn", "ffn", "both" or names
+    h0: str | None = None  # the module whose output is h0, named likewise
+    rank: int = 32
+    alpha: float = 64.0  # s = alpha / rank
+    dropout: float = 0.0  # on the input of the low-rank path
+    bottleneck: int = 256
+    side: str = "out"  # an adapter on the module's output, or "in": on its input
+    skip: str = "mixed"  # h̃ + …, Eq. (4), or "plain": h + …
+    learn_lam: bool = False  # λ = sigmoid of a number a module, starting at lam (Section 7)
+    frozen_too: bool = False  # the frozen weight sees h̃ as well (Table 6)
+
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
+            ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
+            ("rank", self.rank > 0, "positive"), ("bottleneck", self.bottleneck > 0, "positive"),
+            ("alpha", math.isfinite(self.alpha), "finite"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("side", self.side in ("out", "in"), "out or in"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+
+
+class InitialResidual:
+    """Carries h0 (B, T, d) through one forward pass. A plain object: no parameter, no buffer, nothing to shard."""
+
+    h0 = low = down = None  # down, low: in a merged model all modules' A side by side, and h0 A, one slice a module
+
+    def clear(self, root, args):  # a pass that bypasses the source must not find the h0 of an earlier one
+        self.h0 = self.low = None
+
+    def capture(self, source, args, output):
+        self.h0 = output
+        self.low = self.down and F.linear(output, self.down.weight.to(output.dtype)).split(self.rank, -1)
+
+    def keep(self, root, args, output):
+        """Checkpointed blocks run forward again inside the backward, when a later pass may have left its h0 here: the
+        first gradient to reach this pass's output puts this pass's h0 back. (A compiled graph holds h0 by value.)"""
+        for t in () if torch.compiler.is_compiling() else tree_leaves(output):
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                t.register_hook(partial(self.put_back, self.h0))
+
+    def put_back(self, h0, grad):
+        self.h0 = h0
+
+    def __getstate__(self):  # a deepcopy leaves the activations behind
+        return {k: v for k, v in vars(self).items() if k not in ("h0", "low")}
+
+
+class Boosted(nn.Module):
+    """A module `base` of the model with a trained W_down, W_up and, where λ > 0, h0."""
+
+    def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, lam: float, s: Settings, residual, like):
+        super().__init__()
+        self.name, self.base, self.fixed, self.s, self.residual = name, base, lam, s, residual
+        r, dtype = s.rank if s.method == "lora" else s.bottleneck, torch.promote_types(like.dtype, torch.float32)
+        self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
+        self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
+        start = torch.tensor([math.log(lam / (1 - lam))], device=like.device) if lam and s.learn_lam else None
+        self.logit = nn.Parameter(start) if start is not None else None
+        self.train(base.training)
+
+    def lam(self) -> float | torch.Tensor:
+        return self.fixed if self.logit is None else self.logit.sigmoid()
+
+    def fit(self, h0: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        if h0 is None or h0.shape[: len(shape)] != shape:
+            raise RuntimeError(f"{self.name}: found h0 {'missing' if h0 is None else tuple(h0.shape)}, expected the shape "
+                               f"of h, {tuple(shape)}; call the whole injected model, and with input_ids")
+        return h0
+
+    def mix(self, h: torch.Tensor) -> torch.Tensor:
+        if not self.fixed:
+            return h
+        h0, lam = self.fit(self.residual.h0, h.shape).to(h.dtype), self.lam()
+        return torch.lerp(h, h0, lam if self.logit is None else lam.to(h.dtype))  # h̃ = (1−λ)h + λh0
+
+
+class Adapter(Boosted):
+    def __init__(self, *args):
+        super().__init__(*args)
+        nn.init.normal_(self.down, std=0.02)
+
+    def adapt(self, h: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(h)
+        low = torch.tanh(F.linear(mixed, self.down.to(h.dtype)))
+        return (mixed if self.s.skip == "mixed" else h) + F.linear(low, self.up.to(h.dtype))  # Eq. (4); λ = 0: Eq. (1)
+
+    def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.s.side == "in":
+            return self.base(self.adapt(h), *args, **kwargs)
+        return self.adapt(self.base(h, *args, **kwargs))
+
+
+class LoRA(Boosted):
+    def __init__(self, *args):
+        super().__init__(*args)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(h)
+        low = F.linear(F.dropout(mixed, self.s.dropout, self.training), self.down.to(h.dtype))
+        frozen = self.base(mixed if self.s.frozen_too else h)
+        return frozen + self.s.alpha / self.s.rank * F.linear(low, self.up.to(h.dtype))  # Eq. (5); λ = 0: Eq. (2)
+
+
+class Folded(nn.Module):
+    """A merged LoRA-SIBO: h(W + s(1−λ)AB) + λs(h0 A)B with A = W_down, B = W_up; with frozen_too h̃(W + sAB)."""
+
+    def __init__(self, lora: LoRA, index: int):
+        super().__init__()
+        self.base, self.lora, self.index = lora.base, lora, index
+        lora.base = lora.down = None  # what is left of it: h0's way in, λ and B
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if self.lora.s.frozen_too:
+            return self.base(self.lora.mix(h))
+        low = self.lora.fit(self.lora.residual.low and self.lora.residual.low[self.index], h.shape[:-1])
+        return self.base(h) + F.linear(low.to(h.dtype), self.lora.up.to(h.dtype))
+
+
+def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> nn.Module:
+    """Freezes `m`, puts adapters or LoRA on it in place as `Settings` say (these are its keywords), and returns it.
+
+    A child called `classifier` is trained whole. Raises ValueError for what does not fit, before `m` is touched."""
+    s = Settings(method, lam, **{k: (v,) if k == "targets" and isinstance(v, str) else v for k, v in settings.items()})
+    if hasattr(m, "sibo"):
+        raise ValueError(f"{type(m).__name__}: found it injected already with {m.sibo}; build or load it anew")
+    where, residual = place(m, s), InitialResidual()
+    m.sibo = replace(s, targets=where.targets, sibo_at=where.sibo_at, h0=where.source or None)
+    m.requires_grad_(False)
+    for name, width in where.widths.items():
+        base = m.get_submodule(name)
+        kind, d_out = (LoRA, base.out_features) if method == "lora" else (Adapter, width)
+        like = next(base.parameters(), next(m.parameters()))
+        m.set_submodule(name, kind(name, base, width, d_out, lam if name in where.mixed else 0.0, s, residual, like))
+    if where.mixed:  # bound methods: deepcopy binds them to the copy, where a closure would go on filling the original
+        m.register_forward_pre_hook(residual.clear)
+        m.get_submodule(where.source).register_forward_hook(residual.capture)
+        m.register_forward_hook(residual.keep)
+    if isinstance(getattr(m, "classifier", None), nn.Module):
+        m.classifier.requires_grad_(True)
+    return m
+
+
+@torch.no_grad()
+def merge(m: nn.Module) -> nn.Module:
+    """Folds LoRA and LoRA-SIBO into the weights, in place, exactly (dropout off); a second call changes nothing.
+
+    s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W, added in float32 and rounded once, the second stays, and
+    h0 A is one product for all modules. λ = 0 leaves the plain nn.Linear. ValueError for adapters."""
+    if m_has := [n for n, x in m.named_modules() if isinstance(x, Adapter)]:
+        raise ValueError(f"{m_has[0]}: an adapter is not linear in h (tanh), so no weight can hold it; only LoRA merges")
+    downs = []
+    for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, LoRA) and x.base is not None]:
+        lam, scale, W = float(x.lam()), x.s.alpha / x.s.rank, x.base.weight
+        share = scale * (1 if x.s.frozen_too else 1 - lam)
+        x.base.weight = nn.Parameter((W.to(x.up.dtype) + share * x.up @ x.down).to(W.dtype), requires_grad=False)
+        if lam and not x.s.frozen_too:
+            x.up.mul_(lam * scale)
+            downs.append(x.down)
+        m.set_submodule(name, Folded(x, len(downs) - 1) if lam else x.base)
+    if downs:
+        m.h0_down = nn.Linear(downs[0].shape[1], sum(map(len, downs)), bias=False).to(downs[0])
+        m.h0_down.weight.copy_(torch.cat(downs))
+        x.residual.down, x.residual.rank = m.h0_down, x.s.rank
+    return m.requires_grad_(False)
+
+
+def save(m: nn.Module, folder: str | Path) -> None:
+    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told."""
+    trained = {n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
+    settings = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
+    checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
+
+
+def load(m: nn.Module, folder: str | Path) -> nn.Module:
+    """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
+
+    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or a setting that differs."""
+    path = Path(folder, "adapter.safetensors")
+    stored, metadata = checkpoint.read_tensors(path)
+    settings = json.loads(metadata.get("sibo", "{}"))
+    if settings.get("method") == "full":
+        m.requires_grad_(True)
+    elif not hasattr(m, "sibo"):
+        inject(m, **settings)
+    elif (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
+        raise ValueError(f"{path}: found settings {settings}, expected the model's own {ours}")
+    checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
+    return m
