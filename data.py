@@ -1,0 +1,581 @@
+"""Data: every task by its short name, from files to token ids and from answers back to scores (paper, Section 4.1).
+
+A task is text to text (an instruction and its answer) or GLUE rows (one sentence or two, and a label). Files are read
+in the layout their authors publish; nothing is shipped but the built-in word problems, which are made from a seed.
+Prompt, answer extraction and file layout follow LLM-Adapters, whose data the paper trains on, except that
+  - the prompt is the plain Alpaca form: the official files indent its body by 16 spaces through a Python string;
+  - in the arithmetic test files `output` was written by a model and is often wrong: only `answer` is kept;
+  - where a training file has no test file, questions are held out by their hash, so that no question stands in both
+    (the official code draws 120 examples at random, of which some may be repeated among the rest);
+  - the official loss mask assumes that the prompt's tokens begin the whole text's tokens; `encode` makes sure of it.
+"""
+import difflib
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import cache
+
+NUMBER, LETTER = r"-?\d+\.?\d*", r"[A-E]"
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+@dataclass(frozen=True)
+class Example:
+    """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else ""."""
+    instruction: str
+    output: str = ""    # what to learn to write; "" in test files
+    answer: str = ""    # what is scored: a number, a letter or a word
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5."""
+    text: str
+    pair: str | None
+    label: int | float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be known of a task. Files are relative to the data directory; `test` "" means held out of `train`."""
+    name: str
+    kind: str                           # word-problems | arithmetic | commonsense | glue | own
+    train: tuple[str, ...] = ()
+    test: str = ""
+    counts: tuple[int, int] = (0, 0)    # published number of training and test examples; 0: not known
+    held_out: int = 0                   # without a test file: at most so many questions, and at most a tenth
+    answers: str = ""                   # pattern of an answer within a response; "": the response ends in the answer
+    max_new_tokens: int = 0
+    metric: str = "accuracy"            # the score: accuracy | matthews | f1 | pearson
+    num_labels: int = 0                 # 0: text to text, 1: regression, more: classes
+    columns: tuple = ()                 # GLUE: label, sentence(s): their names in the header or, without one, places
+    classes: tuple[str, ...] = ()       # GLUE: the labels as written in the file
+
+
+def _arithmetic(name: str, folder: str, count: int, train: str = "", answers: str = NUMBER) -> Task:
+    return Task(name, "arithmetic", (train,) if train else (), f"llm_adapters/{folder}/test.json", (0, count),
+                answers=answers, max_new_tokens=256)
+
+
+def _commonsense(name: str, folder: str, count: int, answers: str) -> Task:
+    files = (f"llm_adapters/{folder}/train.json",), f"llm_adapters/{folder}/test.json"
+    return Task(name, "commonsense", *files, (0, count), answers=answers, max_new_tokens=32)
+
+
+def _glue(name: str, folder: str, counts: tuple[int, int], metric: str, columns: tuple, classes: tuple = ()) -> Task:
+    return Task(name, "glue", (f"glue/{folder}/train.tsv",), f"glue/{folder}/dev.tsv", counts, metric=metric,
+                num_labels=len(classes) or 1, columns=columns, classes=classes)
+
+
+GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
+TRAINING_SETS = "llm_adapters/ft-training_set"
+
+TASKS = {t.name: t for t in (
+    Task("word-problems", "word-problems", answers=NUMBER, max_new_tokens=96),
+    _arithmetic("gsm8k", "gsm8k", 1319, GSM8K),
+    _arithmetic("aqua", "AQuA", 254, AQUA, LETTER),
+    _arithmetic("mawps", "mawps", 238, MAWPS),
+    _arithmetic("svamp", "SVAMP", 1000),
+    _arithmetic("addsub", "AddSub", 395),
+    _arithmetic("multiarith", "MultiArith", 600),
+    _arithmetic("singleeq", "SingleEq", 508),
+    Task("math10k", "arithmetic", (f"{TRAINING_SETS}/math_10k.json",), held_out=120, max_new_tokens=256),
+    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), held_out=120, max_new_tokens=256),
+    _commonsense("boolq", "boolq", 3270, "true|false"),
+    _commonsense("piqa", "piqa", 1838, "solution[12]"),
+    _commonsense("siqa", "social_i_qa", 1954, "answer[1-5]"),
+    _commonsense("hellaswag", "hellaswag", 10042, "ending[1-4]"),
+    _commonsense("winogrande", "winogrande", 1267, "option[12]"),
+    _commonsense("arc-e", "ARC-Easy", 2376, "answer[1-5]"),
+    _commonsense("arc-c", "ARC-Challenge", 1172, "answer[1-5]"),
+    _commonsense("obqa", "openbookqa", 500, "answer[1-5]"),
+    Task("commonsense170k", "commonsense", (f"{TRAINING_SETS}/commonsense_170k.json",), held_out=120,
+         max_new_tokens=32),
+    _glue("cola", "CoLA", (8551, 1043), "matthews", (1, 3), ("0", "1")),
+    _glue("mrpc", "MRPC", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), ("0", "1")),
+    _glue("rte", "RTE", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"), ("entailment", "not_entailment")),
+    _glue("stsb", "STS-B", (5749, 1500), "pearson", ("score", "sentence1", "sentence2")),
+)}
+
+SOURCES = {     # by the beginning of the file's name
+    "llm_adapters/": "github.com/AGI-Edgerunners/LLM-Adapters at commit 816657208af4db747803f87ba40a4c71383fed7a",
+    "raw/gsm8k/": "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl",
+    "raw/aqua": "github.com/google-research/FLAN, flan/v2/cot_data/aqua_train.tsv",
+    "glue/MRPC": "dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_{train,test}.txt with GLUE's dev ids",
+    "glue/": "dl.fbaipublicfiles.com/glue/data/{CoLA,RTE,STS-B}.zip",
+}
+
+
+def task(name: str) -> Task:
+    """The task of a short name, or of a user's own data by the path of a .json or .jsonl file; else ValueError."""
+    if Path(name).suffix in (".json", ".jsonl"):
+        path = str(Path(name).expanduser().absolute())      # a saved run finds its data from any working directory
+        return Task(path, "own", (path,), held_out=200, max_new_tokens=256)
+    if name not in TASKS:
+        near = difflib.get_close_matches(name.lower(), TASKS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(TASKS)}"
+        raise ValueError(f"unknown task {name!r}: {hint} (or give the path of a .json or .jsonl file)")
+    return TASKS[name]
+
+
+def data_dir(given: str | None) -> Path:
+    """Where the tasks' files stand: as given, else $SIBO_DATA, else data/ in the cache."""
+    return Path(given or os.environ.get("SIBO_DATA") or cache() / "data").expanduser()
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
+    """The examples of one split, "train" or "test": Example for text-to-text tasks, Sentence for GLUE (test: dev.tsv).
+
+    n: the first n only; of word problems n are made from the seed (by default 4000 to train on and 200 to test).
+    A test set without a file of its own is held out of the training file, by question. A count other than the published
+    one is reported on stderr. ValueError: a malformed or empty file, named with its line, or a task without training
+    file; FileNotFoundError: a missing file, with its source.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split is {split!r}, expected "train" or "test"')
+    if n is not None and n < 1:
+        raise ValueError(f"{n} examples of {task.name} were asked for, expected at least 1")
+    if task.kind == "word-problems":
+        return list(itertools.islice(word_problems(split, seed), n or {"train": 4000, "test": 200}[split]))
+    if split == "train" and not task.train:
+        raise ValueError(f"{task.name} has no training file: train on math10k, math-mix, gsm8k, mawps or aqua, "
+                         f"and evaluate on {task.name}")
+    held_out = not task.test
+    files = task.train if split == "train" or held_out else (task.test,)
+    rows = [row for file in files for row in _read(task, Path(data_dir) / file, file)]
+    expected = task.counts[split == "test"]
+    if expected and len(rows) != expected:
+        print(f"warning: {Path(data_dir) / files[0]} holds {len(rows)} examples, published are {expected}; "
+              "it is used as it is", file=sys.stderr)
+    return (_part(task, rows, split) if held_out else rows)[:n]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _part(task: Task, rows: list[Example], split: str) -> list[Example]:
+    """The training or the held-out part of a file: the questions of lowest hash are held out, with all their answers.
+
+    In the order of the hashes, too: as good as shuffled (such files are often sorted by source), and always the same.
+    """
+    rows = sorted(rows, key=lambda row: _digest(row.instruction))
+    questions = list(dict.fromkeys(row.instruction for row in rows))
+    held = set(questions[:max(1, min(task.held_out, len(questions) // 10))])
+    part = [row for row in rows if (row.instruction in held) == (split == "test")]
+    if not part:
+        raise ValueError(f"{task.train[0]}: holds one question only and that is held out for the test; "
+                         "training needs at least two")
+    return part
+
+
+def _read(task: Task, path: Path, file: str) -> list:
+    if not path.is_file():
+        source = next((source for start, source in SOURCES.items() if file.startswith(start)), None)
+        raise FileNotFoundError(f"{path} is not there: " + (
+            f"put the file from {source} there, or name another data folder with --data-dir or $SIBO_DATA" if source
+            else "check the path of your data"))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")    # -sig: MRPC, and files written on Windows, begin with a BOM
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
+    reader = {GSM8K: _gsm8k, MAWPS: _mawps, AQUA: _aqua}.get(file, _sentences if task.kind == "glue" else _examples)
+    rows = list(reader(task, path, text))
+    if not rows:
+        raise ValueError(f"{path}: holds no examples")
+    return rows
+
+
+def _lines(text: str) -> list[str]:
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _entries(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or of JSON lines, each with the place to name in errors."""
+    def parse(text: str, first_line: int) -> object:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
+        except RecursionError:
+            raise ValueError(f"{path}, line {first_line}: nested too deeply, expected flat objects") from None
+
+    if path.suffix == ".jsonl":
+        entries = [(f"line {i}", parse(line, i)) for i, line in enumerate(_lines(text), 1) if line.strip()]
+    else:
+        if not isinstance(whole := parse(text, 1), list):
+            raise ValueError(f"{path}, line 1: found a JSON {type(whole).__name__}, expected a list of objects")
+        entries = [(f"entry {i}", entry) for i, entry in enumerate(whole, 1)]
+    for place, entry in entries:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, {place}: found {type(entry).__name__}, expected an object in braces")
+        yield f"{path}, {place}", entry
+
+
+def _field(where: str, entry: dict, key: str, types: tuple = (str,)) -> str:
+    if key not in entry:
+        raise ValueError(f"{where}: {key!r} is missing (found: {', '.join(entry) or 'nothing'})")
+    if type(entry[key]) not in types:
+        raise ValueError(f"{where}: {key!r} is {type(entry[key]).__name__}, expected {types[0].__name__}")
+    if not (value := str(entry[key])).strip():
+        raise ValueError(f"{where}: {key!r} is empty")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{where}: {key!r} holds half a surrogate pair, expected whole characters")
+    return value
+
+
+def _examples(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """LLM-Adapters' four keys. A user's own file may leave out `input` and `answer`: the answer is the output then."""
+    for where, entry in _entries(path, text):
+        instruction = _field(where, entry, "instruction")
+        if str(entry.get("input") or "").strip():
+            instruction += "\n\n" + _field(where, entry, "input")
+        model_written = task.kind == "arithmetic" and task.test != ""
+        output = "" if model_written else _field(where, entry, "output")
+        unanswered = task.kind == "own" and entry.get("answer") in (None, "")
+        answer = output if unanswered else _field(where, entry, "answer")
+        if task.answers and not re.fullmatch(task.answers, answer):
+            raise ValueError(f"{where}: answer {answer!r} is none of {task.name}'s, expected the form {task.answers}")
+        yield Example(instruction, output, answer)
+
+
+def _gsm8k(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """The calculator marks <<48/2=24>> go, and the last line "#### 72" becomes the closing sentence."""
+    for where, entry in _entries(path, text):
+        work, mark, answer = _field(where, entry, "answer").rpartition("\n#### ")
+        if not mark or not re.fullmatch(NUMBER, answer := answer.replace(",", "")):
+            raise ValueError(f"{where}: 'answer' has no last line '#### number'")
+        work = re.sub(r"<<.*?>>", "", work)
+        yield Example(_field(where, entry, "question"), f"{work}\nThe answer is {answer}.", answer)
+
+
+def _mawps(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """The equation is the worked answer: "X=((22.0-14.0)/4.0)" and 2.0 become "x = ((22 - 14) / 4)" and the closing."""
+    for where, entry in _entries(path, text):
+        answer = _field(where, entry, "ans", (float, int, str)).removesuffix(".0")
+        equation = re.sub(r"\.0\b", "", _field(where, entry, "equation")).replace("X", "x")
+        equation = re.sub(r"\s*([-+*/=])\s*", r" \1 ", equation)
+        yield Example(_field(where, entry, "original_text"), f"{equation}\nThe answer is {answer}.", answer)
+
+
+def _aqua(task: Task, path: Path, text: str) -> Iterator[Example]:
+    r"""Columns: question with options, "(C)", rationale; \n is a line break. Options are set as in the test file."""
+    for i, line in enumerate(_lines(text), 1):
+        columns = line.replace("\\n", "\n").split("\t")
+        if len(columns) != 3 or not re.fullmatch(r"\([A-E]\)", columns[1]):
+            raise ValueError(f"{path}, line {i}: expected question, (letter) and rationale, separated by tabs")
+        question, letter, rationale = columns
+        question, _, options = question.partition("\nOptions:\n")
+        question += " Answer Choices: " + " ".join(options.split("\n"))
+        yield Example(question, f"{rationale}\nThe answer is {letter}.", letter[1])
+
+
+def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
+    """GLUE's TSV: a quotation mark is a character like any other, and only a tab or a line feed separates."""
+    rows = [line.split("\t") for line in _lines(text)]
+    places, width, first = task.columns, 4, 0       # CoLA: no header, four columns
+    if rows and isinstance(places[0], str):
+        if missing := [name for name in places if name not in rows[0]]:
+            raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {', '.join(rows[0])})")
+        places, width, first = [rows[0].index(name) for name in places], len(rows[0]), 1
+    for i, row in enumerate(rows[first:], first + 1):
+        if len(row) != width:
+            raise ValueError(f"{path}, line {i}: {len(row)} columns, expected {width} separated by tabs")
+        written, sentence, pair = (*(row[place] for place in places), None)[:3]
+        yield Sentence(sentence, pair, _label(task, written, f"{path}, line {i}"))
+
+
+def _label(task: Task, written: str, where: str) -> int | float:
+    if task.classes:
+        if written not in task.classes:
+            raise ValueError(f"{where}: label {written!r}, expected {' or '.join(task.classes)}")
+        return task.classes.index(written)
+    if not re.fullmatch(r"[0-9]+\.?[0-9]*", written) or float(written) > 5:
+        raise ValueError(f"{where}: score {written!r}, expected a number from 0 to 5")
+    return float(written)
+
+
+# -------------------------------------------------------------------------------------------------------- word problems
+# Question, ranges of its numbers, worked answer. A step in brackets is worked out: [a + b] becomes "12 + 5 = 17", and
+# the results of the first, second and third step are called x, y and z.
+TRAINED = (
+    # one step
+    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
+     "a 5-60 b 5-40", "{name} has [a + b] {things}."),
+    ("There are {a} {things} in a {box}. {name} takes {b} of them out. How many {things} are left in the {box}?",
+     "a 20-90 b 5-60", "[a - b] {things} are left."),
+    ("{name} has {a} {boxes} with {b} {things} in each. How many {things} are there in all?",
+     "a 2-9 b 3-20", "There are [a * b] {things}."),
+    ("{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
+     "a 6-90 b 2-9", "Each friend gets [a / b] {things}."),
+    ("{name} collected {a} {things} and {friend} collected {b}. How many more {things} did {name} collect?",
+     "a 20-99 b 5-80", "{name} collected [a - b] more."),
+    ("A train travels {a} miles every hour. How many miles does it travel in {b} hours?",
+     "a 11-99 b 2-9", "It travels [a * b] miles."),
+    ("A book has {a} pages. {name} has read {b} of them. How many pages are left to read?",
+     "a 40-100 b 11-90", "[a - b] pages are left."),
+    ("A rope of {a} meters is cut into pieces of {b} meters each. How many pieces are there?",
+     "a 10-100 b 2-10", "There are [a / b] pieces."),
+    ("{name} is {a} years old. {name}'s grandmother is {b} years older. How old is the grandmother?",
+     "a 6-30 b 38-60", "She is [a + b] years old."),
+    ("{name} waits {a} minutes for the bus and then rides it for {b} minutes. How many minutes is that in all?",
+     "a 5-45 b 10-55", "It is [a + b] minutes."),
+    # two steps
+    ("{name} had {a} {things}, gave {b} of them to {friend} and then found {c} more. "
+     "How many {things} does {name} have now?",
+     "a 20-80 b 5-50 c 3-40", "After giving, [a - b] are left. After finding, [x + c]."),
+    ("{name} buys {a} {things} for ${b} each and pays with a $100 bill. How many dollars does {name} get back?",
+     "a 2-9 b 2-20", "The {things} cost [a * b] dollars. {name} gets back [100 - x] dollars."),
+    ("{name} has {a} {boxes} of {b} {things} and gives away {c} {things}. How many {things} are left?",
+     "a 2-9 b 3-12 c 3-50", "There are [a * b] {things}. [x - c] are left."),
+    ("{name} has {a} {things} and {friend} has {b}. They share all of them equally among {c} children. "
+     "How many {things} does each child get?",
+     "a 5-60 b 5-40 c 2-9", "Together they have [a + b]. Each child gets [x / c]."),
+    ("{name} earns ${a} a day. After {b} days {name} spends ${c}. How many dollars are left?",
+     "a 6-20 b 2-9 c 5-70", "{name} earns [a * b] dollars. [x - c] dollars are left."),
+    ("A baker bakes {a} rolls and sells {b} of them. The rest go into bags of {c}. How many bags are there?",
+     "a 30-100 b 10-80 c 2-9", "[a - b] rolls are left. They fill [x / c] bags."),
+    ("A hall has {a} rows of {b} chairs and {c} extra chairs. How many chairs are there in all?",
+     "a 3-9 b 4-12 c 2-30", "The rows have [a * b] chairs. In all there are [x + c]."),
+    ("A bike costs ${a}. {name} has ${b} and saves ${c} every week. "
+     "How many weeks does {name} need to save for the bike?",
+     "a 50-100 b 5-60 c 2-10", "{name} needs [a - b] more dollars. That takes [x / c] weeks."),
+    ("{name} walked {a} miles in May and {b} miles more than that in June. How many miles is that in both months?",
+     "a 5-45 b 2-40", "In June it was [a + b] miles. Both months make [a + x] miles."),
+    ("{name} has {a} {things}. {friend} has {b} times as many. How many {things} do they have together?",
+     "a 3-20 b 2-6", "{friend} has [a * b]. Together they have [a + x]."),
+    ("A ticket costs ${a} for an adult and ${b} for a child. How many dollars do {c} adults and one child pay?",
+     "a 5-20 b 2-12 c 2-8", "The adults pay [a * c] dollars. All pay [x + b] dollars."),
+    ("{a} girls and {b} boys are split into teams of {c}. How many teams are there?",
+     "a 6-50 b 6-50 c 2-10", "There are [a + b] children. They make [x / c] teams."),
+    ("{name} has ${a} and buys a cap for ${b} and a shirt for ${c}. How many dollars are left?",
+     "a 40-100 b 5-30 c 8-50", "The cap and the shirt cost [b + c] dollars. [a - x] dollars are left."),
+    ("{a} workers build a wall in {b} hours. How many hours would {c} workers need?",
+     "a 2-9 b 2-11 c 2-9", "The work takes [a * b] hours. {c} workers need [x / c] hours."),
+    # three steps
+    ("{name} buys {a} {things} at ${b} each and {c} {others} at ${d} each. How many dollars does {name} pay?",
+     "a 2-9 b 2-9 c 2-9 d 2-9", "The {things} cost [a * b]. The {others} cost [c * d]. Together they cost [x + y]."),
+    ("A farmer has {a} hens. Each hen lays {b} eggs a week. The farmer eats {c} and packs the rest in cartons of {d}. "
+     "How many cartons are filled in a week?",
+     "a 5-15 b 3-7 c 2-20 d 4-12", "The hens lay [a * b] eggs. [x - c] are left. They fill [y / d] cartons."),
+    ("{name} had ${a} and bought {b} books for ${c} each and a pen for ${d}. How many dollars are left?",
+     "a 40-100 b 2-8 c 3-11 d 2-9", "The books cost [b * c]. [a - x] dollars are left. After the pen, [y - d]."),
+    ("A bus starts with {a} people. Then {b} people get on, {c} get off and {d} more get on. "
+     "How many people are on the bus now?",
+     "a 8-40 b 3-25 c 3-30 d 3-20", "After the first stop, [a + b]. After the second, [x - c]. Now, [y + d]."),
+    ("{name} has {a} {boxes} of {b} {things} and finds {c} more. {name} shares all of them equally among {d} children. "
+     "How many {things} does each child get?",
+     "a 2-9 b 3-11 c 2-30 d 2-9", "There are [a * b]. With the others, [x + c]. Each child gets [y / d]."),
+)
+NEVER_TRAINED = (
+    ("{name} needs {a} {things} for a project and has {b} so far. How many {things} are missing?",
+     "a 20-90 b 5-70", "[a - b] {things} are missing."),
+    ("A library lends {a} books in the morning and {b} books in the afternoon. How many books does it lend that day?",
+     "a 10-60 b 10-40", "It lends [a + b] books."),
+    ("One notebook costs ${a}. How many dollars do {b} notebooks cost?",
+     "a 2-20 b 3-9", "They cost [a * b] dollars."),
+    ("A gardener plants {a} rows of {b} tulips, but {c} tulips do not bloom. How many tulips bloom?",
+     "a 3-9 b 4-12 c 2-40", "There are [a * b] tulips. [x - c] bloom."),
+    ("{a} friends order a pizza for ${b} and drinks for ${c}. They split the bill equally. "
+     "How many dollars does each of them pay?",
+     "a 2-8 b 10-40 c 4-30", "The bill is [b + c] dollars. Each pays [x / a] dollars."),
+    ("A tank holds {a} liters of water. A goat drinks {b} liters a day. How many liters are left after {c} days?",
+     "a 50-100 b 2-9 c 3-9", "The goat drinks [b * c] liters. [a - x] liters are left."),
+    ("{name} swims {a} laps a day for {b} days. {friend} swims {c} laps in all. How many more laps does {name} swim?",
+     "a 4-20 b 2-7 c 5-60", "{name} swims [a * b] laps. That is [x - c] more."),
+    ("A school sends {a} classes of {b} pupils and {c} teachers on a trip in vans of {d} seats. "
+     "How many vans are needed?",
+     "a 2-4 b 12-24 c 2-9 d 4-12", "There are [a * b] pupils. With the teachers, [x + c]. They need [y / d] vans."),
+)
+NAMES = ("Ada Amir Anna Ben Carla Chen Dan Diego Ella Emma Fatima George Grace Hana Ivan Jack Jada Kim Leo Lina Lucy "
+         "Marco Maria Mia Nina Noah Omar Paul Priya Rosa Ruth Sam Sara Tom Uma Victor Wei Yuki Zoe").split()
+THINGS = ("apples balls bananas beads buttons cards coins cookies crayons erasers feathers lemons marbles muffins "
+          "oranges peaches pears pencils pens plums postcards puzzles ribbons shells stamps stickers tokens").split()
+BOXES = (("bag", "bags"), ("basket", "baskets"), ("bowl", "bowls"), ("box", "boxes"), ("crate", "crates"))
+
+
+def word_problems(split: str, seed: int) -> Iterator[Example]:
+    """Endless different problems, "train" or "test"; every fifth of the test has a template that is never trained on.
+
+    A problem's side is decided by the hash of its template and numbers: whatever seeds and lengths are asked for, no
+    training question stands in a test, not even under another name or about other things.
+    """
+    rng, made = random.Random(f"{split} {seed}"), set()
+    for i in itertools.count():
+        part = "new templates" if split == "test" and i % 5 == 4 else ""
+        question = None
+        while question is None or question in made:
+            question, work, answer = _word_problem(_pick(rng, NEVER_TRAINED if part else TRAINED), split, rng)
+        made.add(question)
+        yield Example(question, f"{work} The answer is {answer}.", str(answer), part)
+
+
+def _pick(rng: random.Random, choices):
+    return choices[int(rng.random() * len(choices))]    # random() alone is promised to stay the same in every Python
+
+
+def _word_problem(template: tuple[str, str, str], split: str, rng: random.Random) -> tuple[str, str, int]:
+    question, ranges, work = template
+    while True:     # numbers are drawn until they belong to this side and every step is one for the head
+        numbers = {letter: _pick(rng, range(int(low), int(high) + 1))
+                   for letter, low, high in re.findall(r"(\w) (\d+)-(\d+)", ranges)}
+        side = "test" if _digest(f"{question} {numbers}")[0] < 52 else "train"     # one in five
+        if side == split and (solved := _solve(work, numbers)):
+            break
+    work, answer = solved
+    (box, boxes), things, name = _pick(rng, BOXES), _pick(rng, THINGS), _pick(rng, NAMES)
+    friend = _pick(rng, [other for other in NAMES if other != name])
+    others = _pick(rng, [other for other in THINGS if other != things])
+    words = dict(name=name, friend=friend, things=things, others=others, box=box, boxes=boxes, **numbers)
+    return question.format(**words), work.format(**words), answer
+
+
+def _solve(work: str, numbers: dict[str, int]) -> tuple[str, int] | None:
+    """The worked answer with its steps worked out, and the last result. None if an operand is above 100, a result below
+    2 (so that every noun can stay plural), a division not exact, or a factor or divisor above 12."""
+    known, pieces = dict(numbers), re.split(r"\[(.+?)\]", work)
+    for place, result in zip(range(1, len(pieces), 2), "xyz", strict=False):
+        left, op, right = pieces[place].split()
+        p, q = (known[operand] if operand in known else int(operand) for operand in (left, right))
+        value = {"+": p + q, "-": p - q, "*": p * q, "/": p // q}[op]
+        if max(p, q) > 100 or value < 2 or (op == "/" and p % q) or (op in "*/" and min(p, q) > 12):
+            return None
+        known[result] = value
+        pieces[place] = f"{p} {op} {q} = {value}"
+    return "".join(pieces), value
+
+
+# ------------------------------------------------------------------------------------------ prompt, label mask, batches
+@dataclass(frozen=True)
+class Row:
+    """One example as token ids. labels: one per token (-100: no loss there), or the GLUE label, or None (a prompt)."""
+    ids: list[int]
+    labels: list[int] | int | float | None = None
+    cut: bool = False                   # the cutoff took something away
+    types: list[int] | None = None      # BERT's token types: 0 first sentence, 1 second
+
+
+def prompt(instruction: str) -> str:
+    """The plain Alpaca form, up to where the model begins to write."""
+    return ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+
+
+def encode(example: Example, tokenizer, cutoff: int, train_on_inputs: bool = False) -> Row:
+    """Prompt, output and EOS as ids; the labels are the ids, with -100 on the prompt unless train_on_inputs.
+
+    The ids begin with exactly the ids of the prompt, which are what the model is given at generation. They are cut to
+    `cutoff` tokens from the right; a cut example has no EOS (it would teach to stop in mid-sentence), and one whose
+    prompt fills the cutoff has no label left. ValueError where the tokenizer cannot spell the output after the prompt.
+    """
+    text = prompt(example.instruction)
+    given, whole = tokenizer.encode(text), tokenizer.encode(text + example.output)
+    if whole[:len(given)] == given:     # one text: alone, SentencePiece would put a space before the output
+        written = whole[len(given):]
+    else:                               # byte-level BPE merged the prompt's line feed with white space in the output
+        written = tokenizer.encode(example.output)[len(tokenizer.encode("")):]
+        if tokenizer.decode(given + written) != tokenizer.decode(whole):
+            raise ValueError(f"the tokenizer cannot continue the prompt with the output {example.output[:40]!r}")
+    ids = given + written + [tokenizer.eos_id]
+    labels = ids if train_on_inputs else [-100] * len(given) + ids[len(given):]
+    return Row(ids[:cutoff], labels[:cutoff], cut=len(ids) > cutoff)
+
+
+def encode_sentence(sentence: Sentence, tokenizer, cutoff: int) -> Row:
+    """[CLS] text [SEP] or [CLS] text [SEP] pair [SEP], at most `cutoff` tokens: the longer one loses its end first."""
+    if len(special := tokenizer.encode("")) != 2:
+        raise ValueError(f"the tokenizer puts {len(special)} special tokens around a text, expected BERT's two: "
+                         "GLUE tasks need a BERT backbone")
+    cls, sep = special
+    parts = [tokenizer.encode(text)[1:-1] for text in (sentence.text, sentence.pair) if text is not None]
+    lengths, room = [len(part) for part in parts], max(0, cutoff - 1 - len(parts))
+    cut = sum(lengths) > room
+    while sum(lengths) > room:
+        lengths[0 if len(lengths) == 1 or lengths[0] > lengths[1] else 1] -= 1
+    ids, types = [cls], [0]
+    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        ids += part[:length] + [sep]
+        types += [i] * (length + 1)
+    return Row(ids, sentence.label, cut, types)
+
+
+def batch(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Rows padded to the longest: input_ids, attention_mask (B, T); labels (B, T) padded with -100, or (B,) for GLUE
+    (int64 classes, float32 scores); token_type_ids (B, T) for BERT. side: "right" to train, "left" to generate."""
+    if side not in ("right", "left"):
+        raise ValueError(f'padding side is {side!r}, expected "right" or "left"')
+    width = max(len(row.ids) for row in rows)
+
+    def pad(lists: list[list[int]], value: int) -> torch.Tensor:
+        fill = [[value] * (width - len(items)) for items in lists]
+        pairs = zip(lists, fill, strict=True) if side == "right" else zip(fill, lists, strict=True)
+        return torch.tensor([first + second for first, second in pairs])
+
+    tensors = {"input_ids": pad([row.ids for row in rows], pad_id),
+               "attention_mask": pad([[1] * len(row.ids) for row in rows], 0)}
+    labels = [row.labels for row in rows]
+    if isinstance(labels[0], list):
+        tensors["labels"] = pad(labels, -100)
+    elif labels[0] is not None:
+        tensors["labels"] = torch.tensor(labels)
+    if rows[0].types is not None:
+        tensors["token_type_ids"] = pad([row.types for row in rows], 0)
+    return tensors
+
+
+def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices below `count`: in an epoch each once, shuffled anew; its last batch may be smaller."""
+    rng = random.Random(f"batches {seed}")
+    while True:
+        order = sorted(range(count), key=lambda _: rng.random())
+        for start in range(0, count, batch_size):
+            yield order[start:start + batch_size]
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+def answer_of(task: Task, text: str) -> str | None:
+    """The answer that a response gives, found as the official code finds it, or None.
+
+    Numbers: commas stripped, the last one. AQuA: the first capital A-E anywhere. Commonsense: the first of the task's
+    own words. Other tasks (a user's data, training sets of several kinds): the response itself; see is_right.
+    """
+    if not task.answers:
+        return text.strip() or None
+    if task.answers == NUMBER:
+        return _last_number(text)
+    found = re.search(task.answers, text)
+    return found[0] if found else None
+
+
+def _last_number(text: str) -> str | None:
+    found = re.findall(NUMBER, text.replace(",", ""))
+    return found[-1] if found else None
+
+
+def is_right(task: Task, text: str, gold: str) -> bool:
+    """Whether a response gives the gold answer: numbers within 1e-3, letters and words exactly.
+
+    Tasks without an answer pattern: if gold is a number, the response's last number counts; otherwise the response must
+    end in gold, case and closing punctuation aside.
+    """
+    gold = gold.strip()
+    if task.answers and task.answers != NUMBER:
+        return answer_of(task, text) == gold
+    if re.fullmatch(NUMBER, number := gold.replace(",", "")):
+        found = _last_number(text)
+        return found is not None and abs(float(found) - float(number)) <= 1e-3
+    said, wanted = (re.sub(r"[\s.!?)]+$", "", words.strip().lower()) for words in (text, gold))
+    return re.search(rf"(?<!\w){re.escape(wanted)}$", said) is not None
