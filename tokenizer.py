@@ -1,0 +1,449 @@
+"""Text <-> token ids for the three families: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2) and
+SentencePiece-BPE with byte fallback (LLaMA).
+
+Claim: the ids are those of the library each model was trained with; tests compare with `tokenizers` (tokenizer.json)
+and `sentencepiece` (tokenizer.model). The one exception is WordPiece on 749 characters on which the libraries' Unicode
+tables disagree, all but four of them newer than Unicode 3.2.
+Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 2019 (bytes), Kudo & Richardson 2018.
+Both BPEs run on tiktoken, which merges the neighbours of lowest rank. Nothing asks that a rank be an id: here ranks are
+merge priorities, and a table leads from ranks to ids.
+Departs from the official code, which takes transformers' LlamaTokenizer: that one differs from sentencepiece on leading
+and double spaces. Whatever a file asks for and is not known here is refused by name.
+"""
+
+import json
+import re
+import struct
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import regex
+import tiktoken
+
+from checkpoint import locate
+
+Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
+SPACE = "▁"  # how SentencePiece spells a space
+# GPT-2's split into words; possessive quantifiers give the same matches without backtracking.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same where each digit was split off before: blanks before a digit then stand at the end of their text.
+WORDS_DIGITS_APART = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
+# Ideographs that BERT makes words of their own, as `tokenizers` has them (one range begins at 2B920, not at 2B820).
+CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf"
+       r"\U0002f800-\U0002fa1f]")
+
+
+def from_pretrained(name_or_dir: str | Path) -> "Tokenizer":
+    """The tokenizer of a short name, a folder, a .gguf file or a hub id (see checkpoint.locate).
+    FileNotFoundError where a folder has none; ValueError naming the file that is malformed or not supported."""
+    path = locate(name_or_dir)
+    # tokenizer.model goes before tokenizer.json: the weights were trained with it and the other is a conversion;
+    # conversions have differed on leading and double spaces, and they take a "</s>" typed in a text for its end.
+    readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
+               "vocab.json": _from_merges, "encoder.json": _from_merges}
+    file = path if path.suffix == ".gguf" else next((path / n for n in readers if (path / n).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: found no tokenizer, expected one of {', '.join(readers)}")
+    try:
+        return readers.get(file.name, _from_gguf)(file)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as e:
+        reason = str(e) if isinstance(e, ValueError) else f"malformed ({type(e).__name__}: {e})"
+        raise ValueError(f"{file}: {' '.join(reason.split())}") from e
+
+
+class Tokenizer:
+    """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
+    vocab_size is 1 + the largest id. added: as in tokenizer.json; hidden: more ids that decode leaves out."""
+
+    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates,
+                 hidden: Iterable[int] = ()):
+        for token in added:
+            if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
+                raise ValueError(f"unsupported added token {token}: single_word, or another id than in the vocabulary")
+        self.vocab = vocab | _ids(added)
+        if not self.vocab or any(type(i) is not int or i < 0 for i in self.vocab.values()):
+            raise ValueError("expected a vocabulary of tokens with non-negative integers as ids")
+        self.vocab_size = 1 + max(self.vocab.values())
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
+        self.templates = templates
+        self.special = {*hidden, *(token["id"] for token in added if token["special"])}
+        # A "normalized" token is spelled as the normalizer would leave it, and looked for in normalized text.
+        self.added = {token["content"]: token for token in added if not token["normalized"]}
+        self.added_normalized = {self._normalize(token["content"]): token for token in added if token["normalized"]}
+
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
+        """The ids of a text or of a pair, with the family's special tokens; nothing is padded or cut off.
+        ValueError where a text has half a surrogate pair: it has no UTF-8 form."""
+        parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
+        return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, special tokens left out, broken UTF-8 as U+FFFD. ValueError for an unknown id."""
+        ids = [i for i in map(int, ids) if i not in self.special]
+        if unknown := [i for i in ids if i not in self.spelled]:
+            raise ValueError(f"id {unknown[0]} has no token, expected one of this vocabulary, below {self.vocab_size}")
+        return self._join([self.spelled[i] for i in ids])
+
+    def _encode(self, text: str) -> Iterator[int]:
+        text.encode()
+        for n, part in enumerate(_split(text, self.added)):
+            whole = [part] if isinstance(part, int) else _split(self._normalize(part), self.added_normalized)
+            for m, piece in enumerate(whole):
+                yield from [piece] if isinstance(piece, int) else self._pieces(piece, first=n == m == 0)
+
+
+class WordPiece(Tokenizer):
+    """BERT: clean; split at blanks, punctuation and ideographs; then the longest piece first.
+    Where the blanks were is not kept: decode puts one between any two words."""
+
+    def __init__(self, *shared, lowercase: bool, strip_accents: bool | None, split_cjk: bool, max_chars: int = 100):
+        self.lowercase, self.split_cjk, self.max_chars = lowercase, split_cjk, max_chars
+        self.strip_accents = lowercase if strip_accents is None else strip_accents
+        super().__init__(*shared)
+        if self.unk_id is None:
+            raise ValueError("expected an unknown token such as [UNK] in the vocabulary")
+        self.spelled = {i: piece for piece, i in self.vocab.items()}
+
+    def _normalize(self, text: str) -> str:
+        text = regex.sub(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]", "", text)  # Cn, unassigned characters, are kept
+        text = regex.sub(r"\s", " ", text)
+        if self.split_cjk:
+            text = re.sub(CJK, r" \g<0> ", text)
+        if self.strip_accents:
+            text = regex.sub(r"\p{Mn}", "", unicodedata.normalize("NFD", text))
+        # BERT lowers each character by itself; str.lower() would look at the neighbours of a sigma.
+        return text.replace("Σ", "σ").lower() if self.lowercase else text
+
+    def _pieces(self, text: str, first: bool) -> Iterator[int]:
+        for word in regex.sub(r"[\p{P}$+<=>^`|~]", r" \g<0> ", text).split():
+            yield from self._longest_first(word)
+
+    def _longest_first(self, word: str) -> list[int]:
+        ids, start = [], 0
+        while start < len(word):
+            pieces = (("##" * (start > 0) + word[start:end], end) for end in range(len(word), start, -1))
+            piece, start = next(((p, end) for p, end in pieces if p in self.vocab), (None, 0))
+            if piece is None or len(word) > self.max_chars:
+                return [self.unk_id]
+            ids.append(self.vocab[piece])
+        return ids
+
+    def _join(self, pieces: list[str]) -> str:
+        return " ".join(pieces).replace(" ##", "")
+
+
+class BPE(Tokenizer):
+    """Both BPEs. ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
+    spelled: the bytes of each id. words: the pattern of what is merged by itself.
+    space: None for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
+    Prepend and Replace, or Metaspace's "always", "first" and "never", which put no space before a leading one."""
+
+    def __init__(self, *shared, ranks: dict[bytes, list[int]], spelled: dict[int, bytes], words: str, space: str | None,
+                 hidden: Iterable[int] = ()):
+        self.space, self.words, self.ids = space, words, list(ranks.values())
+        super().__init__(*shared, hidden)
+        self.spelled = spelled | {token["id"]: token["content"].encode() for token in shared[1]}
+        self.engine = tiktoken.Encoding("sibo", pat_str=words, special_tokens={},
+                                        mergeable_ranks={data: rank for rank, data in enumerate(ranks)})
+        self.missing = bytes(b for b in range(256) if not self.ids[b])
+
+    def _normalize(self, text: str) -> str:
+        text = SPACE + text if self.space == "prefix" else text
+        return text.replace(" ", SPACE) if self.space in ("prefix", "replace") else text
+
+    def _pieces(self, text: str, first: bool) -> list[int]:
+        if self.space:
+            text = text.replace(" ", SPACE)
+            if not text.startswith(SPACE) and (self.space == "always" or self.space == "first" and first):
+                text = SPACE + text
+        if self.space or len(text) <= 100_000 and text.encode().translate(None, self.missing) == text.encode():
+            ranks = self.engine.encode_ordinary(text)
+        else:
+            # The slower way, word by word: tiktoken's regular expression overflows its stack on about a million blanks
+            # in a row; and a byte without a token (SmolLM2 lacks 21) is dropped after the split, before the merges.
+            words = (word.encode().translate(None, self.missing) for word in regex.findall(self.words, text))
+            ranks = [rank for word in words if word for rank in self.engine._encode_single_piece(word)]
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def _join(self, pieces: list[bytes]) -> str:
+        text = b"".join(pieces).decode(errors="replace")
+        return text.removeprefix(" ") if self.space in ("prefix", "always", "first") else text
+
+
+def _byte_level(vocab: dict, added: list, named: dict, templates: Templates, merges: list, digits_apart: bool) -> BPE:
+    # GPT-2 writes a byte as a letter: itself where that is printable, else the next letter from U+0100 on.
+    printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
+    ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
+    ranks |= {bytes(byte[c] for c in token): [vocab[token]] for token in _merged(merges, vocab)}
+    spelled = {i: bytes(byte[c] for c in token) for token, i in vocab.items() if byte.keys() >= set(token)}
+    return BPE(vocab, added, named, templates, ranks=ranks, spelled=spelled, space=None,
+               words=WORDS_DIGITS_APART if digits_apart else WORDS)
+
+
+def _sentencepiece(vocab: dict, added: list, named: dict, templates: Templates, order: list[str], space: str,
+                   by_word: bool = False, hidden: Iterable[int] = ()) -> BPE:
+    """order: the pieces of several characters, first merged first. by_word: each space begins a new word."""
+    if any(SPACE in piece.lstrip(SPACE) for piece in order):
+        raise ValueError("unsupported piece with a space after another character: texts are merged word by word")
+    if not all(f"<0x{b:02X}>" in vocab for b in range(256)):
+        raise ValueError("expected byte fallback, a token for each of the 256 bytes")
+    byte_ids = [vocab[f"<0x{b:02X}>"] for b in range(256)]
+    # tiktoken begins with bytes, SentencePiece with characters: so the characters are merged first, prefix by prefix.
+    characters = sorted({c for piece in vocab for c in piece})
+    strings = [bytes([b]) for b in range(256)] + [c.encode()[:size] for size in (2, 3, 4) for c in characters]
+    pieces = {piece.encode(): [vocab[piece]] for piece in (*(c for c in characters if c in vocab), *order)}
+    # A character that is no piece, or only the beginning of one, is spelled in byte tokens.
+    ranks = {data: pieces.get(data) or [byte_ids[b] for b in data] for data in (*strings, *pieces)}
+    spelled = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
+    return BPE(vocab, added, named, templates, ranks=ranks, space=space, hidden=hidden,
+               spelled=spelled | {i: bytes([b]) for b, i in enumerate(byte_ids)},
+               words=rf"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if by_word else rf"{SPACE}*[^{SPACE}]+|{SPACE}+")
+
+
+def _from_tokenizer_json(file: Path) -> Tokenizer:
+    # Its "truncation" and "padding" are conveniences of whoever saved it (MiniLM: to 128 tokens) and are not applied.
+    spec = json.loads(file.read_text("utf-8"))
+    model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
+    listed = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
+    names, steps = [step["type"] for step in listed], {step["type"]: step for step in listed}
+    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")  # older files leave it out
+    recipe = (kind, *names) if kind != "BPE" else (kind, bool(model.get("byte_fallback")), *names)
+    unknown_token = (vocab | _ids(added)).get(model.get("unk_token"))
+    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": unknown_token}), _post_processor(spec))
+    if kind == "BPE":
+        _require("model", model, dropout=(None, 0), continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""),
+                 ignore_merges=(None, False))
+    match recipe:
+        case ("WordPiece", "BertNormalizer", "BertPreTokenizer"):
+            _require("model", model, continuing_subword_prefix=("##",))
+            settings = steps["BertNormalizer"]
+            _require("BertNormalizer", settings, clean_text=(True,))
+            return WordPiece(*shared, lowercase=settings["lowercase"], strip_accents=settings["strip_accents"],
+                             split_cjk=settings["handle_chinese_chars"], max_chars=model["max_input_chars_per_word"])
+        case ("BPE", False, "ByteLevel") | ("BPE", False, "Digits", "ByteLevel"):
+            _require("ByteLevel", steps["ByteLevel"], add_prefix_space=(False,), use_regex=(None, True))
+            _require("Digits", steps.get("Digits", {}), individual_digits=(True,) if "Digits" in steps else (None,))
+            tokenizer = _byte_level(*shared, model["merges"], "Digits" in steps)
+            if tokenizer.missing and model.get("unk_token"):
+                raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
+            return tokenizer
+        case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace"):
+            _require("Prepend", steps.get("Prepend", {}), prepend=(SPACE,) if "Prepend" in steps else (None,))
+            _require("Replace", steps["Replace"], pattern=({"String": " "},), content=(SPACE,))
+            space = "prefix" if "Prepend" in steps else "replace"
+            return _sentencepiece(*shared, _merged(model["merges"], vocab), space)
+        case ("BPE", True, "Metaspace"):
+            _require("Metaspace", steps["Metaspace"], replacement=(SPACE,), split=(None, True, False),
+                     prepend_scheme=(None, "always", "first", "never"))
+            space, by_word = steps["Metaspace"].get("prepend_scheme"), steps["Metaspace"].get("split")
+            return _sentencepiece(*shared, _merged(model["merges"], vocab), space or "always", by_word is not False)
+    raise ValueError(f"unsupported model {kind} after {', '.join(names) or 'no steps'}, expected WordPiece after "
+                     "BertNormalizer, BertPreTokenizer; BPE after (Digits,) ByteLevel; or BPE with byte_fallback after "
+                     "(Prepend,) Replace or Metaspace")
+
+
+def _from_vocab(file: Path) -> Tokenizer:
+    vocab = {line.rstrip("\r"): i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
+    config, late = _json(file.parent / "tokenizer_config.json"), _late_tokens(file.parent, vocab)
+    _require("tokenizer_config.json", config, never_split=(None, []), do_basic_tokenize=(None, True))
+    roles = ("unk", "sep", "pad", "cls", "mask")
+    named = _named(file.parent, vocab, late, {role: vocab.get(f"[{role.upper()}]") for role in roles})
+    cls, sep = named["cls"], named["sep"]
+    if cls is None or sep is None:
+        raise ValueError("expected [CLS] and [SEP] in the vocabulary")
+    return WordPiece(vocab, _special(vocab, named.values()) + late, named, ([cls, "A", sep], [cls, "A", sep, "B", sep]),
+                     lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
+                     split_cjk=config.get("tokenize_chinese_chars", True))
+
+
+def _from_merges(file: Path) -> Tokenizer:
+    merges = file.with_name("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
+    if not merges.is_file():
+        raise FileNotFoundError(f"{merges}: not found, expected beside {file.name}")
+    vocab, config = json.loads(file.read_text("utf-8")), _json(file.parent / "tokenizer_config.json")
+    lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
+    late, end = _late_tokens(file.parent, vocab), vocab.get("<|endoftext|>")
+    named = _named(file.parent, vocab, late, {"bos": end, "eos": end})
+    _require("tokenizer_config.json", config, add_prefix_space=(None, False))
+    return _byte_level(vocab, _special(vocab, named.values()) + late, named, _around(named, config), lines, False)
+
+
+def _from_sentencepiece(file: Path) -> Tokenizer:
+    # Numbers of fields and types are those of sentencepiece_model.proto.
+    messages = list(_protobuf(file.read_bytes()))
+    trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
+    if trainer.get(3, 1) != 2:
+        raise ValueError(f"not a SentencePiece model of type BPE: model_type is {trainer.get(3, 1)}, expected 2")
+    charsmap, keeps_spaces = normalizer.get(2) or normalizer.get(6), not normalizer.get(4, 1) and normalizer.get(5, 1)
+    if charsmap or not keeps_spaces or trainer.get(24):
+        raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
+    pieces = [dict(_protobuf(message)) for field, message in messages if field == 1]
+    pieces = [(p[1].decode(), struct.unpack("<f", p.get(2, bytes(4)))[0], p.get(3, 1)) for p in pieces]
+    fields = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
+    ids = {role: trainer.get(field, default) for role, (field, default) in fields.items()}
+    vocab, order, hidden = _pieces(pieces)
+    late = _late_tokens(file.parent, vocab)
+    named = _named(file.parent, vocab, late, {role: i if 0 <= i < len(pieces) else None for role, i in ids.items()})
+    templates = _around(named, {"add_bos_token": True} | _json(file.parent / "tokenizer_config.json"))
+    return _sentencepiece(vocab, late, named, templates, order, "prefix" if normalizer.get(3, 1) else "replace",
+                          hidden=hidden)
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    fields = gguf.GGUFReader(file).fields
+    get = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
+    roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    named = {role: get.get(f"{key}_token_id") for role, key in roles.items()}
+    tokens, kinds = get["tokens"], get["token_type"]
+    if get["model"] == "llama":
+        if get.get("precompiled_charsmap") or get.get("remove_extra_whitespaces"):
+            raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
+        vocab, order, hidden = _pieces(list(zip(tokens, get["scores"], kinds, strict=True)))
+        return _sentencepiece(vocab, [], named, _around(named, {"add_bos_token": True} | get), order,
+                              "prefix" if get.get("add_space_prefix", True) else "replace", hidden=hidden)
+    # llama.cpp's "default" splits in its own way, it is not GPT-2's.
+    if get["model"] != "gpt2" or get.get("pre") not in ("smollm", "gpt-2"):
+        raise ValueError(f"unsupported tokenizer {get['model']!r} with pre-tokenizer {get.get('pre')!r}, expected "
+                         "'llama', or 'gpt2' with 'smollm' or 'gpt-2'")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    control, user = ({i for i, k in enumerate(kinds) if k == kind} for kind in (3, 4))
+    added = _special(vocab, control) + [token | {"special": False} for token in _special(vocab, user)]
+    return _byte_level(vocab, added, named, _around(named, get), get["merges"], get["pre"] == "smollm")
+
+
+def _pieces(pieces: list[tuple[str, float, int]]) -> tuple[dict[str, int], list[str], list[int]]:
+    """From (piece, score, type): the vocabulary, the pieces in merge order, and the ids that stand for no text.
+    Control pieces are not looked for in texts, as in sentencepiece: no text can spell the end of itself."""
+    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    if len(vocab) < len(pieces) or {kind for _, _, kind in pieces} != {1, 2, 3, 6}:
+        raise ValueError("unsupported pieces, expected each once and of the types normal, unknown, control and byte")
+    normal = sorted((p for p in pieces if p[2] == 1 and len(p[0]) > 1), key=lambda p: -p[1])  # ties: the lower id first
+    return vocab, [p[0] for p in normal], [i for i, p in enumerate(pieces) if p[2] in (2, 3)]
+
+
+def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The (field number, value) pairs of one protobuf message; nested and fixed-size values stay bytes."""
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        if size > len(data) - at:
+            raise ValueError(f"not a SentencePiece model, or cut off: {size} bytes expected after {at} of {len(data)}")
+        at += size
+        return data[at - size:at]
+
+    def varint() -> int:
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value  # -1, for none, reads as 2^64 - 1: no id, no size
+        raise ValueError(f"not a SentencePiece model: a number of more than 10 bytes before byte {at}")
+
+    while at < len(data):
+        field, wire = divmod(varint(), 8)
+        if wire not in (0, 1, 2, 5):
+            raise ValueError(f"not a SentencePiece model: unknown wire type {wire} before byte {at}")
+        yield field, varint() if wire == 0 else take({1: 8, 5: 4}[wire] if wire != 2 else varint())
+
+
+def _split(text: str, added: dict[str, dict]) -> Iterator[int | str]:
+    """The ids of added tokens in a text, and the strings between them; of several, the leftmost, then the longest."""
+    pattern, end = "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))), 0
+    for match in re.finditer(pattern, text) if pattern else ():
+        token, before = added[match.group()], text[end:match.start()]
+        if before := before.rstrip() if token["lstrip"] else before:
+            yield before
+        yield token["id"]
+        end = re.compile(r"\s*").match(text, match.end()).end() if token["rstrip"] else match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
+    """What the merges make, in their order."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(f"malformed merge {' '.join(pair)!r}, expected two tokens that make a third")
+    return list(dict.fromkeys(map("".join, pairs)))
+
+
+def _ids(added: list[dict]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in added}
+
+
+def _special(vocab: dict[str, int], ids: Iterable[int | None]) -> list[dict]:
+    """Added tokens that decode leaves out, one for each of these ids."""
+    flags = {"special": True} | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    ids = set(ids)
+    return [{"content": token, "id": i} | flags for token, i in vocab.items() if i in ids]
+
+
+def _late_tokens(folder: Path, vocab: dict[str, int]) -> list[dict]:
+    """Tokens that were added after the vocabulary was made: these two files alone know them."""
+    listed = _json(folder / "added_tokens.json")
+    tokens = _special(listed, listed.values()) + _json(folder / "tokenizer.json").get("added_tokens", [])
+    return list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
+
+
+def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The ids of the tokens with a role: as the tokenizer's files name them, else the default, else the model's."""
+    table, named = vocab | _ids(added), {}
+    by_name = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
+    for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"):
+        names = [config.get(f"{role}_token") for config in by_name]
+        name = next((n["content"] if isinstance(n, dict) else n for n in names if n), None)
+        if name is not None and name not in table:
+            raise ValueError(f"{role}_token is {name!r}, expected a token of the vocabulary")
+        ids = [config.get(f"{role}_token_id") for config in by_id]
+        ids = [i[0] if isinstance(i, list) else i for i in ids]  # of several, the first
+        known = (i for i in ids if i in table.values())  # old configs have pad_token_id -1 for none
+        default = defaults.get(role)
+        named[role] = table[name] if name is not None else next(known, None) if default is None else default
+    return named
+
+
+def _around(named: dict, config: dict) -> Templates:
+    """bos before and eos after each text, where add_bos_token and add_eos_token say so."""
+    before, after = ([named[role]] if config.get(f"add_{role}_token") else [] for role in ("bos", "eos"))
+    if None in before + after:
+        raise ValueError("expected the name of the bos or eos token that is to be added")
+    return [*before, "A", *after], [*before, "A", *after, *before, "B", *after]
+
+
+def _post_processor(spec: dict) -> Templates:
+    steps = [step for step in _steps(spec.get("post_processor")) if step["type"] != "ByteLevel"]  # offsets only
+    if not steps:
+        return ["A"], ["A", "B"]
+    if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
+        raise ValueError(f"unsupported post_processor {', '.join(names)}, expected TemplateProcessing")
+    template = steps[0]
+    ids = {name: token["ids"] for name, token in template["special_tokens"].items()}
+    single, pair = ([i for item in template[form] for kind, part in item.items()
+                     for i in ([part["id"]] if kind == "Sequence" else ids[part["id"]])] for form in ("single", "pair"))
+    return single, pair
+
+
+def _steps(step: dict | None) -> list[dict]:
+    """The members of a Sequence, or the one step there is."""
+    if step is None or step["type"] != "Sequence":
+        return [step] if step else []
+    return next(value for key, value in step.items() if key != "type")
+
+
+def _require(part: str, found: dict, **known: tuple) -> None:
+    for key, values in known.items():
+        if found.get(key) not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"unsupported {key} {found.get(key)!r} in {part}, expected {expected}")
+
+
+def _json(file: Path) -> dict:
+    """The contents of an optional JSON file."""
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
