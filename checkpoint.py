@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,9 +80,14 @@ def locate(name_or_dir: str | os.PathLike, config_only: bool = False) -> Path:
         raise ValueError(f"{path}: found a file, expected a folder, a .gguf file, a hub id or a short name")
     if name in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith(".gguf"):
         return _from_hub(HUB.get(name, name), config_only)
-    near = difflib.get_close_matches(name, [*WHEELS, *HUB], 3, 0.4)
-    raise ValueError(f"backbone {name!r}: no such file, folder or short name; did you mean {', '.join(near or WHEELS)}? "
-                     f"Short names are {', '.join([*WHEELS, *HUB])}")
+    raise ValueError(f"backbone {name!r}: no such file, folder or hub id, and the short names are "
+                     f"{', '.join([*WHEELS, *HUB])}{near(name, [*WHEELS, *HUB])}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """"; did you mean …?" with the names that resemble `name`, or nothing."""
+    found = difflib.get_close_matches(name.lower(), list(known), 3, 0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _from_wheel(name: str, wheel: Wheel) -> Path:

