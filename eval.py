@@ -27,7 +27,7 @@ import model
 import sibo
 import tokenizer
 
-# ----------------------------------------------------------------------------------------------- over-smoothing, Eq. (3)
+# ---------------------------------------------------------------------------------------------- over-smoothing, Eq. (3)
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -196,14 +196,15 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
     checkpoint.write(path, fig.savefig)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 
 
-def similarity_rows(t: tokenizer.Tokenizer, task: data.Task, test: Sequence, most: int = 64) -> list[data.Row]:
+def similarity_rows(m: nn.Module, t: tokenizer.Tokenizer, test: Sequence, most: int = 64) -> list[data.Row]:
     """The first texts of a test set as Eq. (3) sees them: an LLM's prompts, BERT's sentences."""
-    if task.num_labels:
-        return [data.encode_sentence(s, t, 512) for s in test[:most]]
-    return [data.Row(t.encode(data.prompt(e.instruction))) for e in test[:most]]
+    texts = [data.Sentence(x.instruction, None, 0) if isinstance(x, data.Example) else x for x in test[:most]]
+    if isinstance(m, model.Bert):
+        return [data.encode_sentence(s, t, m.config.max_position_embeddings) for s in texts]
+    return [data.Row(t.encode(data.prompt(s.text))) for s in texts]
 
 
 def read_run(folder: Path) -> dict:
@@ -236,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if bool(args.run) == bool(args.backbone):
-        raise ValueError("eval.py: found " + ("both" if args.run else "neither") + " a run and --backbone, expected one")
+        raise ValueError(f"found {'both' if args.run else 'neither'} a run and --backbone, expected one of them")
     for name in ("limit", "batch_size", "num_beams"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
@@ -251,9 +252,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.run}: found a run on {run['task']}, expected one that can answer {task.name}")
 
     t = tokenizer.from_pretrained(backbone)
-    m = model.from_pretrained(backbone, getattr(torch, args.dtype or run.get("dtype", "float32")), args.device, head or None)
+    dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
+    m = model.from_pretrained(backbone, dtype, args.device, head or None)
     if args.similarity:
-        rows = similarity_rows(t, task, test)
+        rows = similarity_rows(m, t, test)
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}
     if run:
         sibo.load(m, args.run)
@@ -269,8 +271,8 @@ def main(args: argparse.Namespace) -> None:
         for name, curve in curves.items():
             print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {last_five(curve):.4f}")
         print(out)
-    elif task.num_labels and not run:
-        raise ValueError(f"{backbone} on {task.name}: found a BERT without a trained head, expected a run; train one first")
+    elif isinstance(m, model.Bert) and not head:
+        raise ValueError(f"{backbone}: found a BERT without a trained head, expected a run; train one first")
     else:
         score = (score_sentences(m, t, task, [data.encode_sentence(s, t, run["cutoff"]) for s in test], args.batch_size)
                  if task.num_labels else score_examples(m, t, task, test, args.batch_size, args.num_beams))

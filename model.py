@@ -145,8 +145,8 @@ class KeyValues:
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
-    """Angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling as
-    in transformers' modeling_rope_utils.py: wavelengths past the trained context are stretched, the rest kept."""
+    """Angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling
+    as in transformers' modeling_rope_utils.py: wavelengths past the trained context are stretched, the rest kept."""
     frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind == "linear":
@@ -181,6 +181,23 @@ class Context:
     sin: Tensor | None = None
 
 
+def widen(x: Tensor) -> Tensor:
+    """float32 or wider: what a softmax over a vocabulary needs."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    """softmax(q kᵀ / √D) v over (B, H, T, D) and (B, H, S, D), `mask` bool, True where a query may look."""
+    B, H, T, _ = q.shape
+    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and T <= 256:
+        # the formula as it stands: here PyTorch's fused kernel takes thrice as long, most of it in the backward pass
+        later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        return (F.dropout(scores.softmax(-1), dropout) @ v).unflatten(0, (B, H))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+
 class Attention(nn.Module):
     """Multi-head attention; fewer key/value heads than query heads (GQA) share them in groups."""
 
@@ -207,8 +224,7 @@ class Attention(nn.Module):
             q = q.reshape(q.shape[0], k.shape[1], groups, -1)
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, ctx.mask, self.p if self.training else 0.0,
-                                             is_causal=self.causal and ctx.mask is None and T > 1)
+        out = attend(q, k, v, ctx.mask, self.causal and ctx.mask is None and T > 1, self.p if self.training else 0.0)
         if T == 1:
             out = out.reshape(out.shape[0], -1, 1, self.head_dim)
         return self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))  # (B, T, d)
@@ -349,7 +365,7 @@ class CausalLM(Transformer):
             return self.head(self.norm(h))
         asked = labels[:, 1:] != -100
         logits = self.head(self.norm(h[:, :-1][asked]))  # (labelled tokens, V): nowhere else is the head needed
-        return F.cross_entropy(logits.float(), labels[:, 1:][asked])
+        return F.cross_entropy(widen(logits), labels[:, 1:][asked])
 
 
     def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
@@ -482,8 +498,8 @@ class Bert(Transformer):
         if labels is None:
             return logits
         if logits.shape[-1] == 1:
-            return F.mse_loss(logits.float().squeeze(-1), labels.float())
-        return F.cross_entropy(logits.float(), labels)
+            return F.mse_loss(widen(logits).squeeze(-1), labels.to(widen(logits).dtype))
+        return F.cross_entropy(widen(logits), labels)
 
 
 FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}

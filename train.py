@@ -126,7 +126,8 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss, device = sum(counts), 0.0, next(m.parameters()).device
     if not total:
-        raise ValueError(f"a batch of {len(rows)} examples holds no labelled token: raise --cutoff, their prompts fill it")
+        raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
+                         "which their prompts fill")
     for start in range(0, len(rows), micro_batch_size):
         share = sum(counts[start:start + micro_batch_size]) / total
         if share:
@@ -156,7 +157,8 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
                 group["lr"] = learning_rate(run, step)
             loss = train_step(m, [rows[i] for i in some], run.micro_batch_size, pad_id)
             if not math.isfinite(loss):
-                raise ValueError(f"step {step + 1}: the loss is {loss}; lower --lr (now {run.lr}) or use --dtype float32")
+                raise ValueError(f"step {step + 1}: found a loss of {loss}; lower --lr (now {run.lr}) or use "
+                                 "--dtype float32")
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -182,13 +184,6 @@ class Frozen:
     curve: list[float]
 
 
-def build(run: Run, task: data.Task) -> nn.Module:
-    """The backbone with the run's method on it; seeded first, so that what is new starts alike in every run."""
-    torch.manual_seed(run.seed)
-    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None)
-    return m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
-
-
 def measure(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, test: Sequence, cutoff: int) -> evaluation.Score:
     if task.num_labels:
         return evaluation.score_sentences(m, t, task, [data.encode_sentence(s, t, cutoff) for s in test])
@@ -200,18 +195,19 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
     out = Path(run.out)
     t = tokenizer.from_pretrained(run.backbone)
     pad = t.eos_id if t.pad_id is None else t.pad_id
-    texts = evaluation.similarity_rows(t, task, test)
     encode = data.encode_sentence if task.num_labels else data.encode
     rows = [encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in train]
     cut = sum(r.cut for r in rows)
     if cut:
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
+    torch.manual_seed(run.seed)  # before anything new is drawn
+    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None)
+    texts = evaluation.similarity_rows(m, t, test)
     if before is None:
-        m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device)
         before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
                         if task.num_labels else measure(m, t, task, test[:50], run.cutoff),
                         evaluation.layer_similarities(m, texts, pad))
-    m = build(run, task)
+    m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
     checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
     speed = fit(m, rows, pad, run, out / "metrics.jsonl")
     sibo.save(m, out)
@@ -311,12 +307,12 @@ def parser() -> cli.Parser:
     g = p.add_argument_group("the method")
     g.add_argument("--lam", type=float, metavar="λ", help="share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
     g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
-    g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="sub-layers whose modules get h0 (default: paper's)")
+    g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="whose modules get h0 (default: the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
                    help="modules to adapt, by the end of their names (default: paper's)")
     g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
-    g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … as in Eq. (4), or h + … (default: mixed)")
-    g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen weight sees h̃ too (Table 6)")
+    g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … (Eq. 4) or h + … (default: mixed)")
+    g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen W sees h̃ too (Table 6)")
     g.add_argument("--rank", type=int, metavar="R", help="LoRA's rank")
     g.add_argument("--alpha", type=float, metavar="A", help="LoRA's scale is alpha / rank")
     g.add_argument("--dropout", type=float, metavar="P", help="on the input of LoRA's low-rank path, in [0, 1)")
@@ -339,7 +335,7 @@ def parser() -> cli.Parser:
     g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
     g.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third slower")
     g = p.add_argument_group("what comes of it")
-    g.add_argument("--limit", type=int, metavar="N", help="score the first N test examples (default: all; word-problems 200)")
+    g.add_argument("--limit", type=int, metavar="N", help="score the first N test examples (default: all)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/BACKBONE-METHOD-TASK)")
     return p
 
@@ -352,7 +348,8 @@ def check(args: argparse.Namespace) -> None:
     for name, method in USED_BY.items():
         if getattr(args, name) is not None and (method not in args.method or args.method == "full"):
             raise ValueError(f"--{name.replace('_', '-')}: found with --method {args.method}, which does not use it")
-    for name in ("rank", "bottleneck", "steps", "batch_size", "micro_batch_size", "cutoff", "limit", "epochs", "lr", "alpha"):
+    for name in ("rank", "alpha", "bottleneck", "steps", "epochs", "lr", "batch_size", "micro_batch_size", "cutoff",
+                 "limit"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected a positive number")
@@ -362,8 +359,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--steps, --epochs: found both, expected one")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: found {args.device}, expected cpu: this machine shows PyTorch no GPU")
-    settings = {k: getattr(args, k) for k in ("lam", "rank", "alpha", "dropout", "bottleneck", "side", "skip", "learn_lam")}
-    sibo.Settings(**{k: v for k, v in settings.items() if v is not None})
+    sibo.Settings(**{f.name: getattr(args, f.name) for f in fields(sibo.Settings) if f.name not in ("method", "h0")
+                     and getattr(args, f.name) is not None})  # it checks its own
 
 
 def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int | None) -> Run:
@@ -408,15 +405,15 @@ def dry_run(run: Run, said: dict, task: data.Task) -> str:
         for name, found in groups.items():
             x = found[0]
             h0 = (f"h0, λ = {x.fixed}" + (" at first, learned" if run.learn_lam else "")) if x.fixed else "plain"
-            lines.append(f"  {name:24} × {len(found):3}  {run.settings()['method']} {x.down.shape[1]} → {x.down.shape[0]}"
-                         f" → {x.up.shape[0]}: {h0}")
+            shapes = f"{x.down.shape[1]} → {x.down.shape[0]} → {x.up.shape[0]}"
+            lines.append(f"  {name:24} × {len(found):3}  {m.sibo.method} {shapes}: {h0}")
         lines.append(f"h0 is the output of {m.sibo.h0!r}" if run.lam else "nobody gets h0: the plain method")
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
                                                          if x.requires_grad and not n.startswith("classifier.")))
     memory, flops = estimate(m, run, trained, total)
     return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
-                      f"memory, estimated: {memory / 1e9:.2f} GB at {run.micro_batch_size} × {run.cutoff} tokens, {run.dtype}",
+                      f"memory, estimated: {memory / 1e9:.2f} GB, {run.micro_batch_size} × {run.cutoff} tokens, {run.dtype}",
                       f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
                       "recipe: " + ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))])
 

@@ -1,0 +1,216 @@
+"""The loop and the command line's promises, on models small enough to watch."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import cli
+import data
+import model
+import sibo
+import train
+
+LLAMA_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def command(monkeypatch, capsys, *args):
+    """Runs train.py in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    try:
+        cli.run(train.main, train.parser())
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    return code, *capsys.readouterr()
+
+
+def test_the_learning_rate_rises_linearly_then_falls_linearly_to_zero():
+    run = train.Run(steps=10, warmup=4, lr=1.0)
+    rates = [train.learning_rate(run, step) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    share = train.Run(steps=10, warmup=0.4, lr=1.0)
+    assert [train.learning_rate(share, step) for step in range(10)] == rates
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 6), st.integers(0, 99))
+def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    m = model.build({"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24,
+                     "num_hidden_layers": 2, "num_attention_heads": 2}).to_empty(device="cpu").double()
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=g)
+    rows = []
+    for n in lengths:  # prompts and answers of many lengths: a mean of means would be wrong
+        ids = torch.randint(0, 50, (n + 3,), generator=g).tolist()
+        rows.append(data.Row(ids, [-100] * 3 + ids[3:]))
+    found = {}
+    for size in (micro, len(rows)):
+        m.zero_grad()
+        found[size] = train.train_step(m, rows, size, 0), [p.grad.clone() for p in m.parameters()]
+    (loss, grads), (loss_whole, grads_whole) = found[micro], found[len(rows)]
+    assert loss == pytest.approx(loss_whole, abs=1e-12)
+    assert max((a - b).abs().max() for a, b in zip(grads, grads_whole, strict=True)) < 1e-12
+    logp = [m(torch.tensor([r.ids]))[0].log_softmax(-1) for r in rows]
+    tokens = [-logp[i][t - 1, r.ids[t]] for i, r in enumerate(rows) for t in range(3, len(r.ids))]
+    assert loss == pytest.approx(float(sum(tokens).detach()) / len(tokens), abs=1e-9)
+
+
+def test_a_batch_without_a_labelled_token_is_an_error():
+    with pytest.raises(ValueError, match="without one labelled token; raise --cutoff"):
+        train.train_step(torch.nn.Linear(1, 1), [data.Row([1, 2], [-100, -100])], 1, 0)
+
+
+@pytest.mark.parametrize(("family", "kind", "method", "lam"), [
+    ("llama", "arithmetic", "lora-sibo", 0.1), ("llama", "commonsense", "adapter-sibo", 0.1),
+    ("gptj", "arithmetic", "lora-sibo", 0.1), ("gptj", "arithmetic", "adapter-sibo", 0.3),
+    ("gptj", "commonsense", "lora-sibo", 0.3), ("gptj", "commonsense", "adapter-sibo", 0.1),
+])
+def test_the_papers_lambda_is_the_recipes(family, kind, method, lam):
+    r = train.recipe(family, kind, method)
+    assert (r.lam, r.lr, r.batch_size, r.micro_batch_size, r.epochs, r.warmup, r.cutoff, r.train_on_inputs) == (
+        lam, 3e-4, 16, 4, 3.0, 100, 256, True)
+    assert (r.rank, r.alpha, r.dropout, r.bottleneck) == (32, 64.0, 0.05, 256)
+
+
+def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    d, ff, layers, r = 4096, 11008, 32, 32
+    base = 2 * 32000 * d + layers * (4 * d * d + 3 * d * ff + 2 * d) + d
+    lora = layers * (3 * (r * d + d * r) + (r * d + ff * r) + (r * ff + d * r))  # q, k, v; up; down
+    adapters = layers * 2 * 256 * d
+    for method, trained in (("lora-sibo", lora), ("adapter-sibo", adapters), ("full", base)):
+        code, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", method, "--task", "math10k",
+                               "--dry-run", "--out", tmp_path / "run")
+        total = base + (0 if method == "full" else trained)
+        assert code == 0 and f"trainable parameters {trained:,} of {total:,}" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_says_who_gets_h0(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    _, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--dry-run")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  blocks")}
+    assert {n for n, line in lines.items() if "h0, λ = 0.1" in line} == {"blocks.*.mlp.up_proj"}
+    assert {n for n, line in lines.items() if line.endswith("plain")} == {
+        f"blocks.*.attn.{x}_proj" for x in "qkv"} | {"blocks.*.mlp.down_proj"}
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--method", "adapter-sib"], "did you mean adapter-sibo"),
+    (["--backbone", "smolm2-135m"], "did you mean smollm2-135m"),
+    (["--task", "gsm8"], "did you mean gsm8k"),
+    (["--lam", "1"], "lam: found 1.0, expected in [0, 1)"),
+    (["--lam", "-0.1"], "lam: found -0.1"),
+    (["--lam", "nan"], "lam: found nan"),
+    (["--lam", "0", "--learn-lam"], "lam: found 0.0, expected above 0"),
+    (["--method", "lora", "--lam", "0.3"], "--lam: found with --method lora, which does not use it"),
+    (["--rank", "8"], "--rank: found with --method adapter-sibo, which does not use it"),
+    (["--method", "lora", "--rank", "0"], "--rank: found 0, expected a positive number"),
+    (["--bottleneck", "-3"], "--bottleneck: found -3"),
+    (["--batch-size", "0"], "--batch-size: found 0"),
+    (["--steps", "0"], "--steps: found 0"),
+    (["--steps", "5", "--epochs", "1"], "--steps, --epochs: found both"),
+    (["--lr", "inf"], "--lr: found inf"),
+    (["--lr", "abc"], "invalid float value: 'abc'"),
+    (["--warmup", "nan"], "--warmup: found nan"),
+    (["--limit", "0"], "--limit: found 0"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    (["--task", "gsm8k", "--data-dir", "nowhere"], "nowhere"),
+    (["--task", "svamp"], "svamp has no training file"),
+    (["--task", "missing.json"], "missing.json"),
+    (["--device", "cuda:99"], "--device: found cuda:99"),
+])
+def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monkeypatch, capsys, tmp_path, args, says):
+    monkeypatch.setenv("SIBO_CACHE", str(tmp_path / "cache"))
+    code, out, err = command(monkeypatch, capsys, "--out", tmp_path / "run", *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--task", "rte"], "expected a BERT, such as minilm"),
+    (["--targets", "q_porj", "--method", "lora-sibo"], "did you mean: q_proj"),
+    (["--targets", "down_proj", "--method", "lora-sibo"], "cannot take h0"),
+    (["--sibo-at", "attn"], "sibo_at 'attn': found []"),
+])
+def test_options_that_do_not_fit_the_model_are_named(monkeypatch, capsys, tiny_llama, tiny_bert, tmp_path, args, says):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "glue" / "RTE").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "glue" / "RTE" / name).write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    code, _, err = command(monkeypatch, capsys, "--backbone", tiny_llama, "--data-dir", tmp_path, "--steps", "1",
+                           "--limit", "1", "--out", tmp_path / "run", *args)
+    assert code == 2 and says in err.splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_folder_that_holds_another_run_is_left_alone(monkeypatch, capsys, tmp_path, tiny_llama):
+    (tmp_path / "config.json").write_text('{"backbone": "another"}')
+    code, _, err = command(monkeypatch, capsys, "--backbone", tiny_llama, "--out", tmp_path)
+    assert code == 2 and "holds another run" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_interrupted_run_may_begin_again_and_a_finished_one_may_not(tmp_path):
+    run = train.Run(out=str(tmp_path))
+    train.claim(tmp_path, run)
+    (tmp_path / "config.json").write_text(json.dumps(train.asdict(run)))
+    train.claim(tmp_path, run)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another run"):
+        train.claim(tmp_path, run)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_draft(monkeypatch, capsys, tmp_path, tiny_llama):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    code, _, err = command(monkeypatch, capsys, "--backbone", tiny_llama, "--dtype", "float32", "--steps", "1", "--limit", "2",
+                           "--out", tmp_path / "run")
+    assert code == 2 and "No space left on device" in err.splitlines()[-1]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_trains_only_what_it_should_and_the_loss_falls(method, tmp_path, tiny_llama):
+    run = train.Run(backbone=str(tiny_llama), method=method, steps=12, warmup=2, lr=1e-2, batch_size=4, micro_batch_size=2,
+                    lam=0.2 if "sibo" in method else 0.0, rank=4, bottleneck=8, dropout=0.0, dtype="float32")
+    torch.manual_seed(0)
+    m = model.from_pretrained(tiny_llama)
+    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings())
+    frozen = {n: p.clone() for n, p in m.named_parameters() if not p.requires_grad}
+    rows = [data.Row(list(range(i, i + 9)), [-100] * 4 + list(range(i + 4, i + 9))) for i in range(8)]
+    train.fit(m, rows, 0, run, tmp_path / "metrics.jsonl")
+    assert not m.training
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in log] == list(range(1, 13)) and log[-1]["loss"] < log[0]["loss"]
+    assert all(torch.equal(p, dict(m.named_parameters())[n]) for n, p in frozen.items())
+    assert bool(frozen) == (method != "full")
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_llama):
+    losses = []
+    for name in ("a", "b"):
+        run = train.Run(backbone=str(tiny_llama), method="lora-sibo", steps=3, batch_size=2, micro_batch_size=1, lam=0.3,
+                        rank=4, dropout=0.1, dtype="float32", seed=5)
+        torch.manual_seed(run.seed)
+        m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+        rows = [data.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)]
+        train.fit(m, rows, 0, run, tmp_path / name)
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name).read_text().splitlines()])
+    assert losses[0] == losses[1] and all(map(math.isfinite, losses[0]))
+
+
+def test_help_names_every_option_with_its_default(monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "--help")
+    assert code == 0 and all(f"--{f.name.replace('_', '-')}" in out for f in train.fields(train.Run) if f.name != "dtype")
