@@ -176,10 +176,13 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+    try:  # files older than PyTorch 1.6 are no zip archives and cannot be mapped
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{file}: not a file of plain tensors ({str(e).splitlines()[0][:120]})") from None
+        raise ValueError(f"{file}: not a file of plain tensors ({repr(e)[:120]})") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file}: found a {type(stored).__name__}, expected a dictionary of tensors")
+    yield from stored.items()
 
 
 GGUF_NAMES = {  # llama.cpp's names of a LLaMA's weights, and Hugging Face's
@@ -283,7 +286,7 @@ def write(file: Path, fill: Callable[[Path], object] | str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
     try:
-        draft.write_text(fill) if isinstance(fill, str) else fill(draft)
+        draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
         os.replace(draft, file)
     except SafetensorError as e:
         raise OSError(f"{file}: could not be written ({e})") from None

@@ -536,13 +536,18 @@ def batch(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.
     return tensors
 
 
-def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices below `count`: in an epoch each once, shuffled anew; its last batch may be smaller."""
+def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices into `lengths`: in an epoch each once, shuffled anew; its last batch may be smaller.
+    Neighbours of 16 batches are sorted by length before they are cut into batches, since padding is wasted work."""
     rng = random.Random(f"batches {seed}")
     while True:
-        order = sorted(range(count), key=lambda _: rng.random())
-        for start in range(0, count, batch_size):
-            yield order[start:start + batch_size]
+        order = sorted(range(len(lengths)), key=lambda _: rng.random())
+        epoch = []
+        for start in range(0, len(order), 16 * batch_size):
+            pool = sorted(order[start:start + 16 * batch_size], key=lambda i: lengths[i])
+            cut = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+            epoch += sorted(cut, key=lambda _: rng.random())
+        yield from epoch
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

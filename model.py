@@ -90,6 +90,8 @@ REFUSED = {  # settings that would change the result, and the only values this f
     "bert": {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
              "add_cross_attention": [None, False], "quantization_config": [None]},
 }
+ROPE_SCALINGS = {"default": (), "linear": ("factor",),
+                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
 def read_config(said: dict, path: object = "config.json") -> Config:
@@ -101,12 +103,14 @@ def read_config(said: dict, path: object = "config.json") -> Config:
     known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in said.items()}
     rope = known.get("rope_parameters") or known.get("rope_scaling") or {}  # new and old spelling
     if family == "llama":
-        known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+        known["num_key_value_heads"] = known.get("num_key_value_heads") or known.get("num_attention_heads")
         known["rope_theta"] = rope.get("rope_theta", known.get("rope_theta", 10000.0))
         known["rope_scaling"] = rope or None
         scaling = rope.get("rope_type", rope.get("type", "default"))
-        if scaling not in ("default", "linear", "llama3"):
-            raise ValueError(f"{path}: found rope scaling {scaling!r}, expected default, linear or llama3")
+        if scaling not in ROPE_SCALINGS:
+            raise ValueError(f"{path}: found rope scaling {scaling!r}, expected one of {', '.join(ROPE_SCALINGS)}")
+        if missing := [key for key in ROPE_SCALINGS[scaling] if key not in rope]:
+            raise ValueError(f"{path}: found rope scaling {scaling!r} without {missing[0]}, expected a number there")
     for key, allowed in REFUSED[family].items():
         if known.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{path}: found {key} {known[key]!r}, expected {' or '.join(map(repr, allowed))}")
@@ -147,7 +151,8 @@ class KeyValues:
 def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling
     as in transformers' modeling_rope_utils.py: wavelengths past the trained context are stretched, the rest kept."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    # the power is taken, then the inverse, as in training: elsewhere rounded, logits differ by 1e-4 after 30 layers
+    frequency = 1 / theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]

@@ -150,7 +150,8 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
             block.compile()
     m.train()
     began, tokens = time.perf_counter(), 0
-    bar = tqdm(islice(data.batches(len(rows), run.batch_size, run.seed), run.steps), run.method, run.steps, unit="step")
+    batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
+    bar = tqdm(batches, run.method, run.steps, unit="step")
     with open(log, "w") as f:
         for step, some in enumerate(bar):
             for group in optimizer.param_groups:

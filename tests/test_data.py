@@ -484,20 +484,29 @@ def test_labels_of_glue_are_one_a_row_and_prompts_have_none():
         data.batch(rows, 0, side="middle")
 
 
-@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 1000))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=50), st.integers(1, 20), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_an_epoch_visits_every_index_once_and_the_seed_decides_the_order(count, batch_size, seed):
+def test_an_epoch_visits_every_index_once_and_the_seed_decides_the_order(lengths, batch_size, seed):
+    count = len(lengths)
     steps = -(-count // batch_size)
-    first = list(itertools.islice(data.batches(count, batch_size, seed), 2 * steps))
+    first = list(itertools.islice(data.batches(lengths, batch_size, seed), 2 * steps))
     for epoch in (first[:steps], first[steps:]):
         assert sorted(itertools.chain(*epoch)) == list(range(count))
-        assert all(len(indices) == batch_size for indices in epoch[:-1])
-    assert first == list(itertools.islice(data.batches(count, batch_size, seed), 2 * steps))
+        assert sorted(map(len, epoch))[1:] == [batch_size] * (steps - 1)
+    assert first == list(itertools.islice(data.batches(lengths, batch_size, seed), 2 * steps))
 
 
 def test_epochs_and_seeds_differ_in_order():
-    order = list(itertools.islice(data.batches(100, 100, 0), 2))
-    assert order[0] != order[1] and order[0] != next(data.batches(100, 100, 1)) and order[0] != list(range(100))
+    same = [1] * 100
+    order = list(itertools.islice(data.batches(same, 100, 0), 2))
+    assert order[0] != order[1] and order[0] != next(data.batches(same, 100, 1)) and order[0] != list(range(100))
+
+
+def test_batches_hold_rows_of_like_length():
+    lengths = [i * 37 % 101 for i in range(160)]
+    padding = [sum(max(lengths[i] for i in some) - lengths[j] for j in some)
+               for some in itertools.islice(data.batches(lengths, 10, 0), 16)]
+    assert sum(padding) < 16 * 10 * 6  # shuffled alone it is 45 a row
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

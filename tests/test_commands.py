@@ -1,0 +1,131 @@
+"""The README's commands as a user types them, on real weights and few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+WRITTEN = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", "curves.png", "similarity.png"}
+PROMISED = {"backbone", "method", "lambda", "task", "metric", "score", "baseline_score", "n", "trainable_parameters",
+            "train_seconds", "tokens_per_second", "peak_memory_bytes", "similarity"}
+
+
+def python(*args, cwd=ROOT):
+    """Runs a command of the project in a process of its own; (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stdout, done.stderr
+
+
+def succeeds(*args, **kwargs):
+    code, out, err = python(*args, **kwargs)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def llm_run(tmp_path_factory):
+    """A short LoRA-SIBO run on SmolLM2 in float32, with its plain counterpart."""
+    folder = tmp_path_factory.mktemp("runs") / "llm"
+    out = succeeds("train.py", "--method", "lora-sibo", "--compare", "--steps", 3, "--batch-size", 2, "--limit", 4,
+                   "--dtype", "float32", "--out", folder)
+    return folder, out
+
+
+@pytest.fixture(scope="module")
+def bert_run(tmp_path_factory):
+    """LoRA-SIBO on MiniLM for a made-up RTE: a pair is an entailment when its sentences share their colour."""
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "data" / "glue" / "RTE").mkdir(parents=True)
+    colours = ["red", "green", "blue", "yellow"]
+    rows = [f"{i}\tThe {a} house is {'old' * (i % 2) or 'new'}.\tIt is a {b} house.\t"
+            f"{'entailment' if a == b else 'not_entailment'}"
+            for i, (a, b) in enumerate([(a, b) for a in colours for b in [a, a, *colours]] * 4)]
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / "data" / "glue" / "RTE" / name).write_text(
+            "\n".join(["index\tsentence1\tsentence2\tlabel", *rows[:: 1 if name == "train.tsv" else 3]]) + "\n")
+    out = succeeds("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
+                   folder / "data", "--steps", 40, "--lr", "1e-2", "--out", folder / "run")
+    return folder, out
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_and_its_plain_counterpart_leave_what_the_readme_promises(llm_run):
+    folder, out = llm_run
+    plain = folder.with_name("llm-plain")
+    for run in (folder, plain):
+        assert {p.name for p in run.iterdir()} == WRITTEN and set(result(run)) >= PROMISED
+    assert (result(folder)["lambda"], result(plain)["lambda"], result(folder)["n"]) == (0.1, 0.0, 4)
+    first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (folder, plain)]
+    assert first[0]["loss"] == first[1]["loss"]  # B = 0: both start as the frozen model, on the same data
+    head = out.splitlines()[0].split()
+    assert head == ["before", "lora-sibo", "lora"]
+    for line in ("accuracy", "scored on", "similarity, last five layers", "trainable parameters", "peak memory, GB"):
+        assert any(row.startswith(line) for row in out.splitlines())
+    with safe_open(folder / "adapter.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["sibo"])["lam"] == 0.1
+
+
+def test_a_saved_run_scores_the_same_again_and_merged(llm_run):
+    folder, _ = llm_run
+    said = f"accuracy {result(folder)['score']:.4f} (n 4"
+    assert succeeds("eval.py", folder).startswith(said)
+    assert succeeds("eval.py", folder, "--merge").startswith(said)
+
+
+def test_a_saved_run_answers_a_question_merged_or_not(llm_run):
+    ask = ("--ask", "Tom has 3 boxes of 12 pens and loses 5 pens. How many pens does Tom have left?")
+    answer = succeeds("eval.py", llm_run[0], *ask)
+    assert answer.strip() and succeeds("eval.py", llm_run[0], *ask, "--merge") == answer
+
+
+def test_bert_learns_a_small_task_and_scores_the_same_again_and_merged(bert_run):
+    folder, _ = bert_run
+    r = result(folder / "run")
+    assert r["metric"] == "accuracy" and r["score"] > r["baseline_score"] + 0.2
+    for args in ((), ("--merge",)):
+        assert succeeds("eval.py", folder / "run", *args).startswith(f"accuracy {r['score']:.4f} (n {r['n']};")
+
+
+def test_a_backbone_is_scored_without_a_run(tmp_path):
+    assert "(n 3" in succeeds("eval.py", "--backbone", "smollm2-135m", "--task", "word-problems", "--limit", 3)
+
+
+def test_similarity_of_a_backbone_is_drawn(tmp_path):
+    out = succeeds(ROOT / "eval.py", "--backbone", "minilm", "--similarity", "--limit", 20, cwd=tmp_path)
+    assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert len(out.split("last five")[0].split()) == 1 + 7  # its name and L+1 numbers
+
+
+def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in "one two three four five six seven eight nine ten".split()]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    succeeds("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2, "--out", tmp_path / "run",
+             "--bottleneck", 8, "--dtype", "float32")
+    assert result(tmp_path / "run")["n"] == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data files are not beside the project")
+def test_real_rte_trains_and_scores(tmp_path):
+    succeeds("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir", SHARED,
+             "--steps", 2, "--limit", 32, "--out", tmp_path / "run")
+    assert result(tmp_path / "run")["n"] == 32
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["train.py", "--lam", "2"], "lam: found 2.0"),
+    (["eval.py"], "found neither a run and --backbone"),
+    (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
+])
+def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
+    code, out, err = python(*args)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and says in err
