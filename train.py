@@ -285,6 +285,13 @@ def name_of(task: str) -> str:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+def default(name: str) -> str:
+    """A field of the recipes as --help tells it: the general value, then where it differs."""
+    told = [str(getattr(Recipe(), name))]
+    told += [f"{' '.join(filter(None, where))} {changes[name]}" for *where, changes in RECIPES if name in changes]
+    return f"(default: {'; '.join(told)})"
+
+
 USED_BY = {  # options that only some methods read: elsewhere they are an error, not ignored
     "lam": "-sibo", "learn_lam": "-sibo", "sibo_at": "-sibo", "frozen_too": "lora-sibo", "skip": "adapter-sibo",
     "side": "adapter", "bottleneck": "adapter", "rank": "lora", "alpha": "lora", "dropout": "lora", "targets": "a",
@@ -292,9 +299,8 @@ USED_BY = {  # options that only some methods read: elsewhere they are an error,
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("train.py", description="Fine-tune a backbone with SIBO or its plain counterpart. Options without a "
-                   "default take the recipe's, which depends on backbone family, task and method; --dry-run shows all.",
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser("train.py", description="Fine-tune a backbone with SIBO or its plain counterpart. Where "
+                   "a default depends on the backbone's family, the kind of task or the method, the last that fits holds.")
     g = p.add_argument_group("what")
     g.add_argument("--backbone", default="smollm2-135m", metavar="NAME",
                    help=f"{', '.join([*checkpoint.WHEELS, *checkpoint.HUB])}, a folder, a .gguf file or a hub id "
@@ -306,7 +312,7 @@ def parser() -> cli.Parser:
     g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")
     g = p.add_argument_group("the method")
-    g.add_argument("--lam", type=float, metavar="λ", help="share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
+    g.add_argument("--lam", type=float, metavar="λ", help=f"share of h0 in h̃ = (1−λ)h + λh0, in [0, 1) {default('lam')}")
     g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
     g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="whose modules get h0 (default: the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
@@ -314,20 +320,20 @@ def parser() -> cli.Parser:
     g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
     g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … (Eq. 4) or h + … (default: mixed)")
     g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen W sees h̃ too (Table 6)")
-    g.add_argument("--rank", type=int, metavar="R", help="LoRA's rank")
-    g.add_argument("--alpha", type=float, metavar="A", help="LoRA's scale is alpha / rank")
-    g.add_argument("--dropout", type=float, metavar="P", help="on the input of LoRA's low-rank path, in [0, 1)")
-    g.add_argument("--bottleneck", type=int, metavar="R", help="width of an adapter's inner layer")
+    g.add_argument("--rank", type=int, metavar="R", help=f"LoRA's rank {default('rank')}")
+    g.add_argument("--alpha", type=float, metavar="A", help=f"LoRA's scale is alpha / rank {default('alpha')}")
+    g.add_argument("--dropout", type=float, metavar="P", help=f"on LoRA's input, in [0, 1) {default('dropout')}")
+    g.add_argument("--bottleneck", type=int, metavar="R", help=f"width inside an adapter {default('bottleneck')}")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, metavar="N", help="optimizer steps (instead of --epochs)")
-    g.add_argument("--epochs", type=float, metavar="N", help="passes over the training set")
-    g.add_argument("--lr", type=float, help="peak learning rate of AdamW; linear decay to 0")
-    g.add_argument("--warmup", type=float, metavar="N", help="warm-up in steps, or below 1 as a share of all")
-    g.add_argument("--batch-size", type=int, metavar="N", help="examples a step")
-    g.add_argument("--micro-batch-size", type=int, metavar="N", help="examples at a time; changes memory, not results")
-    g.add_argument("--cutoff", type=int, metavar="N", help="tokens an example is cut to")
+    g.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps, instead of --epochs {default('steps')}")
+    g.add_argument("--epochs", type=float, metavar="N", help=f"passes over the training set {default('epochs')}")
+    g.add_argument("--lr", type=float, help=f"AdamW's peak rate, then linear to 0 {default('lr')}")
+    g.add_argument("--warmup", type=float, metavar="N", help=f"steps, or below 1 a share of all {default('warmup')}")
+    g.add_argument("--batch-size", type=int, metavar="N", help=f"examples a step {default('batch_size')}")
+    g.add_argument("--micro-batch-size", type=int, metavar="N", help=f"examples at a time: memory, not results {default('micro_batch_size')}")
+    g.add_argument("--cutoff", type=int, metavar="N", help=f"tokens an example is cut to {default('cutoff')}")
     g.add_argument("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None,
-                   help="whether the loss counts the prompt's tokens too")
+                   help=f"the loss counts the prompt too {default('train_on_inputs')}")
     g.add_argument("--seed", type=int, default=0, help="of initial weights, data order and dropout (default: 0)")
     g = p.add_argument_group("the machine")
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
@@ -457,6 +463,8 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(dry_run(run, said, task))
         return
+    if run.method != "full":  # whatever does not fit the model is said before weights are read
+        sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
     if made:
         train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
     runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
