@@ -80,11 +80,9 @@ class Tokenizer:
         return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, special tokens left out, broken UTF-8 as U+FFFD. ValueError for an unknown id."""
-        ids = [i for i in map(int, ids) if i not in self.special]
-        if unknown := [i for i in ids if i not in self.spelled]:
-            raise ValueError(f"id {unknown[0]} has no token, expected one of this vocabulary, below {self.vocab_size}")
-        return self._join([self.spelled[i] for i in ids])
+        """The text of these ids, special tokens left out. Broken UTF-8 is U+FFFD, and so is an id without a token:
+        embeddings are often padded to a round number, and a model may say what has no name."""
+        return self._join([self.spelled.get(i, self.unspelled) for i in map(int, ids) if i not in self.special])
 
     def _encode(self, text: str) -> Iterator[int]:
         text.encode()
@@ -97,6 +95,8 @@ class Tokenizer:
 class WordPiece(Tokenizer):
     """BERT: clean; split at blanks, punctuation and ideographs; then the longest piece first.
     Where the blanks were is not kept: decode puts one between any two words."""
+
+    unspelled = "\ufffd"
 
     def __init__(self, *shared, lowercase: bool, strip_accents: bool | None, split_cjk: bool, max_chars: int = 100):
         self.lowercase, self.split_cjk, self.max_chars = lowercase, split_cjk, max_chars
@@ -139,6 +139,8 @@ class BPE(Tokenizer):
     spelled: the bytes of each id. words: the pattern of what is merged by itself.
     space: None for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
     Prepend and Replace, or Metaspace's "always", "first" and "never", which put no space before a leading one."""
+
+    unspelled = "\ufffd".encode()
 
     def __init__(self, *shared, ranks: dict[bytes, list[int]], spelled: dict[int, bytes], words: str, space: str | None,
                  hidden: Iterable[int] = ()):
