@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -154,7 +153,7 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         index = path / f"{stem}.{suffix}.index.json"
         if index.is_file():
             names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if not names or any(Path(n).name != n for n in names):
+            if not names or not all(re.fullmatch(r"[\w-][\w.-]*", n) for n in names):
                 raise ValueError(f"{index}: found shards {names[:3]}, expected the names of files beside it")
             files = [path / n for n in names]
         else:
@@ -178,7 +177,9 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:  # files older than PyTorch 1.6 are no zip archives and cannot be mapped
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+    except OSError:
+        raise
+    except Exception as e:  # the unpickler meets a torn file with whatever its slices raise
         raise ValueError(f"{file}: not a file of plain tensors ({repr(e)[:120]})") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{file}: found a {type(stored).__name__}, expected a dictionary of tensors")

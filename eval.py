@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what is evaluated: a run, or a backbone as it is")
     what.add_argument("run", nargs="?", help="folder that train.py wrote, such as runs/NAME")
     what.add_argument("--backbone", help="short name, folder, .gguf file or hub id, without any training")
-    what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first (float32: exact)")
+    what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first")
     on = p.add_argument_group("on what")
     on.add_argument("--task", help="short name or a .json/.jsonl file (default: the run's; else word-problems)")
     on.add_argument("--data-dir", help="folder of the tasks' files (default: $SIBO_DATA, else the cache)")

@@ -122,8 +122,8 @@ def read_config(said: dict, path: object = "config.json") -> Config:
     c = kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
     groups = getattr(c, "num_key_value_heads", 1)
     if (not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads) or c.num_attention_heads % groups:
-        raise ValueError(f"{path}: found hidden_size {c.hidden_size}, {c.num_attention_heads} heads in {groups} groups, "
-                         "expected the one to be a multiple of the next")
+        raise ValueError(f"{path}: found hidden_size {c.hidden_size}, {c.num_attention_heads} heads in {groups} groups"
+                         ", expected the one to be a multiple of the next")
     return c
 
 
@@ -372,11 +372,11 @@ class CausalLM(Transformer):
         logits = self.head(self.norm(h[:, :-1][asked]))  # (labelled tokens, V): nowhere else is the head needed
         return F.cross_entropy(widen(logits), labels[:, 1:][asked])
 
-
     def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
         """An empty cache for `batch` sequences of up to `capacity` tokens, a layer an entry."""
         heads_kv = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
-        return [KeyValues(*self.norm.weight.new_empty(2, batch, heads_kv, capacity, self.config.d_head)) for _ in self.blocks]
+        empty, shape = self.norm.weight.new_empty, (batch, heads_kv, capacity, self.config.d_head)
+        return [KeyValues(empty(shape), empty(shape)) for _ in self.blocks]
 
 
 class Llama(CausalLM):
@@ -541,8 +541,8 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
         put(m, name, torch.randn(shape, dtype=dtype).to(device) * 0.02 if name.endswith("weight") else
             torch.zeros(shape, dtype=dtype, device=device))
     if expected:
-        raise ValueError(f"{path}: {len(expected)} tensors are missing, the first is {next(iter(expected))!r}; expected "
-                         f"a whole {type(m).__name__}")
+        raise ValueError(f"{path}: {len(expected)} tensors are missing, the first is {next(iter(expected))!r}; "
+                         f"expected a whole {type(m).__name__}")
     return m.eval()
 
 

@@ -57,7 +57,8 @@ class Recipe:
 RECIPES = (  # family, kind of task, method ("" matches any): what differs. All rows that match apply, in this order.
     ("gptj", "arithmetic", "adapter-sibo", {"lam": 0.3}),  # the scripts' λ
     ("gptj", "commonsense", "lora-sibo", {"lam": 0.3}),
-    ("", "word-problems", "", {"steps": 400, "lr": 1e-3, "warmup": 20, "batch_size": 4, "train_on_inputs": False}),  # ours
+    ("", "word-problems", "", {"steps": 400, "lr": 1e-3, "warmup": 20, "batch_size": 4,
+                               "train_on_inputs": False}),  # ours
     ("bert", "glue", "", {"batch_size": 32, "micro_batch_size": 32, "cutoff": 128, "warmup": 0.1, "rank": 8,
                           "alpha": 16.0, "bottleneck": 64, "dtype": "float32", "epochs": 5.0}),  # ours: not published
     ("bert", "glue", "full", {"lr": 3e-5}),  # from {3e-5, 3e-4, 3e-3}, as Houlsby et al.
@@ -286,7 +287,8 @@ def name_of(task: str) -> str:
 
 def default(name: str) -> str:
     """A field of the recipes as --help tells it: the general value, then where it differs."""
-    told = [str(getattr(Recipe(), name))]
+    general = getattr(Recipe(), name)
+    told = ["as --epochs says" if general is None else str(general)]
     told += [f"{' '.join(filter(None, where))} {changes[name]}" for *where, changes in RECIPES if name in changes]
     return f"(default: {'; '.join(told)})"
 
@@ -299,7 +301,7 @@ USED_BY = {  # options that only some methods read: elsewhere they are an error,
 
 def parser() -> cli.Parser:
     p = cli.Parser("train.py", description="Fine-tune a backbone with SIBO or its plain counterpart. Where "
-                   "a default depends on the backbone's family, the kind of task or the method, the last that fits holds.")
+                   "a default depends on the backbone's family, the kind of task and the method, the last fit holds.")
     g = p.add_argument_group("what")
     g.add_argument("--backbone", default="smollm2-135m", metavar="NAME",
                    help=f"{', '.join([*checkpoint.WHEELS, *checkpoint.HUB])}, a folder, a .gguf file or a hub id "
@@ -310,27 +312,30 @@ def parser() -> cli.Parser:
     g.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")
+    def of_recipe(name: str, kind: type, metavar: str, told: str) -> None:
+        g.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{told} {default(name.replace('-', '_'))}")
+
     g = p.add_argument_group("the method")
-    g.add_argument("--lam", type=float, metavar="λ", help=f"share of h0 in h̃ = (1−λ)h + λh0, in [0, 1) {default('lam')}")
+    of_recipe("lam", float, "λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
     g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
     g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="whose modules get h0 (default: the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
-                   help="modules to adapt, by the end of their names (default: paper's)")
+                   help="modules to adapt, by the end of their names (default: the paper's)")
     g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
     g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … (Eq. 4) or h + … (default: mixed)")
     g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen W sees h̃ too (Table 6)")
-    g.add_argument("--rank", type=int, metavar="R", help=f"LoRA's rank {default('rank')}")
-    g.add_argument("--alpha", type=float, metavar="A", help=f"LoRA's scale is alpha / rank {default('alpha')}")
-    g.add_argument("--dropout", type=float, metavar="P", help=f"on LoRA's input, in [0, 1) {default('dropout')}")
-    g.add_argument("--bottleneck", type=int, metavar="R", help=f"width inside an adapter {default('bottleneck')}")
+    of_recipe("rank", int, "R", "LoRA's rank")
+    of_recipe("alpha", float, "A", "LoRA's scale is alpha / rank")
+    of_recipe("dropout", float, "P", "on the input of LoRA's low-rank path, in [0, 1)")
+    of_recipe("bottleneck", int, "R", "width inside an adapter")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps, instead of --epochs {default('steps')}")
-    g.add_argument("--epochs", type=float, metavar="N", help=f"passes over the training set {default('epochs')}")
-    g.add_argument("--lr", type=float, help=f"AdamW's peak rate, then linear to 0 {default('lr')}")
-    g.add_argument("--warmup", type=float, metavar="N", help=f"steps, or below 1 a share of all {default('warmup')}")
-    g.add_argument("--batch-size", type=int, metavar="N", help=f"examples a step {default('batch_size')}")
-    g.add_argument("--micro-batch-size", type=int, metavar="N", help=f"examples at a time: memory, not results {default('micro_batch_size')}")
-    g.add_argument("--cutoff", type=int, metavar="N", help=f"tokens an example is cut to {default('cutoff')}")
+    of_recipe("steps", int, "N", "optimizer steps, instead of --epochs")
+    of_recipe("epochs", float, "N", "passes over the training set")
+    of_recipe("lr", float, "LR", "AdamW's peak learning rate, then linear to 0")
+    of_recipe("warmup", float, "N", "warm-up in steps, or below 1 as a share of all")
+    of_recipe("batch-size", int, "N", "examples a step")
+    of_recipe("micro-batch-size", int, "N", "examples at a time: changes memory, not results")
+    of_recipe("cutoff", int, "N", "tokens an example is cut to")
     g.add_argument("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None,
                    help=f"the loss counts the prompt too {default('train_on_inputs')}")
     g.add_argument("--seed", type=int, default=0, help="of initial weights, data order and dropout (default: 0)")
@@ -419,7 +424,8 @@ def dry_run(run: Run, said: dict, task: data.Task) -> str:
                                                          if x.requires_grad and not n.startswith("classifier.")))
     memory, flops = estimate(m, run, trained, total)
     return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
-                      f"memory, estimated: {memory / 1e9:.2f} GB, {run.micro_batch_size} × {run.cutoff} tokens, {run.dtype}",
+                      f"memory, estimated: {memory / 1e9:.2f} GB, in {run.dtype}, {run.micro_batch_size} examples of "
+                      f"{run.cutoff} tokens at a time",
                       f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
                       "recipe: " + ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))])
 

@@ -107,10 +107,11 @@ def test_similarity_of_a_backbone_is_drawn(tmp_path):
 
 
 def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
-    rows = [{"instruction": f"Say {w}.", "output": w} for w in "one two three four five six seven eight nine ten".split()]
+    words = "one two three four five six seven eight nine ten".split()
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in words]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    succeeds("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2, "--out", tmp_path / "run",
-             "--bottleneck", 8, "--dtype", "float32")
+    succeeds("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2, "--bottleneck", 8,
+             "--dtype", "float32", "--out", tmp_path / "run")
     assert result(tmp_path / "run")["n"] == 1
 
 
