@@ -75,15 +75,16 @@ def place(m: nn.Module, s: Settings) -> Placement:
     layout = next((y for y in LAYOUTS if all(find(m, t) for ts in y.lora.values() for t in ts)
                    and any(find(m, name) for name in y.h0)), Layout((), {}, {}, {}, "both"))
     places = layout.lora if s.method == "lora" else layout.out if s.side == "out" else layout.into
-    targets = tuple(s.targets or (t for ts in places.values() for t in ts))
+    own = (s.targets,) if isinstance(s.targets, str) else s.targets
+    targets = tuple(own or (t for ts in places.values() for t in ts))
     if not targets:
         raise ValueError(f"{type(m).__name__}: no known place for method {s.method!r}, side {s.side!r}; name targets=")
     names = find_all(m, targets)
 
-    sibo_at = s.sibo_at or (s.targets or layout.sibo_at)  # targets of one's own all get h0
+    sibo_at = s.sibo_at or own or layout.sibo_at  # targets of one's own all get h0
     if sibo_at in ("attn", "ffn", "both"):
         sibo_at = [t for p in ("attn", "ffn") if sibo_at in (p, "both") for t in places.get(p, ()) if t in targets]
-    sibo_at = tuple(sibo_at) if s.lam else ()
+    sibo_at = ((sibo_at,) if isinstance(sibo_at, str) else tuple(sibo_at)) if s.lam else ()
     mixed = frozenset(find_all(m, sibo_at))
     if s.lam and not (mixed and mixed <= set(names)):
         raise ValueError(f"sibo_at {s.sibo_at!r}: found {list(sibo_at)}, expected some of the adapted {list(targets)}; "
@@ -93,13 +94,23 @@ def place(m: nn.Module, s: Settings) -> Placement:
     if len(sources) != 1 and (s.lam or s.h0):
         raise ValueError(f"h0 {s.h0!r}: found {sources}, expected the one module whose output enters the first block; "
                          "name it with h0=")
-    d = next(m.get_submodule(sources[0]).parameters()).shape[-1] if len(sources) == 1 else None
+    d = _width_of_h0(m.get_submodule(sources[0]), sources[0]) if len(sources) == 1 else None
     widths = {name: _width(m.get_submodule(name), name, s, d) for name in names}
-    for name in mixed:
-        if widths[name] != d:
+    for name in names:  # not over the set: the first one named is then always the same
+        if name in mixed and widths[name] != d:
             raise ValueError(f"{name}: its input is {widths[name]} wide and h0 {d}, so it cannot take h0; "
                              "adapt it plainly, by leaving it out of sibo_at")
     return Placement(targets, sibo_at, sources[0] if len(sources) == 1 else "", widths, mixed)
+
+
+def _width_of_h0(source: nn.Module, name: str) -> int:
+    """Read off the last weight in the source: an embedding's, a norm's, a patch projection's."""
+    owners = [x for x in source.modules() if any(True for _ in x.parameters(recurse=False))]
+    if not owners:
+        raise ValueError(f"h0 {name!r}: found no weight in this {type(source).__name__}, expected a module whose "
+                         "weights tell how wide its output is, such as an embedding")
+    *_, last = owners[-1].parameters(recurse=False)
+    return last.shape[0 if isinstance(owners[-1], nn.Linear) else -1]
 
 
 def _width(base: nn.Module, name: str, s: Settings, d: int | None) -> int:

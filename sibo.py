@@ -33,7 +33,7 @@ class Settings:
 
     method: str = "lora"  # or "adapter"
     lam: float = 0.2  # λ in [0, 1); 0: the plain method, h0 is neither captured nor needed
-    targets: tuple[str, ...] | None = None  # modules by the last dotted segments of their names, * for any one segment
+    targets: str | tuple[str, ...] | None = None  # modules by the last dotted segments of their names, * for any one
     sibo_at: str | tuple[str, ...] | None = None  # which of them get h0: "attn", "ffn", "both" or names
     h0: str | None = None  # the module whose output is h0, named likewise
     rank: int = 32
@@ -51,7 +51,8 @@ class Settings:
             ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
             ("rank", self.rank > 0, "positive"), ("bottleneck", self.bottleneck > 0, "positive"),
             ("alpha", math.isfinite(self.alpha), "finite"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("side", self.side in ("out", "in"), "out or in"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
+            ("side", self.side in ("out", "in"), "out or in"),
+            ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
         ):
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
@@ -94,29 +95,29 @@ class Boosted(nn.Module):
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
         start = torch.tensor([math.log(lam / (1 - lam))], device=like.device) if lam and s.learn_lam else None
         self.logit = nn.Parameter(start) if start is not None else None
+        if s.method == "lora":
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.down, std=0.02)
         self.train(base.training)
 
     def lam(self) -> float | torch.Tensor:
         return self.fixed if self.logit is None else self.logit.sigmoid()
 
-    def fit(self, h0: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        if h0 is None or h0.shape[: len(shape)] != shape:
-            raise RuntimeError(f"{self.name}: found h0 {'missing' if h0 is None else tuple(h0.shape)}, expected the shape "
-                               f"of h, {tuple(shape)}; call the whole injected model, and with input_ids")
+    def fit(self, h0: torch.Tensor | None, *shape: int) -> torch.Tensor:
+        if h0 is None or h0.shape != shape:  # nothing is broadcast
+            raise RuntimeError(f"{self.name}: found h0 {'missing' if h0 is None else tuple(h0.shape)}, expected {shape}, "
+                               "as h is shaped; call the whole injected model, and with input_ids")
         return h0
 
     def mix(self, h: torch.Tensor) -> torch.Tensor:
         if not self.fixed:
             return h
-        h0, lam = self.fit(self.residual.h0, h.shape).to(h.dtype), self.lam()
+        h0, lam = self.fit(self.residual.h0, *h.shape).to(h.dtype), self.lam()
         return torch.lerp(h, h0, lam if self.logit is None else lam.to(h.dtype))  # h̃ = (1−λ)h + λh0
 
 
 class Adapter(Boosted):
-    def __init__(self, *args):
-        super().__init__(*args)
-        nn.init.normal_(self.down, std=0.02)
-
     def adapt(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         low = torch.tanh(F.linear(mixed, self.down.to(h.dtype)))
@@ -129,10 +130,6 @@ class Adapter(Boosted):
 
 
 class LoRA(Boosted):
-    def __init__(self, *args):
-        super().__init__(*args)
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         low = F.linear(F.dropout(mixed, self.s.dropout, self.training), self.down.to(h.dtype))
@@ -151,7 +148,8 @@ class Folded(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if self.lora.s.frozen_too:
             return self.base(self.lora.mix(h))
-        low = self.lora.fit(self.lora.residual.low and self.lora.residual.low[self.index], h.shape[:-1])
+        low = self.lora.residual.low and self.lora.residual.low[self.index]
+        low = self.lora.fit(low, *h.shape[:-1], self.lora.s.rank)
         return self.base(h) + F.linear(low.to(h.dtype), self.lora.up.to(h.dtype))
 
 
@@ -159,13 +157,13 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     """Freezes `m`, puts adapters or LoRA on it in place as `Settings` say (these are its keywords), and returns it.
 
     A child called `classifier` is trained whole. Raises ValueError for what does not fit, before `m` is touched."""
-    s = Settings(method, lam, **{k: (v,) if k == "targets" and isinstance(v, str) else v for k, v in settings.items()})
+    s = Settings(method, lam, **settings)
     if hasattr(m, "sibo"):
         raise ValueError(f"{type(m).__name__}: found it injected already with {m.sibo}; build or load it anew")
     where, residual = place(m, s), InitialResidual()
     m.sibo = replace(s, targets=where.targets, sibo_at=where.sibo_at, h0=where.source or None)
     m.requires_grad_(False)
-    for name, width in where.widths.items():
+    for name, width in reversed(where.widths.items()):  # what stands inside a target before the target
         base = m.get_submodule(name)
         kind, d_out = (LoRA, base.out_features) if method == "lora" else (Adapter, width)
         like = next(base.parameters(), next(m.parameters()))
@@ -185,8 +183,8 @@ def merge(m: nn.Module) -> nn.Module:
 
     s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W, added in float32 and rounded once, the second stays, and
     h0 A is one product for all modules. λ = 0 leaves the plain nn.Linear. ValueError for adapters."""
-    if m_has := [n for n, x in m.named_modules() if isinstance(x, Adapter)]:
-        raise ValueError(f"{m_has[0]}: an adapter is not linear in h (tanh), so no weight can hold it; only LoRA merges")
+    if adapters := [n for n, x in m.named_modules() if isinstance(x, Adapter)]:
+        raise ValueError(f"{adapters[0]}: an adapter is not linear in h (tanh), so no weight holds it: only LoRA folds")
     downs = []
     for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, LoRA) and x.base is not None]:
         lam, scale, W = float(x.lam()), x.s.alpha / x.s.rank, x.base.weight
@@ -215,15 +213,18 @@ def save(m: nn.Module, folder: str | Path) -> None:
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
-    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or a setting that differs."""
+    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings that do not fit."""
     path = Path(folder, "adapter.safetensors")
     stored, metadata = checkpoint.read_tensors(path)
-    settings = json.loads(metadata.get("sibo", "{}"))
-    if settings.get("method") == "full":
-        m.requires_grad_(True)
-    elif not hasattr(m, "sibo"):
-        inject(m, **settings)
-    elif (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
+    try:
+        settings = json.loads(metadata["sibo"])
+        if settings["method"] == "full":
+            m.requires_grad_(True)
+        elif not hasattr(m, "sibo"):
+            inject(m, **settings)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: found settings {metadata.get('sibo')}, unfit for {type(m).__name__}: {e}") from e
+    if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
         raise ValueError(f"{path}: found settings {settings}, expected the model's own {ours}")
     checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
     return m

@@ -146,8 +146,9 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
     optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
     m.grad_checkpoint = run.grad_checkpoint
     if run.compile:
-        for block in m.blocks:
-            block.compile()
+        torch.compiler.set_stance("default")
+        for block in m.blocks:  # they differ in their tensors only, so the first one's code serves all
+            block.compile(dynamic=True)
     m.train()
     began, tokens = time.perf_counter(), 0
     batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
@@ -170,6 +171,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
             f.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate(run, step):.1e}, {speed:.0f} tokens/s")
     m.eval()
+    torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
     seconds = time.perf_counter() - began
     return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
 
