@@ -33,7 +33,7 @@ class Settings:
 
     method: str = "lora"  # or "adapter"
     lam: float = 0.2  # λ in [0, 1); 0: the plain method, h0 is neither captured nor needed
-    targets: str | tuple[str, ...] | None = None  # modules by the last dotted segments of their names, * for any one
+    targets: str | tuple[str, ...] | None = None  # by the last dotted segments of their names, * for any one segment
     sibo_at: str | tuple[str, ...] | None = None  # which of them get h0: "attn", "ffn", "both" or names
     h0: str | None = None  # the module whose output is h0, named likewise
     rank: int = 32
@@ -49,10 +49,9 @@ class Settings:
         for name, ok, expected in (
             ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
             ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
-            ("rank", self.rank > 0, "positive"), ("bottleneck", self.bottleneck > 0, "positive"),
-            ("alpha", math.isfinite(self.alpha), "finite"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("side", self.side in ("out", "in"), "out or in"),
-            ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
+            ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("bottleneck", self.bottleneck > 0, "positive"), ("side", self.side in ("out", "in"), "out or in"),
+            ("alpha", math.isfinite(self.alpha), "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
         ):
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
@@ -90,15 +89,13 @@ class Boosted(nn.Module):
     def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, lam: float, s: Settings, residual, like):
         super().__init__()
         self.name, self.base, self.fixed, self.s, self.residual = name, base, lam, s, residual
-        r, dtype = s.rank if s.method == "lora" else s.bottleneck, torch.promote_types(like.dtype, torch.float32)
+        lora, dtype = s.method == "lora", torch.promote_types(like.dtype, torch.float32)
+        r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
         start = torch.tensor([math.log(lam / (1 - lam))], device=like.device) if lam and s.learn_lam else None
         self.logit = nn.Parameter(start) if start is not None else None
-        if s.method == "lora":
-            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        else:
-            nn.init.normal_(self.down, std=0.02)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.train(base.training)
 
     def lam(self) -> float | torch.Tensor:
@@ -106,8 +103,8 @@ class Boosted(nn.Module):
 
     def fit(self, h0: torch.Tensor | None, *shape: int) -> torch.Tensor:
         if h0 is None or h0.shape != shape:  # nothing is broadcast
-            raise RuntimeError(f"{self.name}: found h0 {'missing' if h0 is None else tuple(h0.shape)}, expected {shape}, "
-                               "as h is shaped; call the whole injected model, and with input_ids")
+            found = "missing" if h0 is None else tuple(h0.shape)
+            raise RuntimeError(f"{self.name}: found h0 {found}, expected {shape}; call the whole model, with input_ids")
         return h0
 
     def mix(self, h: torch.Tensor) -> torch.Tensor:
@@ -148,8 +145,8 @@ class Folded(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if self.lora.s.frozen_too:
             return self.base(self.lora.mix(h))
-        low = self.lora.residual.low and self.lora.residual.low[self.index]
-        low = self.lora.fit(low, *h.shape[:-1], self.lora.s.rank)
+        lows = self.lora.residual.low
+        low = self.lora.fit(lows and lows[self.index], *h.shape[:-1], self.lora.s.rank)
         return self.base(h) + F.linear(low.to(h.dtype), self.lora.up.to(h.dtype))
 
 
@@ -163,11 +160,13 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     where, residual = place(m, s), InitialResidual()
     m.sibo = replace(s, targets=where.targets, sibo_at=where.sibo_at, h0=where.source or None)
     m.requires_grad_(False)
-    for name, width in reversed(where.widths.items()):  # what stands inside a target before the target
-        base = m.get_submodule(name)
+    modules = dict(m.named_modules())  # as they stand now: a target may lie inside another
+    for name, width in where.widths.items():
+        base, (owner, _, leaf) = modules[name], name.rpartition(".")
         kind, d_out = (LoRA, base.out_features) if method == "lora" else (Adapter, width)
         like = next(base.parameters(), next(m.parameters()))
-        m.set_submodule(name, kind(name, base, width, d_out, lam if name in where.mixed else 0.0, s, residual, like))
+        new = kind(name, base, width, d_out, lam if name in where.mixed else 0.0, s, residual, like)
+        setattr(modules[owner], leaf, new)
     if where.mixed:  # bound methods: deepcopy binds them to the copy, where a closure would go on filling the original
         m.register_forward_pre_hook(residual.clear)
         m.get_submodule(where.source).register_forward_hook(residual.capture)
@@ -195,9 +194,8 @@ def merge(m: nn.Module) -> nn.Module:
             downs.append(x.down)
         m.set_submodule(name, Folded(x, len(downs) - 1) if lam else x.base)
     if downs:
-        m.h0_down = nn.Linear(downs[0].shape[1], sum(map(len, downs)), bias=False).to(downs[0])
-        m.h0_down.weight.copy_(torch.cat(downs))
-        x.residual.down, x.residual.rank = m.h0_down, x.s.rank
+        x.residual.down = m.h0_down = nn.Linear(downs[0].shape[1], sum(map(len, downs)), bias=False, device="meta")
+        m.h0_down.weight, x.residual.rank = nn.Parameter(torch.cat(downs)), x.s.rank
     return m.requires_grad_(False)
 
 

@@ -111,6 +111,8 @@ def test_sibo_at_moves_h0_to_attention_to_the_ffn_or_to_both_but_never_to_the_wi
 def test_sibo_at_on_berts_two_adapters():
     for sibo_at, expected in (("attn", ["attn"]), ("ffn", ["mlp"]), ("both", ["attn", "mlp"])):
         assert placed(ours("bert"), "adapter", sibo_at=sibo_at)[1] == names("blocks", *expected)
+        expected = [dict(zip(("attn", "mlp"), HF_BERT_ADAPTERS, strict=True))[x] for x in expected]
+        assert placed(theirs("bert"), "adapter", sibo_at=sibo_at)[1] == names("encoder.layer", *expected)
 
 
 def test_sibo_at_takes_names_one_or_several():

@@ -183,7 +183,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_draft(monkeypatch, capsys, t
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_every_method_trains_only_what_it_should_and_the_loss_falls(method, tmp_path, tiny_llama):
-    run = train.Run(backbone=str(tiny_llama), method=method, steps=12, warmup=2, lr=1e-2, batch_size=4,
+    run = train.Run(backbone=str(tiny_llama), method=method, steps=12, warmup=2, lr=1e-2, batch_size=8,
                     micro_batch_size=2, lam=0.2 if "sibo" in method else 0.0, rank=4, bottleneck=8, dropout=0.0)
     torch.manual_seed(0)
     m = model.from_pretrained(tiny_llama)
