@@ -584,7 +584,7 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     if m.training:
         raise ValueError("generate: found the model in training mode (dropout on), expected m.eval()")
     if max_new_tokens < 1 or num_beams < 1:
-        raise ValueError(f"generate: found {max_new_tokens} new tokens and {num_beams} beams, expected 1 or more of each")
+        raise ValueError(f"generate: found {max_new_tokens} new tokens and {num_beams} beams, expected 1 or more")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not bool(mask[:, -1].all()):
         raise ValueError("generate: found padding at the end of a prompt, expected it on the left")

@@ -1,4 +1,4 @@
-"""Where SIBO's modules go: which modules of a model are adapted and which of those get h0, found by name.
+"""Where SIBO's modules go and what they are told: which modules are adapted, which of those get h0, found by name.
 
 Source: the paper's Section 4.2 (targets of each backbone) and 4.4 (placement of h0). A name that matches nothing, or a
 module that cannot take h0, is an error, where the official code skips it and trains less than it was asked to."""
@@ -6,14 +6,42 @@ module that cannot take h0, is an error, where the official code skips it and tr
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from sibo import Settings
+
+@dataclass(frozen=True)
+class Settings:
+    """What `inject` is told; None: the paper's choice, see placement.py. Stored with the trained weights."""
+
+    method: str = "lora"  # or "adapter"
+    lam: float = 0.2  # λ in [0, 1); 0: the plain method, h0 is neither captured nor needed
+    targets: str | tuple[str, ...] | None = None  # by the last dotted segments of their names, * for any one segment
+    sibo_at: str | tuple[str, ...] | None = None  # which of them get h0: "attn", "ffn", "both" or names
+    h0: str | None = None  # the module whose output is h0, named likewise
+    rank: int = 32
+    alpha: float = 64.0  # s = alpha / rank
+    dropout: float = 0.0  # on the input of the low-rank path
+    bottleneck: int = 256
+    side: str = "out"  # an adapter on the module's output, or "in": on its input
+    skip: str = "mixed"  # h̃ + …, Eq. (4), or "plain": h + …
+    learn_lam: bool = False  # λ = sigmoid of a number a module, starting at lam (Section 7)
+    frozen_too: bool = False  # the frozen weight sees h̃ as well (Table 6)
+
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
+            ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
+            ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("bottleneck", self.bottleneck > 0, "positive"), ("side", self.side in ("out", "in"), "out or in"),
+            ("alpha", math.isfinite(self.alpha), "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+
 
 QKV = ("q_proj", "k_proj", "v_proj")
 

@@ -14,7 +14,7 @@ method), λ is stored with the weights (theirs: forgotten) and merging is exact 
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,50 +24,27 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
-from placement import place
+from placement import Settings, place
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `inject` is told; None: the paper's choice, see placement.py. Stored with the trained weights."""
-
-    method: str = "lora"  # or "adapter"
-    lam: float = 0.2  # λ in [0, 1); 0: the plain method, h0 is neither captured nor needed
-    targets: str | tuple[str, ...] | None = None  # by the last dotted segments of their names, * for any one segment
-    sibo_at: str | tuple[str, ...] | None = None  # which of them get h0: "attn", "ffn", "both" or names
-    h0: str | None = None  # the module whose output is h0, named likewise
-    rank: int = 32
-    alpha: float = 64.0  # s = alpha / rank
-    dropout: float = 0.0  # on the input of the low-rank path
-    bottleneck: int = 256
-    side: str = "out"  # an adapter on the module's output, or "in": on its input
-    skip: str = "mixed"  # h̃ + …, Eq. (4), or "plain": h + …
-    learn_lam: bool = False  # λ = sigmoid of a number a module, starting at lam (Section 7)
-    frozen_too: bool = False  # the frozen weight sees h̃ as well (Table 6)
-
-    def __post_init__(self):
-        for name, ok, expected in (
-            ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
-            ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
-            ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("bottleneck", self.bottleneck > 0, "positive"), ("side", self.side in ("out", "in"), "out or in"),
-            ("alpha", math.isfinite(self.alpha), "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """xW, with W (out, in) as nn.Linear stores it, in the precision of x."""
+    return F.linear(x, W.to(x.dtype))
 
 
 class InitialResidual:
     """Carries h0 (B, T, d) through one forward pass. A plain object: no parameter, no buffer, nothing to shard."""
 
     h0 = low = down = None  # down, low: in a merged model all modules' A side by side, and h0 A, one slice a module
+    running = False
 
     def clear(self, root, args):  # a pass that bypasses the source must not find the h0 of an earlier one
-        self.h0 = self.low = None
+        self.h0, self.low, self.running = None, None, True
 
     def capture(self, source, args, output):
-        self.h0 = output
-        self.low = self.down and F.linear(output, self.down.weight.to(output.dtype)).split(self.rank, -1)
+        if self.running:  # a call past the root would have nobody to clear and keep h0 for it: missing is safer
+            self.h0 = output
+            self.low = self.down and times(output, self.down.weight).split(self.rank, -1)
 
     def keep(self, root, args, output):
         """Checkpointed blocks run forward again inside the backward, when a later pass may have left its h0 here: the
@@ -75,6 +52,7 @@ class InitialResidual:
         for t in () if torch.compiler.is_compiling() else tree_leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad:
                 t.register_hook(partial(self.put_back, self.h0))
+        self.running = False
 
     def put_back(self, h0, grad):
         self.h0 = h0
@@ -117,8 +95,8 @@ class Boosted(nn.Module):
 class Adapter(Boosted):
     def adapt(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
-        low = torch.tanh(F.linear(mixed, self.down.to(h.dtype)))
-        return (mixed if self.s.skip == "mixed" else h) + F.linear(low, self.up.to(h.dtype))  # Eq. (4); λ = 0: Eq. (1)
+        skip = mixed if self.s.skip == "mixed" else h
+        return skip + times(torch.tanh(times(mixed, self.down)), self.up)  # Eq. (4); λ = 0: Eq. (1)
 
     def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.s.side == "in":
@@ -129,9 +107,9 @@ class Adapter(Boosted):
 class LoRA(Boosted):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
-        low = F.linear(F.dropout(mixed, self.s.dropout, self.training), self.down.to(h.dtype))
-        frozen = self.base(mixed if self.s.frozen_too else h)
-        return frozen + self.s.alpha / self.s.rank * F.linear(low, self.up.to(h.dtype))  # Eq. (5); λ = 0: Eq. (2)
+        frozen = self.base(mixed if self.s.frozen_too else h)  # Table 6: should W see h̃ too?
+        low = times(F.dropout(mixed, self.s.dropout, self.training), self.down)
+        return frozen + self.s.alpha / self.s.rank * times(low, self.up)  # Eq. (5); λ = 0: Eq. (2)
 
 
 class Folded(nn.Module):
@@ -147,7 +125,7 @@ class Folded(nn.Module):
             return self.base(self.lora.mix(h))
         lows = self.lora.residual.low
         low = self.lora.fit(lows and lows[self.index], *h.shape[:-1], self.lora.s.rank)
-        return self.base(h) + F.linear(low.to(h.dtype), self.lora.up.to(h.dtype))
+        return self.base(h) + times(low.to(h.dtype), self.lora.up)
 
 
 def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> nn.Module:
