@@ -430,7 +430,8 @@ def _pick(rng: random.Random, choices):
 def _word_problem(template: tuple[str, str, str], split: str, rng: random.Random) -> tuple[str, str, int]:
     question, ranges, work = template
     while True:     # numbers are drawn until they belong to this side and every step is one for the head
-        numbers = {letter: _pick(rng, range(int(low), int(high) + 1))
+        # the least of three draws: small numbers are the likelier ones, as they are in MAWPS and its kin
+        numbers = {letter: min(_pick(rng, range(int(low), int(high) + 1)) for _ in range(3))
                    for letter, low, high in re.findall(r"(\w) (\d+)-(\d+)", ranges)}
         side = "test" if _digest(f"{question} {numbers}")[0] < 52 else "train"     # one in five
         if side == split and (solved := _solve(work, numbers)):
@@ -454,21 +455,8 @@ def _solve(work: str, numbers: dict[str, int]) -> tuple[str, int] | None:
         if max(p, q) > 100 or value < 2 or (op == "/" and p % q) or (op in "*/" and min(p, q) > 12):
             return None
         known[result] = value
-        pieces[place] = f"{p} {op} {q} = {_by_head(p, op, q, value)}{value}"
+        pieces[place] = f"{p} {op} {q} = {value}"
     return "".join(pieces), value
-
-
-def _by_head(p: int, op: str, q: int, value: int) -> str:
-    """The step between, as it is done in the head: tens first, then ones (58 + 26 = 78 + 6 = 84, 82 - 33 = 52 - 3 = 49,
-    29 * 3 = 60 + 27 = 87, 68 / 2 = 30 + 4 = 34); nothing where there is no need."""
-    if op in "+-":
-        ones = q % 10
-        first = p + q - ones if op == "+" else p - q + ones
-        return f"{first} {op} {ones} = " if q > 10 and ones else ""
-    tens = max(p, q) // 10 * 10 if op == "*" else value // 10 * 10
-    rest = max(p, q) - tens if op == "*" else value - tens
-    factor = min(p, q) if op == "*" else 1
-    return f"{tens * factor} + {rest * factor} = " if tens + rest > 12 and rest else ""
 
 
 # ------------------------------------------------------------------------------------------ prompt, label mask, batches
