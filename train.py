@@ -280,8 +280,10 @@ def table(results: Sequence[dict]) -> str:
                                enumerate(zip(row, widths, strict=True))) for row in rows)
 
 
-def name_of(task: str) -> str:
-    return Path(task).stem
+def name_of(backbone_or_task: str) -> str:
+    """The last part of a path or hub id, without a file's ending (but with a name's own dots: llama-3.2-1b)."""
+    name = Path(backbone_or_task).name
+    return Path(name).stem if name.endswith((".gguf", ".json", ".jsonl")) else name
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -64,6 +64,13 @@ def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
     assert loss == pytest.approx(float(sum(tokens).detach()) / len(tokens), abs=1e-9)
 
 
+@pytest.mark.parametrize(("given", "name"), [
+    ("smollm2-135m", "smollm2-135m"), ("meta/llama-3.2-1b", "llama-3.2-1b"), ("/a/b.Q4_1.gguf", "b.Q4_1"),
+    ("/data/mine.jsonl", "mine"), ("rte", "rte")])
+def test_a_run_folder_is_named_after_the_last_part_of_backbone_and_task(given, name):
+    assert train.name_of(given) == name
+
+
 def test_a_batch_without_a_labelled_token_is_an_error():
     with pytest.raises(ValueError, match="without one labelled token; raise --cutoff"):
         train.train_step(torch.nn.Linear(1, 1), [data.Row([1, 2], [-100, -100])], 1, 0)
