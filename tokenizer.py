@@ -55,10 +55,9 @@ def from_pretrained(name_or_dir: str | Path) -> "Tokenizer":
 
 class Tokenizer:
     """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
-    vocab_size is 1 + the largest id. added: as in tokenizer.json; hidden: more ids that decode leaves out."""
+    vocab_size is 1 + the largest id. added: as in tokenizer.json."""
 
-    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates,
-                 hidden: Iterable[int] = ()):
+    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
         for token in added:
             if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
                 raise ValueError(f"unsupported added token {token}: single_word, or another id than in the vocabulary")
@@ -68,7 +67,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self.vocab.values())
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
         self.templates = templates
-        self.special = {*hidden, *(token["id"] for token in added if token["special"])}
+        self.special = {token["id"] for token in added if token["special"]}
         # A "normalized" token is spelled as the normalizer would leave it, and looked for in normalized text.
         self.added = {token["content"]: token for token in added if not token["normalized"]}
         self.added_normalized = {self._normalize(token["content"]): token for token in added if token["normalized"]}
@@ -137,15 +136,14 @@ class WordPiece(Tokenizer):
 class BPE(Tokenizer):
     """Both BPEs. ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
     spelled: the bytes of each id. words: the pattern of what is merged by itself.
-    space: None for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
+    space: "" for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
     Prepend and Replace, or Metaspace's "always", "first" and "never", which put no space before a leading one."""
 
     unspelled = "\ufffd".encode()
 
-    def __init__(self, *shared, ranks: dict[bytes, list[int]], spelled: dict[int, bytes], words: str, space: str | None,
-                 hidden: Iterable[int] = ()):
+    def __init__(self, *shared, ranks: dict[bytes, list[int]], spelled: dict[int, bytes], words: str, space: str = ""):
         self.space, self.words, self.ids = space, words, list(ranks.values())
-        super().__init__(*shared, hidden)
+        super().__init__(*shared)
         self.spelled = spelled | {token["id"]: token["content"].encode() for token in shared[1]}
         self.engine = tiktoken.Encoding("sibo", pat_str=words, special_tokens={},
                                         mergeable_ranks={data: rank for rank, data in enumerate(ranks)})
@@ -181,12 +179,12 @@ def _byte_level(vocab: dict, added: list, named: dict, templates: Templates, mer
     ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
     ranks |= {bytes(byte[c] for c in token): [vocab[token]] for token in _merged(merges, vocab)}
     spelled = {i: bytes(byte[c] for c in token) for token, i in vocab.items() if byte.keys() >= set(token)}
-    return BPE(vocab, added, named, templates, ranks=ranks, spelled=spelled, space=None,
+    return BPE(vocab, added, named, templates, ranks=ranks, spelled=spelled,
                words=WORDS_DIGITS_APART if digits_apart else WORDS)
 
 
 def _sentencepiece(vocab: dict, added: list, named: dict, templates: Templates, order: list[str], space: str,
-                   by_word: bool = False, hidden: Iterable[int] = ()) -> BPE:
+                   by_word: bool = False) -> BPE:
     """order: the pieces of several characters, first merged first. by_word: each space begins a new word."""
     if any(SPACE in piece.lstrip(SPACE) for piece in order):
         raise ValueError("unsupported piece with a space after another character: texts are merged word by word")
@@ -200,7 +198,7 @@ def _sentencepiece(vocab: dict, added: list, named: dict, templates: Templates, 
     # A character that is no piece, or only the beginning of one, is spelled in byte tokens.
     ranks = {data: pieces.get(data) or [byte_ids[b] for b in data] for data in (*strings, *pieces)}
     spelled = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
-    return BPE(vocab, added, named, templates, ranks=ranks, space=space, hidden=hidden,
+    return BPE(vocab, added, named, templates, ranks=ranks, space=space,
                spelled=spelled | {i: bytes([b]) for b, i in enumerate(byte_ids)},
                words=rf"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if by_word else rf"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
@@ -279,51 +277,53 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
     if trainer.get(3, 1) != 2:
         raise ValueError(f"not a SentencePiece model of type BPE: model_type is {trainer.get(3, 1)}, expected 2")
-    charsmap, keeps_spaces = normalizer.get(2) or normalizer.get(6), not normalizer.get(4, 1) and normalizer.get(5, 1)
-    if charsmap or not keeps_spaces or trainer.get(24):
-        raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
     pieces = [dict(_protobuf(message)) for field, message in messages if field == 1]
-    pieces = [(p[1].decode(), struct.unpack("<f", p.get(2, bytes(4)))[0], p.get(3, 1)) for p in pieces]
+    vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
+    said = _json(file.parent / "tokenizer_config.json") | {
+        "scores": [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces],
+        "token_type": [piece.get(3, 1) for piece in pieces],
+        "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
+        "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
+        "add_space_prefix": normalizer.get(3, 1)}
     fields = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
     ids = {role: trainer.get(field, default) for role, (field, default) in fields.items()}
-    vocab, order, hidden = _pieces(pieces)
     late = _late_tokens(file.parent, vocab)
     named = _named(file.parent, vocab, late, {role: i if 0 <= i < len(pieces) else None for role, i in ids.items()})
-    templates = _around(named, {"add_bos_token": True} | _json(file.parent / "tokenizer_config.json"))
-    return _sentencepiece(vocab, late, named, templates, order, "prefix" if normalizer.get(3, 1) else "replace",
-                          hidden=hidden)
+    return _from_pieces(vocab, late, named, said)
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     fields = gguf.GGUFReader(file).fields
-    get = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
+    said = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    named = {role: get.get(f"{key}_token_id") for role, key in roles.items()}
-    tokens, kinds = get["tokens"], get["token_type"]
-    if get["model"] == "llama":
-        if get.get("precompiled_charsmap") or get.get("remove_extra_whitespaces"):
-            raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
-        vocab, order, hidden = _pieces(list(zip(tokens, get["scores"], kinds, strict=True)))
-        return _sentencepiece(vocab, [], named, _around(named, {"add_bos_token": True} | get), order,
-                              "prefix" if get.get("add_space_prefix", True) else "replace", hidden=hidden)
+    named = {role: said.get(f"{key}_token_id") for role, key in roles.items()}
+    vocab = {token: i for i, token in enumerate(said["tokens"])}
+    if said["model"] == "llama":
+        return _from_pieces(vocab, [], named, said)
     # llama.cpp's "default" splits in its own way, it is not GPT-2's.
-    if get["model"] != "gpt2" or get.get("pre") not in ("smollm", "gpt-2"):
-        raise ValueError(f"unsupported tokenizer {get['model']!r} with pre-tokenizer {get.get('pre')!r}, expected "
+    if said["model"] != "gpt2" or said.get("pre") not in ("smollm", "gpt-2"):
+        raise ValueError(f"unsupported tokenizer {said['model']!r} with pre-tokenizer {said.get('pre')!r}, expected "
                          "'llama', or 'gpt2' with 'smollm' or 'gpt-2'")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    control, user = ({i for i, k in enumerate(kinds) if k == kind} for kind in (3, 4))
-    added = _special(vocab, control) + [token | {"special": False} for token in _special(vocab, user)]
-    return _byte_level(vocab, added, named, _around(named, get), get["merges"], get["pre"] == "smollm")
+    control, user = ({i for i, kind in enumerate(said["token_type"]) if kind == k} for k in (3, 4))
+    added = _special(vocab, control) + _special(vocab, user, special=False)
+    return _byte_level(vocab, added, named, _around(named, said), said["merges"], said["pre"] == "smollm")
 
 
-def _pieces(pieces: list[tuple[str, float, int]]) -> tuple[dict[str, int], list[str], list[int]]:
-    """From (piece, score, type): the vocabulary, the pieces in merge order, and the ids that stand for no text.
-    Control pieces are not looked for in texts, as in sentencepiece: no text can spell the end of itself."""
-    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    if len(vocab) < len(pieces) or {kind for _, _, kind in pieces} != {1, 2, 3, 6}:
+def _from_pieces(vocab: dict, added: list, named: dict, said: dict) -> BPE:
+    """A SentencePiece model by what is said of it in a .gguf file's words."""
+    if said.get("precompiled_charsmap") or said.get("remove_extra_whitespaces"):
+        raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
+    scores, kinds = said["scores"], said["token_type"]
+    if len(vocab) < len(kinds) or set(kinds) != {1, 2, 3, 6}:
         raise ValueError("unsupported pieces, expected each once and of the types normal, unknown, control and byte")
-    normal = sorted((p for p in pieces if p[2] == 1 and len(p[0]) > 1), key=lambda p: -p[1])  # ties: the lower id first
-    return vocab, [p[0] for p in normal], [i for i, p in enumerate(pieces) if p[2] in (2, 3)]
+    best_first = sorted((-score, i, piece) for (piece, i), score, kind in zip(vocab.items(), scores, kinds, strict=True)
+                        if kind == 1 and len(piece) > 1)
+    tokenizer = _sentencepiece(vocab, added, named, _around(named, {"add_bos_token": True} | said),
+                               [piece for _, _, piece in best_first],
+                               "prefix" if said.get("add_space_prefix", True) else "replace")
+    # As in sentencepiece, unknown and control pieces are not looked for in texts: none can spell the end of itself.
+    tokenizer.special.update(i for i, kind in enumerate(kinds) if kind in (2, 3))
+    return tokenizer
 
 
 def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -379,9 +379,9 @@ def _ids(added: list[dict]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in added}
 
 
-def _special(vocab: dict[str, int], ids: Iterable[int | None]) -> list[dict]:
-    """Added tokens that decode leaves out, one for each of these ids."""
-    flags = {"special": True} | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+def _special(vocab: dict[str, int], ids: Iterable[int | None], special: bool = True) -> list[dict]:
+    """Added tokens, one for each of these ids; those that are special are left out by decode."""
+    flags = {"special": special} | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
     ids = set(ids)
     return [{"content": token, "id": i} | flags for token, i in vocab.items() if i in ids]
 
