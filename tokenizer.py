@@ -61,7 +61,7 @@ class Tokenizer:
         for token in added:
             if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
                 raise ValueError(f"unsupported added token {token}: single_word, or another id than in the vocabulary")
-        self.vocab = vocab | _ids(added)
+        self.vocab = vocab | {token["content"]: token["id"] for token in added}
         if not self.vocab or any(type(i) is not int or i < 0 for i in self.vocab.values()):
             raise ValueError("expected a vocabulary of tokens with non-negative integers as ids")
         self.vocab_size = 1 + max(self.vocab.values())
@@ -208,16 +208,15 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
     spec = json.loads(file.read_text("utf-8"))
     model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
     listed = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
-    names, steps = [step["type"] for step in listed], {step["type"]: step for step in listed}
+    names = [step["type"] for step in listed]
+    steps = dict(zip(names, listed, strict=True))
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")  # older files leave it out
-    recipe = (kind, *names) if kind != "BPE" else (kind, bool(model.get("byte_fallback")), *names)
-    unknown_token = (vocab | _ids(added)).get(model.get("unk_token"))
-    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": unknown_token}), _post_processor(spec))
+    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": model.get("unk_token")}), _post_processor(spec))
     if kind == "BPE":
         _require("model", model, dropout=(None, 0), continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""),
                  ignore_merges=(None, False))
-    match recipe:
-        case ("WordPiece", "BertNormalizer", "BertPreTokenizer"):
+    match (kind, bool(model.get("byte_fallback")), *names):
+        case ("WordPiece", False, "BertNormalizer", "BertPreTokenizer"):
             _require("model", model, continuing_subword_prefix=("##",))
             settings = steps["BertNormalizer"]
             _require("BertNormalizer", settings, clean_text=(True,))
@@ -225,13 +224,13 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
                              split_cjk=settings["handle_chinese_chars"], max_chars=model["max_input_chars_per_word"])
         case ("BPE", False, "ByteLevel") | ("BPE", False, "Digits", "ByteLevel"):
             _require("ByteLevel", steps["ByteLevel"], add_prefix_space=(False,), use_regex=(None, True))
-            _require("Digits", steps.get("Digits", {}), individual_digits=(True,) if "Digits" in steps else (None,))
+            _require("Digits", steps.get("Digits"), individual_digits=(True,))
             tokenizer = _byte_level(*shared, model["merges"], "Digits" in steps)
             if tokenizer.missing and model.get("unk_token"):
                 raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
             return tokenizer
         case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace"):
-            _require("Prepend", steps.get("Prepend", {}), prepend=(SPACE,) if "Prepend" in steps else (None,))
+            _require("Prepend", steps.get("Prepend"), prepend=(SPACE,))
             _require("Replace", steps["Replace"], pattern=({"String": " "},), content=(SPACE,))
             space = "prefix" if "Prepend" in steps else "replace"
             return _sentencepiece(*shared, _merged(model["merges"], vocab), space)
@@ -249,8 +248,7 @@ def _from_vocab(file: Path) -> Tokenizer:
     vocab = {line.rstrip("\r"): i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
     config, late = _json(file.parent / "tokenizer_config.json"), _late_tokens(file.parent, vocab)
     _require("tokenizer_config.json", config, never_split=(None, []), do_basic_tokenize=(None, True))
-    roles = ("unk", "sep", "pad", "cls", "mask")
-    named = _named(file.parent, vocab, late, {role: vocab.get(f"[{role.upper()}]") for role in roles})
+    named = _named(file.parent, vocab, late, {r: f"[{r.upper()}]" for r in ("unk", "sep", "pad", "cls", "mask")})
     cls, sep = named["cls"], named["sep"]
     if cls is None or sep is None:
         raise ValueError("expected [CLS] and [SEP] in the vocabulary")
@@ -265,8 +263,8 @@ def _from_merges(file: Path) -> Tokenizer:
         raise FileNotFoundError(f"{merges}: not found, expected beside {file.name}")
     vocab, config = json.loads(file.read_text("utf-8")), _json(file.parent / "tokenizer_config.json")
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
-    late, end = _late_tokens(file.parent, vocab), vocab.get("<|endoftext|>")
-    named = _named(file.parent, vocab, late, {"bos": end, "eos": end})
+    late = _late_tokens(file.parent, vocab)
+    named = _named(file.parent, vocab, late, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
     _require("tokenizer_config.json", config, add_prefix_space=(None, False))
     return _byte_level(vocab, _special(vocab, named.values()) + late, named, _around(named, config), lines, False)
 
@@ -285,10 +283,9 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
         "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
         "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
         "add_space_prefix": normalizer.get(3, 1)}
-    fields = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
-    ids = {role: trainer.get(field, default) for role, (field, default) in fields.items()}
-    late = _late_tokens(file.parent, vocab)
-    named = _named(file.parent, vocab, late, {role: i if 0 <= i < len(pieces) else None for role, i in ids.items()})
+    ids = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2), "pad": trainer.get(43, -1)}
+    late, spelled = _late_tokens(file.parent, vocab), dict(enumerate(vocab))
+    named = _named(file.parent, vocab, late, {role: spelled.get(i) for role, i in ids.items()})
     return _from_pieces(vocab, late, named, said)
 
 
@@ -375,10 +372,6 @@ def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
     return list(dict.fromkeys(map("".join, pairs)))
 
 
-def _ids(added: list[dict]) -> dict[str, int]:
-    return {token["content"]: token["id"] for token in added}
-
-
 def _special(vocab: dict[str, int], ids: Iterable[int | None], special: bool = True) -> list[dict]:
     """Added tokens, one for each of these ids; those that are special are left out by decode."""
     flags = {"special": special} | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
@@ -393,21 +386,20 @@ def _late_tokens(folder: Path, vocab: dict[str, int]) -> list[dict]:
     return list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
 
 
-def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, int | None]) -> dict[str, int | None]:
+def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, str | None]) -> dict[str, int | None]:
     """The ids of the tokens with a role: as the tokenizer's files name them, else the default, else the model's."""
-    table, named = vocab | _ids(added), {}
+    table, named = vocab | {token["content"]: token["id"] for token in added}, {}
     by_name = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
     for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"):
-        names = [config.get(f"{role}_token") for config in by_name]
-        name = next((n["content"] if isinstance(n, dict) else n for n in names if n), None)
+        name = next(filter(None, (config.get(f"{role}_token") for config in by_name)), None)
+        name = name["content"] if isinstance(name, dict) else name
         if name is not None and name not in table:
             raise ValueError(f"{role}_token is {name!r}, expected a token of the vocabulary")
         ids = [config.get(f"{role}_token_id") for config in by_id]
         ids = [i[0] if isinstance(i, list) else i for i in ids]  # of several, the first
-        known = (i for i in ids if i in table.values())  # old configs have pad_token_id -1 for none
-        default = defaults.get(role)
-        named[role] = table[name] if name is not None else next(known, None) if default is None else default
+        models = next((i for i in ids if i in table.values()), None)  # old configs have pad_token_id -1 for none
+        named[role] = table.get(defaults.get(role) if name is None else name, models)
     return named
 
 
@@ -425,10 +417,9 @@ def _post_processor(spec: dict) -> Templates:
         return ["A"], ["A", "B"]
     if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
         raise ValueError(f"unsupported post_processor {', '.join(names)}, expected TemplateProcessing")
-    template = steps[0]
-    ids = {name: token["ids"] for name, token in template["special_tokens"].items()}
-    single, pair = ([i for item in template[form] for kind, part in item.items()
-                     for i in ([part["id"]] if kind == "Sequence" else ids[part["id"]])] for form in ("single", "pair"))
+    ids = {"A": ["A"], "B": ["B"]} | {name: token["ids"] for name, token in steps[0]["special_tokens"].items()}
+    single, pair = ([i for item in steps[0][form] for part in item.values() for i in ids[part["id"]]]
+                    for form in ("single", "pair"))
     return single, pair
 
 
@@ -439,9 +430,9 @@ def _steps(step: dict | None) -> list[dict]:
     return next(value for key, value in step.items() if key != "type")
 
 
-def _require(part: str, found: dict, **known: tuple) -> None:
+def _require(part: str, found: dict | None, **known: tuple) -> None:
     for key, values in known.items():
-        if found.get(key) not in values:
+        if found is not None and found.get(key) not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(f"unsupported {key} {found.get(key)!r} in {part}, expected {expected}")
 
