@@ -9,6 +9,7 @@ Prompt, answer extraction and file layout follow LLM-Adapters, whose data the pa
     (the official code draws 120 examples at random, of which some may be repeated among the rest);
   - the official loss mask assumes that the prompt's tokens begin the whole text's tokens; `encode` makes sure of it.
 """
+
 import difflib
 import hashlib
 import itertools
@@ -29,18 +30,22 @@ NUMBER, LETTER = r"-?\d+\.?\d*", r"[A-E]"
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
+
+
 @dataclass(frozen=True)
 class Example:
     """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else ""."""
+
     instruction: str
-    output: str = ""    # what to learn to write; "" in test files
-    answer: str = ""    # what is scored: a number, a letter or a word
+    output: str = ""  # what to learn to write; "" in test files
+    answer: str = ""  # what is scored: a number, a letter or a word
     part: str = ""
 
 
 @dataclass(frozen=True)
 class Sentence:
     """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5."""
+
     text: str
     pair: str | None
     label: int | float
@@ -49,18 +54,19 @@ class Sentence:
 @dataclass(frozen=True)
 class Task:
     """What is to be known of a task. Files are relative to the data directory; `test` "" means held out of `train`."""
+
     name: str
-    kind: str                           # word-problems | arithmetic | commonsense | glue | own
+    kind: str  # word-problems | arithmetic | commonsense | glue | own
     train: tuple[str, ...] = ()
     test: str = ""
-    counts: tuple[int, int] = (0, 0)    # published number of training and test examples; 0: not known
-    held_out: int = 0                   # without a test file: at most so many questions, and at most a tenth
-    answers: str = ""                   # pattern of an answer within a response; "": the response ends in the answer
+    counts: tuple[int, int] = (0, 0)  # published number of training and test examples; 0: not known
+    held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
+    answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
     max_new_tokens: int = 0
-    metric: str = "accuracy"            # the score: accuracy | matthews | f1 | pearson
-    num_labels: int = 0                 # 0: text to text, 1: regression, more: classes
-    columns: tuple = ()                 # GLUE: label, sentence(s): their names in the header or, without one, places
-    classes: tuple[str, ...] = ()       # GLUE: the labels as written in the file
+    metric: str = "accuracy"  # the score: accuracy | matthews | f1 | pearson
+    num_labels: int = 0  # 0: text to text, 1: regression, more: classes
+    columns: tuple = ()  # GLUE: label, sentence(s): their names in the header or, without one, places
+    classes: tuple[str, ...] = ()  # GLUE: the labels as written in the file
 
 
 def _arithmetic(name: str, folder: str, count: int, train: str = "", answers: str = NUMBER) -> Task:
@@ -108,7 +114,7 @@ TASKS = {t.name: t for t in (
     _glue("stsb", "STS-B", (5749, 1500), "pearson", ("score", "sentence1", "sentence2")),
 )}
 
-SOURCES = {     # by the beginning of the file's name
+SOURCES = {  # by the beginning of the file's name
     "llm_adapters/": "github.com/AGI-Edgerunners/LLM-Adapters at commit 816657208af4db747803f87ba40a4c71383fed7a",
     "raw/gsm8k/": "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl",
     "raw/aqua": "github.com/google-research/FLAN, flan/v2/cot_data/aqua_train.tsv",
@@ -120,7 +126,7 @@ SOURCES = {     # by the beginning of the file's name
 def task(name: str) -> Task:
     """The task of a short name, or of a user's own data by the path of a .json or .jsonl file; else ValueError."""
     if Path(name).suffix in (".json", ".jsonl"):
-        path = str(Path(name).expanduser().absolute())      # a saved run finds its data from any working directory
+        path = str(Path(name).expanduser().absolute())  # a saved run finds its data from any working directory
         return Task(path, "own", (path,), held_out=200, max_new_tokens=256)
     if name not in TASKS:
         near = difflib.get_close_matches(name.lower(), TASKS, n=3)
@@ -135,6 +141,8 @@ def data_dir(given: str | None) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
+
+
 def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
     """The examples of one split, "train" or "test": Example for text-to-text tasks, Sentence for GLUE (test: dev.tsv).
 
@@ -188,7 +196,7 @@ def _read(task: Task, path: Path, file: str) -> list:
             f"put the file from {source} there, or name another data folder with --data-dir or $SIBO_DATA" if source
             else "check the path of your data"))
     try:
-        text = path.read_bytes().decode("utf-8-sig")    # -sig: MRPC, and files written on Windows, begin with a BOM
+        text = path.read_bytes().decode("utf-8-sig")  # -sig: MRPC, and files written on Windows, begin with a BOM
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
@@ -286,7 +294,7 @@ def _aqua(task: Task, path: Path, text: str) -> Iterator[Example]:
 def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
     """GLUE's TSV: a quotation mark is a character like any other, and only a tab or a line feed separates."""
     rows = [line.split("\t") for line in _lines(text)]
-    places, width, first = task.columns, 4, 0       # CoLA: no header, four columns
+    places, width, first = task.columns, 4, 0  # CoLA: no header, four columns
     if rows and isinstance(places[0], str):
         if missing := [name for name in places if name not in rows[0]]:
             raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {', '.join(rows[0])})")
@@ -424,16 +432,16 @@ def word_problems(split: str, seed: int) -> Iterator[Example]:
 
 
 def _pick(rng: random.Random, choices):
-    return choices[int(rng.random() * len(choices))]    # random() alone is promised to stay the same in every Python
+    return choices[int(rng.random() * len(choices))]  # random() alone is promised to stay the same in every Python
 
 
 def _word_problem(template: tuple[str, str, str], split: str, rng: random.Random) -> tuple[str, str, int]:
     question, ranges, work = template
-    while True:     # numbers are drawn until they belong to this side and every step is one for the head
+    while True:  # numbers are drawn until they belong to this side and every step is one for the head
         # the least of three draws: small numbers are the likelier ones, as they are in MAWPS and its kin
         numbers = {letter: min(_pick(rng, range(int(low), int(high) + 1)) for _ in range(3))
                    for letter, low, high in re.findall(r"(\w) (\d+)-(\d+)", ranges)}
-        side = "test" if _digest(f"{question} {numbers}")[0] < 52 else "train"     # one in five
+        side = "test" if _digest(f"{question} {numbers}")[0] < 52 else "train"  # one in five
         if side == split and (solved := _solve(work, numbers)):
             break
     work, answer = solved
@@ -460,13 +468,16 @@ def _solve(work: str, numbers: dict[str, int]) -> tuple[str, int] | None:
 
 
 # ------------------------------------------------------------------------------------------ prompt, label mask, batches
+
+
 @dataclass(frozen=True)
 class Row:
     """One example as token ids. labels: one per token (-100: no loss there), or the GLUE label, or None (a prompt)."""
+
     ids: list[int]
     labels: list[int] | int | float | None = None
-    cut: bool = False                   # the cutoff took something away
-    types: list[int] | None = None      # BERT's token types: 0 first sentence, 1 second
+    cut: bool = False  # the cutoff took something away
+    types: list[int] | None = None  # BERT's token types: 0 first sentence, 1 second
 
 
 def prompt(instruction: str) -> str:
@@ -484,9 +495,9 @@ def encode(example: Example, tokenizer, cutoff: int, train_on_inputs: bool = Fal
     """
     text = prompt(example.instruction)
     given, whole = tokenizer.encode(text), tokenizer.encode(text + example.output)
-    if whole[:len(given)] == given:     # one text: alone, SentencePiece would put a space before the output
+    if whole[:len(given)] == given:  # one text: alone, SentencePiece would put a space before the output
         written = whole[len(given):]
-    else:                               # byte-level BPE merged the prompt's line feed with white space in the output
+    else:  # byte-level BPE merged the prompt's line feed with white space in the output
         written = tokenizer.encode(example.output)[len(tokenizer.encode("")):]
         if tokenizer.decode(given + written) != tokenizer.decode(whole):
             raise ValueError(f"the tokenizer cannot continue the prompt with the output {example.output[:40]!r}")
@@ -552,6 +563,8 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
+
+
 def answer_of(task: Task, text: str) -> str | None:
     """The answer that a response gives, found as the official code finds it, or None.
 
