@@ -60,58 +60,49 @@ class Task:
     train: tuple[str, ...] = ()
     test: str = ""
     counts: tuple[int, int] = (0, 0)  # published number of training and test examples; 0: not known
-    held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
     answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
-    max_new_tokens: int = 0
+    held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
     metric: str = "accuracy"  # the score: accuracy | matthews | f1 | pearson
-    num_labels: int = 0  # 0: text to text, 1: regression, more: classes
     columns: tuple = ()  # GLUE: label, sentence(s): their names in the header or, without one, places
-    classes: tuple[str, ...] = ()  # GLUE: the labels as written in the file
+    classes: tuple[str, ...] = ()  # GLUE: the labels as written in the file; none: a score
 
+    @property
+    def num_labels(self) -> int:
+        """0: text to text, 1: regression, more: classes."""
+        return (len(self.classes) or 1) if self.kind == "glue" else 0
 
-def _arithmetic(name: str, folder: str, count: int, train: str = "", answers: str = NUMBER) -> Task:
-    return Task(name, "arithmetic", (train,) if train else (), f"llm_adapters/{folder}/test.json", (0, count),
-                answers=answers, max_new_tokens=256)
-
-
-def _commonsense(name: str, folder: str, count: int, answers: str) -> Task:
-    files = (f"llm_adapters/{folder}/train.json",), f"llm_adapters/{folder}/test.json"
-    return Task(name, "commonsense", *files, (0, count), answers=answers, max_new_tokens=32)
-
-
-def _glue(name: str, folder: str, counts: tuple[int, int], metric: str, columns: tuple, classes: tuple = ()) -> Task:
-    return Task(name, "glue", (f"glue/{folder}/train.tsv",), f"glue/{folder}/dev.tsv", counts, metric=metric,
-                num_labels=len(classes) or 1, columns=columns, classes=classes)
+    @property
+    def max_new_tokens(self) -> int:
+        return {"word-problems": 96, "arithmetic": 256, "commonsense": 32, "glue": 0, "own": 256}[self.kind]
 
 
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
-TRAINING_SETS = "llm_adapters/ft-training_set"
-
-TASKS = {t.name: t for t in (
-    Task("word-problems", "word-problems", answers=NUMBER, max_new_tokens=96),
-    _arithmetic("gsm8k", "gsm8k", 1319, GSM8K),
-    _arithmetic("aqua", "AQuA", 254, AQUA, LETTER),
-    _arithmetic("mawps", "mawps", 238, MAWPS),
-    _arithmetic("svamp", "SVAMP", 1000),
-    _arithmetic("addsub", "AddSub", 395),
-    _arithmetic("multiarith", "MultiArith", 600),
-    _arithmetic("singleeq", "SingleEq", 508),
-    Task("math10k", "arithmetic", (f"{TRAINING_SETS}/math_10k.json",), held_out=120, max_new_tokens=256),
-    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), held_out=120, max_new_tokens=256),
-    _commonsense("boolq", "boolq", 3270, "true|false"),
-    _commonsense("piqa", "piqa", 1838, "solution[12]"),
-    _commonsense("siqa", "social_i_qa", 1954, "answer[1-5]"),
-    _commonsense("hellaswag", "hellaswag", 10042, "ending[1-4]"),
-    _commonsense("winogrande", "winogrande", 1267, "option[12]"),
-    _commonsense("arc-e", "ARC-Easy", 2376, "answer[1-5]"),
-    _commonsense("arc-c", "ARC-Challenge", 1172, "answer[1-5]"),
-    _commonsense("obqa", "openbookqa", 500, "answer[1-5]"),
-    Task("commonsense170k", "commonsense", (f"{TRAINING_SETS}/commonsense_170k.json",), held_out=120,
-         max_new_tokens=32),
-    _glue("cola", "CoLA", (8551, 1043), "matthews", (1, 3), ("0", "1")),
-    _glue("mrpc", "MRPC", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), ("0", "1")),
-    _glue("rte", "RTE", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"), ("entailment", "not_entailment")),
-    _glue("stsb", "STS-B", (5749, 1500), "pearson", ("score", "sentence1", "sentence2")),
+TASKS = {task.name: task for task in (
+    Task("word-problems", "word-problems", answers=NUMBER),
+    Task("gsm8k", "arithmetic", (GSM8K,), "llm_adapters/gsm8k/test.json", (0, 1319), NUMBER),
+    Task("aqua", "arithmetic", (AQUA,), "llm_adapters/AQuA/test.json", (0, 254), LETTER),
+    Task("mawps", "arithmetic", (MAWPS,), "llm_adapters/mawps/test.json", (0, 238), NUMBER),
+    Task("svamp", "arithmetic", (), "llm_adapters/SVAMP/test.json", (0, 1000), NUMBER),
+    Task("addsub", "arithmetic", (), "llm_adapters/AddSub/test.json", (0, 395), NUMBER),
+    Task("multiarith", "arithmetic", (), "llm_adapters/MultiArith/test.json", (0, 600), NUMBER),
+    Task("singleeq", "arithmetic", (), "llm_adapters/SingleEq/test.json", (0, 508), NUMBER),
+    Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
+    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), held_out=120),
+    *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), f"llm_adapters/{folder}/test.json", (0, count),
+           answers) for name, folder, count, answers in (
+        ("boolq", "boolq", 3270, "true|false"), ("piqa", "piqa", 1838, "solution[12]"),
+        ("siqa", "social_i_qa", 1954, "answer[1-5]"), ("hellaswag", "hellaswag", 10042, "ending[1-4]"),
+        ("winogrande", "winogrande", 1267, "option[12]"), ("arc-e", "ARC-Easy", 2376, "answer[1-5]"),
+        ("arc-c", "ARC-Challenge", 1172, "answer[1-5]"), ("obqa", "openbookqa", 500, "answer[1-5]"))),
+    Task("commonsense170k", "commonsense", ("llm_adapters/ft-training_set/commonsense_170k.json",), held_out=120),
+    Task("cola", "glue", ("glue/CoLA/train.tsv",), "glue/CoLA/dev.tsv", (8551, 1043), metric="matthews",
+         columns=(1, 3), classes=("0", "1")),
+    Task("mrpc", "glue", ("glue/MRPC/train.tsv",), "glue/MRPC/dev.tsv", (3668, 408), metric="f1",
+         columns=("Quality", "#1 String", "#2 String"), classes=("0", "1")),
+    Task("rte", "glue", ("glue/RTE/train.tsv",), "glue/RTE/dev.tsv", (2490, 277),
+         columns=("label", "sentence1", "sentence2"), classes=("entailment", "not_entailment")),
+    Task("stsb", "glue", ("glue/STS-B/train.tsv",), "glue/STS-B/dev.tsv", (5749, 1500), metric="pearson",
+         columns=("score", "sentence1", "sentence2")),
 )}
 
 SOURCES = {  # by the beginning of the file's name
@@ -127,7 +118,7 @@ def task(name: str) -> Task:
     """The task of a short name, or of a user's own data by the path of a .json or .jsonl file; else ValueError."""
     if Path(name).suffix in (".json", ".jsonl"):
         path = str(Path(name).expanduser().absolute())  # a saved run finds its data from any working directory
-        return Task(path, "own", (path,), held_out=200, max_new_tokens=256)
+        return Task(path, "own", (path,), held_out=200)
     if name not in TASKS:
         near = difflib.get_close_matches(name.lower(), TASKS, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(TASKS)}"
