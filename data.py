@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import cache
 
@@ -294,17 +295,11 @@ def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
         if len(row) != width:
             raise ValueError(f"{path}, line {i}: {len(row)} columns, expected {width} separated by tabs")
         written, sentence, pair = (*(row[place] for place in places), None)[:3]
-        yield Sentence(sentence, pair, _label(task, written, f"{path}, line {i}"))
-
-
-def _label(task: Task, written: str, where: str) -> int | float:
-    if task.classes:
-        if written not in task.classes:
-            raise ValueError(f"{where}: label {written!r}, expected {' or '.join(task.classes)}")
-        return task.classes.index(written)
-    if not re.fullmatch(r"[0-9]+\.?[0-9]*", written) or float(written) > 5:
-        raise ValueError(f"{where}: score {written!r}, expected a number from 0 to 5")
-    return float(written)
+        if task.classes and written not in task.classes:
+            raise ValueError(f"{path}, line {i}: label {written!r}, expected {' or '.join(task.classes)}")
+        if not task.classes and not (re.fullmatch(r"[0-9]+\.?[0-9]*", written) and float(written) <= 5):
+            raise ValueError(f"{path}, line {i}: score {written!r}, expected a number from 0 to 5")
+        yield Sentence(sentence, pair, task.classes.index(written) if task.classes else float(written))
 
 
 # -------------------------------------------------------------------------------------------------------- word problems
@@ -504,14 +499,14 @@ def encode_sentence(sentence: Sentence, tokenizer, cutoff: int) -> Row:
                          "GLUE tasks need a BERT backbone")
     cls, sep = special
     parts = [tokenizer.encode(text)[1:-1] for text in (sentence.text, sentence.pair) if text is not None]
-    lengths, room = [len(part) for part in parts], max(0, cutoff - 1 - len(parts))
-    cut = sum(lengths) > room
-    while sum(lengths) > room:
-        lengths[0 if len(lengths) == 1 or lengths[0] > lengths[1] else 1] -= 1
+    room = max(0, cutoff - 1 - len(parts))
+    cut = sum(map(len, parts)) > room
+    while sum(map(len, parts)) > room:
+        max(reversed(parts), key=len).pop()  # of two as long, the second
     ids, types = [cls], [0]
-    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
-        ids += part[:length] + [sep]
-        types += [i] * (length + 1)
+    for i, part in enumerate(parts):
+        ids += [*part, sep]
+        types += [i] * (len(part) + 1)
     return Row(ids, sentence.label, cut, types)
 
 
@@ -520,12 +515,9 @@ def batch(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.
     (int64 classes, float32 scores); token_type_ids (B, T) for BERT. side: "right" to train, "left" to generate."""
     if side not in ("right", "left"):
         raise ValueError(f'padding side is {side!r}, expected "right" or "left"')
-    width = max(len(row.ids) for row in rows)
 
     def pad(lists: list[list[int]], value: int) -> torch.Tensor:
-        fill = [[value] * (width - len(items)) for items in lists]
-        pairs = zip(lists, fill, strict=True) if side == "right" else zip(fill, lists, strict=True)
-        return torch.tensor([first + second for first, second in pairs])
+        return pad_sequence([torch.tensor(items, dtype=torch.int64) for items in lists], True, value, side)
 
     tensors = {"input_ids": pad([row.ids for row in rows], pad_id),
                "attention_mask": pad([[1] * len(row.ids) for row in rows], 0)}
