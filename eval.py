@@ -5,8 +5,6 @@ LLM-Adapters' scoring (see data.py), GLUE's metrics. Where the official code dep
 and pads on the left without a mask, so that its scores change with the batch size; here the model is in eval mode,
 padding has no position and no weight, and nothing is scored in silence on a part of the examples."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Sequence
@@ -35,20 +33,19 @@ def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
 
     hidden (B, T, d), attention_mask (B, T) with 0 on padding, which is left out, as are sentences of one token.
     ValueError if no sentence is left."""
-    sums, count = _similarities(hidden, attention_mask)
-    if not count:
+    found = _similarities(hidden, attention_mask)
+    if not len(found):
         raise ValueError("similarity: found no sentence of two tokens or more, expected at least one")
-    return float(sums) / count
+    return float(found.mean())
 
 
-def _similarities(hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, int]:
+def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     mask = attention_mask.bool()
     units = nn.functional.normalize(hidden.double(), dim=-1) * mask[..., None]  # (B, T, d), padding 0
     m = mask.sum(1)  # (B,): tokens of each sentence
     # Σ_{i≠j} cos(h_i, h_j) = |Σ_i u_i|² − Σ_i |u_i|² with u = h / |h|
     pairs = units.sum(1).square().sum(-1) - units.square().sum((1, 2))
-    several = m > 1
-    return (pairs[several] / (m * (m - 1))[several]).sum(), int(several.sum())
+    return (pairs / (m * (m - 1)))[m > 1]
 
 
 @torch.no_grad()
@@ -58,8 +55,8 @@ def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batc
     for start in range(0, len(rows), batch_size):
         b = _to(data.batch(rows[start:start + batch_size], pad_id), m)
         b.pop("labels", None)
-        found = [_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)]
-        totals, count = totals + torch.stack([s for s, _ in found]), count + found[0][1]
+        found = torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)])  # (L+1, sentences)
+        totals, count = totals + found.sum(1), count + found.shape[1]
     if not count:
         raise ValueError("similarity: found no sentence of two tokens or more, expected at least one")
     return (totals / count).tolist()
@@ -207,13 +204,6 @@ def similarity_rows(m: nn.Module, t: tokenizer.Tokenizer, test: Sequence, most: 
     return [data.Row(t.encode(data.prompt(s.text))) for s in texts]
 
 
-def read_run(folder: Path) -> dict:
-    """config.json of a run folder that train.py wrote; FileNotFoundError if it is none."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: found no config.json, expected a run folder that train.py wrote")
-    return checkpoint.read_json(folder / "config.json")
-
-
 def parser() -> argparse.ArgumentParser:
     p = cli.Parser("eval.py", description="Score a run or a backbone; ask it; measure its over-smoothing.")
     what = p.add_argument_group("what is evaluated: a run, or a backbone as it is")
@@ -241,7 +231,9 @@ def main(args: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "num_beams"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
-    run = read_run(Path(args.run)) if args.run else {}
+    if args.run and not Path(args.run, "config.json").is_file():
+        raise FileNotFoundError(f"{args.run}: found no config.json, expected a run folder that train.py wrote")
+    run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
     task = data.task(args.task or run.get("task", "word-problems"))
     folder = data.data_dir(args.data_dir or run.get("data_dir"))
@@ -276,13 +268,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         score = (score_sentences(m, t, task, [data.encode_sentence(s, t, run["cutoff"]) for s in test], args.batch_size)
                  if task.num_labels else score_examples(m, t, task, test, args.batch_size, args.num_beams))
-        print(describe(score))
-
-
-def describe(score: Score) -> str:
-    """One line: accuracy 0.6150 (n 200; new templates 0.4500, …)."""
-    more = ", ".join(f"{k} {v:.4f}" for k, v in (score.parts | score.more).items())
-    return f"{score.metric} {score.score:.4f} (n {score.n}{'; ' + more if more else ''})"
+        more = ", ".join(f"{k} {v:.4f}" for k, v in (score.parts | score.more).items())
+        print(f"{score.metric} {score.score:.4f} (n {score.n}{'; ' + more if more else ''})")
 
 
 if __name__ == "__main__":
