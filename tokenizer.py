@@ -18,11 +18,10 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import gguf
 import regex
 import tiktoken
 
-from checkpoint import locate
+from checkpoint import locate, read_gguf
 
 Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
 SPACE = "▁"  # how SentencePiece spells a space
@@ -50,6 +49,7 @@ def from_pretrained(name_or_dir: str | Path) -> "Tokenizer":
         return readers.get(file.name, _from_gguf)(file)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as e:
         reason = str(e) if isinstance(e, ValueError) else f"malformed ({type(e).__name__}: {e})"
+        reason = reason.removeprefix(f"{file}: ")  # read_gguf names it too
         raise ValueError(f"{file}: {' '.join(reason.split())}") from e
 
 
@@ -290,7 +290,7 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    fields = gguf.GGUFReader(file).fields
+    fields = read_gguf(file).fields
     said = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     named = {role: said.get(f"{key}_token_id") for role, key in roles.items()}
