@@ -399,7 +399,7 @@ def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, 
         ids = [config.get(f"{role}_token_id") for config in by_id]
         ids = [i[0] if isinstance(i, list) else i for i in ids]  # of several, the first
         models = next((i for i in ids if i in table.values()), None)  # old configs have pad_token_id -1 for none
-        named[role] = table.get(defaults.get(role) if name is None else name, models)
+        named[role] = vocab.get(defaults.get(role), models) if name is None else table[name]
     return named
 
 
