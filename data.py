@@ -7,8 +7,7 @@ Prompt, answer extraction and file layout follow LLM-Adapters, whose data the pa
   - in the arithmetic test files `output` was written by a model and is often wrong: only `answer` is kept;
   - where a training file has no test file, questions are held out by their hash, so that no question stands in both
     (the official code draws 120 examples at random, of which some may be repeated among the rest);
-  - the official loss mask assumes that the prompt's tokens begin the whole text's tokens; `encode` makes sure of it.
-"""
+  - the official loss mask assumes that the prompt's tokens begin the whole text's tokens; `encode` makes sure of it."""
 
 import difflib
 import hashlib
@@ -141,8 +140,7 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
     n: the first n only; of word problems n are made from the seed (by default 4000 to train on and 200 to test).
     A test set without a file of its own is held out of the training file, by question. A count other than the published
     one is reported on stderr. ValueError: a malformed or empty file, named with its line, or a task without training
-    file; FileNotFoundError: a missing file, with its source.
-    """
+    file; FileNotFoundError: a missing file, with its source."""
     if split not in ("train", "test"):
         raise ValueError(f'split is {split!r}, expected "train" or "test"')
     if n is not None and n < 1:
@@ -169,8 +167,7 @@ def _digest(text: str) -> bytes:
 def _part(task: Task, rows: list[Example], split: str) -> list[Example]:
     """The training or the held-out part of a file: the questions of lowest hash are held out, with all their answers.
 
-    In the order of the hashes, too: as good as shuffled (such files are often sorted by source), and always the same.
-    """
+    In the order of their hashes, too: always the same, and as good as shuffled (files are often sorted by source)."""
     rows = sorted(rows, key=lambda row: _digest(row.instruction))
     questions = list(dict.fromkeys(row.instruction for row in rows))
     held = set(questions[:max(1, min(task.held_out, len(questions) // 10))])
@@ -405,8 +402,7 @@ def word_problems(split: str, seed: int) -> Iterator[Example]:
     """Endless different problems, "train" or "test"; every fifth of the test has a template that is never trained on.
 
     A problem's side is decided by the hash of its template and numbers: whatever seeds and lengths are asked for, no
-    training question stands in a test, not even under another name or about other things.
-    """
+    training question stands in a test, not even under another name or about other things."""
     rng, made = random.Random(f"{split} {seed}"), set()
     for i in itertools.count():
         part = "new templates" if split == "test" and i % 5 == 4 else ""
@@ -477,8 +473,7 @@ def encode(example: Example, tokenizer, cutoff: int, train_on_inputs: bool = Fal
 
     The ids begin with exactly the ids of the prompt, which are what the model is given at generation. They are cut to
     `cutoff` tokens from the right; a cut example has no EOS (it would teach to stop in mid-sentence), and one whose
-    prompt fills the cutoff has no label left. ValueError where the tokenizer cannot spell the output after the prompt.
-    """
+    prompt fills the cutoff has no label left. ValueError if the tokenizer cannot spell the output after the prompt."""
     text = prompt(example.instruction)
     given, whole = tokenizer.encode(text), tokenizer.encode(text + example.output)
     if whole[:len(given)] == given:  # one text: alone, SentencePiece would put a space before the output
@@ -552,8 +547,7 @@ def answer_of(task: Task, text: str) -> str | None:
     """The answer that a response gives, found as the official code finds it, or None.
 
     Numbers: commas stripped, the last one. AQuA: the first capital A-E anywhere. Commonsense: the first of the task's
-    own words. Other tasks (a user's data, training sets of several kinds): the response itself; see is_right.
-    """
+    own words. Other tasks (a user's data, training sets of several kinds): the response itself; see is_right."""
     if not task.answers:
         return text.strip() or None
     if task.answers == NUMBER:
@@ -571,8 +565,7 @@ def is_right(task: Task, text: str, gold: str) -> bool:
     """Whether a response gives the gold answer: numbers within 1e-3, letters and words exactly.
 
     Tasks without an answer pattern: if gold is a number, the response's last number counts; otherwise the response must
-    end in gold, case and closing punctuation aside.
-    """
+    end in gold, case and closing punctuation aside."""
     gold = gold.strip()
     if task.answers and task.answers != NUMBER:
         return answer_of(task, text) == gold

@@ -8,8 +8,7 @@ Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 
 Both BPEs run on tiktoken, which merges the neighbours of lowest rank. Nothing asks that a rank be an id: here ranks are
 merge priorities, and a table leads from ranks to ids.
 Departs from the official code, which takes transformers' LlamaTokenizer: that one differs from sentencepiece on leading
-and double spaces. Whatever a file asks for and is not known here is refused by name.
-"""
+and double spaces. Whatever a file asks for and is not known here is refused by name."""
 
 import json
 import re
