@@ -232,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.run and not Path(args.run, "config.json").is_file():
-        raise FileNotFoundError(f"{args.run}: found no config.json, expected a run folder that train.py wrote")
+        raise FileNotFoundError(f"{Path(args.run)}: found no config.json, expected a run folder that train.py wrote")
     run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
     task = data.task(args.task or run.get("task", "word-problems"))
