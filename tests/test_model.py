@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GenerationConfig, GPTJConfig, LlamaConfig
 
 import checkpoint
@@ -366,13 +367,75 @@ def test_the_loss_is_the_mean_surprise_of_the_labelled_tokens(tmp_path, side):
     assert_near(model.loss(m, ids, labels, mask), torch.stack(surprises).mean(), 1e-5)
 
 
-def test_the_head_runs_at_labelled_positions_only(tmp_path):
+class Rows(TorchDispatchMode):
+    """How many rows of logits each operation makes."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.seen = vocabulary, []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == self.vocabulary:
+            self.seen.append(len(out))
+        return out
+
+
+def test_logits_exist_at_labelled_positions_only_and_never_all_at_once(tmp_path):
     _, m = pair("gptj", tmp_path)
-    ids, mask, labels = labelled("right")
-    seen = []
-    m.head.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
-    model.loss(m, ids, labels, mask)
-    assert seen == [(int((labels[:, 1:] != -100).sum()), 32)]
+    ids = torch.arange(2 * 400).view(2, 400) % m.config.vocab_size
+    labels = torch.where(torch.arange(400) < 60, -100, ids)  # 680 tokens are asked
+    with Rows(m.config.vocab_size) as rows:
+        model.loss(m, ids, labels)
+    assert set(rows.seen) - {m.config.hidden_size} == {256, 680 - 2 * 256}  # but for the head's transposed weight
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_rows_that_begin_alike_share_that_part_and_lose_nothing(tmp_path, family):
+    """A frame common to all rows is computed once; the loss and all gradients are those of rows computed one by one."""
+    _, m = pair(family, tmp_path)
+    m.double().requires_grad_(True)
+    ids = torch.randint(3, m.config.vocab_size, (4, 11), generator=torch.Generator().manual_seed(0))
+    ids[:, :5] = ids[0, :5]
+    for first_asked in (0, 2, 5, 7):
+        labels = torch.where(torch.arange(11) < first_asked, -100, ids)
+        labels[1, 9:] = -100
+        asked = [(row[1:] != -100).sum() for row in labels]
+        widths = []
+        handle = m.blocks[0].register_forward_pre_hook(lambda _, args, widths=widths: widths.append(args[0].shape))
+        loss = model.loss(m, ids, labels)
+        handle.remove()
+        assert widths == [(1, 4 + 4 * 7, m.config.hidden_size)]  # the last common token is followed by each row's own
+        each = [n * model.loss(m, i[None], y[None]) for n, i, y in zip(asked, ids, labels, strict=True)]
+        alone = sum(each) / sum(asked)
+        torch.testing.assert_close(loss, alone, atol=1e-12, rtol=0)
+        p = list(m.parameters())
+        for ours, theirs in zip(torch.autograd.grad(loss, p), torch.autograd.grad(alone, p), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_labels_that_differ_within_the_common_beginning_are_kept_apart(tmp_path):
+    _, m = pair("llama", tmp_path)
+    ids = torch.arange(3, 13).repeat(3, 1)
+    labels = torch.where(torch.arange(10) < torch.tensor([[2], [5], [7]]), -100, ids)
+    want = torch.nn.functional.cross_entropy(m(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(model.loss(m, ids, labels), want)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_prompts_that_begin_alike_are_read_once_and_answered_alike(tmp_path, beams):
+    _, m = pair("llama", tmp_path)
+    m.double()
+    rows = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11], [5, 6, 7, 12, 13]]
+    ids, mask = padded(rows, "left")
+    widths = []
+    handle = m.embed.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
+    out = model.generate(m, ids, mask, max_new_tokens=6, num_beams=beams)
+    handle.remove()
+    assert widths[:2] == [(1, 3), (3, 3)]
+    for i, row in enumerate(rows):
+        alone = model.generate(m, torch.tensor([row]), max_new_tokens=6, num_beams=beams)
+        assert out[i, -6:].tolist() == alone[0, -6:].tolist()
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
