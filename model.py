@@ -16,6 +16,7 @@ from os import PathLike
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
@@ -588,8 +589,17 @@ def build(said: dict, path: object = "config.json", num_labels: int | None = Non
     kind = FAMILIES[said["model_type"]]
     if num_labels and kind is not Bert:
         raise ValueError(f"num_labels {num_labels}: found a {kind.__name__}, expected a BERT; only it has a classifier")
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return kind(c, num_labels) if num_labels else kind(c)
+
+
+class Undrawn(TorchFunctionMode):
+    """Skips the drawing of initial weights: without storage there is nothing to draw, and PyTorch takes a second to
+    import what that needs."""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        drawn = f in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
+        return None if drawn else f(*args, **(kwargs or {}))
 
 
 def old_spelling(name: str, prefix: str) -> str:

@@ -140,6 +140,13 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     return float(loss)
 
 
+def compiled(m: nn.Module) -> nn.Module:
+    """`m` with its blocks compiled, in place: they differ in their tensors only, so the first ones' code serves all."""
+    for block in m.blocks:
+        block.compile(dynamic=True)
+    return m
+
+
 def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path) -> dict[str, float]:
     """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s."""
     trained = [p for p in m.parameters() if p.requires_grad]
@@ -147,8 +154,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
     m.grad_checkpoint = run.grad_checkpoint
     if run.compile:
         torch.compiler.set_stance("default")
-        for block in m.blocks:  # they differ in their tensors only, so the first one's code serves all
-            block.compile(dynamic=True)
+        compiled(m)
     m.train()
     began, tokens = time.perf_counter(), 0
     batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
