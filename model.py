@@ -671,7 +671,7 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int 
             going &= new[:, 0] != eos
             if not going.any():
                 return out[:, : end + 1]
-            if going.sum() <= len(rows) // 2:  # half of the rows are done: go on without them
+            if going.sum() <= 7 * len(rows) // 8:  # an eighth of the rows are done: go on without them
                 new, mask, rows, cache = new[going], mask[going], rows[going], [kv.select(going) for kv in cache]
                 going = going[going]
         if end + 1 < T + max_new:

@@ -29,7 +29,9 @@ from placement import Settings, place
 
 
 def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """xW, with W (out, in) as nn.Linear stores it, in the precision of x."""
+    """xW, with W (out, in) as nn.Linear stores it, in the precision of x; of few rows x is converted rather than W."""
+    if x.numel() <= 64 * x.shape[-1]:
+        return F.linear(x.to(W.dtype), W).to(x.dtype)
     return F.linear(x, W.to(x.dtype))
 
 
