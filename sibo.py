@@ -165,8 +165,8 @@ def merge(m: nn.Module) -> nn.Module:
     downs, found = [], [(n, x) for n, x in m.named_modules() if isinstance(x, LoRA) and x.base is not None]
     for name, x in found:
         if not x.base.weight.is_floating_point():
-            raise ValueError(f"{name}: found a quantised weight ({x.base.weight.dtype}), which cannot hold the fold; load "
-                             "the backbone in 16 bits (no --base-bits), the adapter onto it, and merge there")
+            raise ValueError(f"{name}: found a quantised weight ({x.base.weight.dtype}), which cannot hold the fold; "
+                             "load the backbone in 16 bits (no --base-bits), the adapter onto it, and merge there")
     for name, x in found:
         lam, scale, W = float(x.lam()), x.s.alpha / x.s.rank, x.base.weight
         share = scale * (1 if x.s.frozen_too else 1 - lam)

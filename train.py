@@ -375,8 +375,8 @@ def check(args: argparse.Namespace) -> None:
     if args.warmup is not None and not (args.warmup >= 0 and math.isfinite(args.warmup)):
         raise ValueError(f"--warmup: found {args.warmup}, expected 0 or more")
     if args.base_bits and args.method == "full":
-        raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; expected "
-                         "an adapter or LoRA method")
+        raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; "
+                         "expected an adapter or LoRA method")
     if args.base_bits:
         model.check_base_bits(args.base_bits)
     if args.steps and args.epochs:
