@@ -548,7 +548,7 @@ def dequantize(data: Tensor, scales: Tensor, code: Tensor | None, shape: tuple[i
     ops = torch.ops.bitsandbytes
     if code is None:  # flat: its CPU kernel begins a new block with each row, where quantize_4bit runs on
         flat = shape[0] * shape[1]
-        return ops.dequantize_4bit(data, scales, QuantizedLinear.block, "nf4", (flat,), dtype).view(shape)
+        return ops.dequantize_4bit(data, scales, QuantizedLinear.block, "nf4", (1, flat), dtype).view(shape)
     return ops.dequantize_blockwise(data, scales, code, QuantizedLinear.block, dtype)
 
 
