@@ -529,9 +529,11 @@ class QuantizedLinear(nn.Linear):
         ops = torch.ops.bitsandbytes
         steps = torch.linspace(-1, 1, 255, device=weight.device)  # symmetric, so that 0 stays 0; as sorted as theirs
         code = torch.cat((steps, steps[-1:])) if bits == 8 else None
-        data, scales = (ops.quantize_blockwise(weight, code, self.block) if bits == 8 else
-                        ops.quantize_4bit(weight, self.block, "nf4", torch.uint8))
-        self.weight = nn.Parameter(data, requires_grad=False)
+        parts = [ops.quantize_blockwise(part, code, self.block) if bits == 8 else
+                 ops.quantize_4bit(part, self.block, "nf4", torch.uint8)
+                 for part in weight.reshape(-1).split(1 << 22)]  # at once, NF4 takes six times a 16-bit weight's memory
+        data, scales = map(torch.cat, zip(*parts, strict=True))
+        self.weight = nn.Parameter(data.view(weight.shape) if bits == 8 else data, requires_grad=False)
         self.register_buffer("scales", scales)
         self.register_buffer("code", code, persistent=False)
 
