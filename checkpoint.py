@@ -160,8 +160,16 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, "pt") as f:
-            for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, f.get_tensor(name)
+            names = list(f.offset_keys())
+        while names:  # mapped anew each 256 MB: what the caller converts shall not stay in memory beside its copy
+            with safe_open(file, "pt") as f:
+                seen = 0
+                while names and seen < 1 << 28:
+                    name = names.pop(0)
+                    tensor = f.get_tensor(name)
+                    seen += tensor.nbytes
+                    yield name, tensor
+                    del tensor
     except SafetensorError as e:
         raise ValueError(f"{file}: not a whole safetensors file ({e}); fetch it again") from None
 

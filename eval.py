@@ -245,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
 
     t = tokenizer.from_pretrained(backbone)
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
-    m = model.from_pretrained(backbone, dtype, args.device, head or None)
+    m = model.from_pretrained(backbone, dtype, args.device, head or None, run.get("base_bits"))
     if args.similarity:
         rows = similarity_rows(m, t, test)
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}

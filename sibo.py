@@ -165,8 +165,12 @@ def merge(m: nn.Module) -> nn.Module:
     h0 A is one product for all modules. λ = 0 leaves the plain nn.Linear. ValueError for adapters."""
     if adapters := [n for n, x in m.named_modules() if isinstance(x, Adapter)]:
         raise ValueError(f"{adapters[0]}: an adapter is not linear in h (tanh), so no weight holds it: only LoRA folds")
-    downs = []
-    for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, LoRA) and x.base is not None]:
+    downs, found = [], [(n, x) for n, x in m.named_modules() if isinstance(x, LoRA) and x.base is not None]
+    for name, x in found:
+        if not x.base.weight.is_floating_point():
+            raise ValueError(f"{name}: found a quantised weight ({x.base.weight.dtype}), which cannot hold the fold; "
+                             "load the backbone in 16 bits (no --base-bits), the adapter onto it, and merge there")
+    for name, x in found:
         lam, scale, W = float(x.lam()), x.s.alpha / x.s.rank, x.base.weight
         share = scale * (1 if x.s.frozen_too else 1 - lam)
         x.base.weight = nn.Parameter((W.to(x.up.dtype) + share * x.up @ x.down).to(W.dtype), requires_grad=False)

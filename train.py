@@ -95,6 +95,7 @@ class Run(Recipe):
     device: str = "cpu"
     compile: bool = False
     grad_checkpoint: bool = False
+    base_bits: int | None = None
     out: str = ""
 
     def settings(self) -> dict:
@@ -210,7 +211,8 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
     if cut:
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
     torch.manual_seed(run.seed)  # before anything new is drawn
-    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None)
+    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None,
+                              run.base_bits)
     texts = evaluation.similarity_rows(m, t, test)
     if before is None:
         before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
@@ -227,7 +229,7 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
         "backbone": run.backbone, "method": run.method, "lambda": learned_lam(m) if run.learn_lam else run.lam,
         "task": task.name, "metric": after.metric, "score": after.score, "n": after.n, "parts": after.parts,
         "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
-        "trainable_parameters": trained, "total_parameters": sum(p.numel() for p in m.parameters()), **speed,
+        "trainable_parameters": trained, "total_parameters": model.parameters(m), **speed,
         "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
@@ -355,6 +357,8 @@ def parser() -> cli.Parser:
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
     g.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third slower")
+    g.add_argument("--base-bits", type=int, choices=[8, 4], help="bits of the blocks' frozen linear weights "
+                   "(default: as --dtype says; 8 and 4 need bitsandbytes)")
     g = p.add_argument_group("what comes of it")
     g.add_argument("--limit", type=int, metavar="N", help="score the first N test examples (default: all)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/BACKBONE-METHOD-TASK)")
@@ -376,6 +380,11 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected a positive number")
     if args.warmup is not None and not (args.warmup >= 0 and math.isfinite(args.warmup)):
         raise ValueError(f"--warmup: found {args.warmup}, expected 0 or more")
+    if args.base_bits and args.method == "full":
+        raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; "
+                         "expected an adapter or LoRA method")
+    if args.base_bits:
+        model.check_base_bits(args.base_bits)
     if args.steps and args.epochs:
         raise ValueError("--steps, --epochs: found both, expected one")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
