@@ -238,22 +238,24 @@ class Attention(nn.Module):
         self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
 
     def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
-        unpack, pack = (ctx.frame.unpack, ctx.frame.pack) if ctx.frame else (nn.Identity(), nn.Identity())
-        q, k, v = (unpack(proj(h)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        if ctx.frame:
+            q, k, v = ctx.frame.unpack(q), ctx.frame.unpack(k), ctx.frame.unpack(v)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if self.rotate:
             q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
         if past is not None:
             k, v = past.extend(k, v)  # (B, H, S, D)
-        groups, T = q.shape[1] // k.shape[1], q.shape[2]
+        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
         if T == 1:  # one new token: the heads of a group are as good as further queries, and k, v need no copies
-            q = q.reshape(q.shape[0], k.shape[1], groups, -1)
+            q, causal = q.reshape(q.shape[0], k.shape[1], groups, -1), False
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = attend(q, k, v, ctx.mask, self.causal and ctx.mask is None and T > 1, self.p if self.training else 0.0)
+        out = attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
         if T == 1:
             out = out.reshape(out.shape[0], -1, 1, self.head_dim)
-        return self.dropout(self.o_proj(pack(out.transpose(1, 2).flatten(2))))  # (B, T, d)
+        out = out.transpose(1, 2).flatten(2)
+        return self.dropout(self.o_proj(ctx.frame.pack(out) if ctx.frame else out))  # (B, T, d)
 
 
 class MLP(nn.Module):

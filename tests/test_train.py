@@ -64,6 +64,33 @@ def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
     assert loss == pytest.approx(float(sum(tokens).detach()) / len(tokens), abs=1e-9)
 
 
+def test_compiled_blocks_train_as_eager_ones_and_one_blocks_code_serves_all():
+    """Five layers, three lengths: two graphs, of a first block, whose input needs no gradient, and of the others."""
+    grads = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        m = model.build({"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24,
+                         "num_hidden_layers": 5, "num_attention_heads": 2}).to_empty(device="cpu")
+        for p in m.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        sibo.inject(m, "lora", 0.2, rank=4).train()
+        for x in m.modules():
+            if isinstance(x, sibo.LoRA):
+                torch.nn.init.normal_(x.up, std=0.1)
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            torch.compiler.set_stance("default")
+            train.compiled(m)
+        for length in (70, 90, 110):
+            rows = [data.Row(ids, ids) for ids in torch.randint(0, 50, (3, length)).tolist()]
+            train.train_step(m, rows, 3, 0)
+        grads[compiled] = [p.grad for p in m.parameters() if p.requires_grad]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for ours, plain in zip(grads[True], grads[False], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("given", "name"), [
     ("smollm2-135m", "smollm2-135m"), ("meta/llama-3.2-1b", "llama-3.2-1b"), ("/a/b.Q4_1.gguf", "b.Q4_1"),
     ("/data/mine.jsonl", "mine"), ("rte", "rte")])
