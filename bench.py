@@ -10,17 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
@@ -88,19 +92,21 @@ def folder() -> Path:
     return path
 
 
-def ours(method: str = "lora", lam: float = 0.0, dtype: torch.dtype = torch.bfloat16, **settings) -> nn.Module:
-    m = model.from_pretrained(folder(), dtype)
+def ours(method: str = "lora", lam: float = 0.0, path: Path | None = None, device: str = "cpu",
+         **settings) -> nn.Module:
+    m = model.from_pretrained(path or folder(), torch.bfloat16, device)
     return sibo.inject(m, method, lam, **(LORA if method == "lora" else {}) | settings)
 
 
-def theirs(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def theirs(dtype: torch.dtype = torch.bfloat16, path: Path | None = None, device: str = "cpu") -> nn.Module:
     import peft
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    return peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(folder(), dtype=dtype), peft.LoraConfig(
+    m = transformers.LlamaForCausalLM.from_pretrained(path or folder(), dtype=dtype).to(device)
+    return peft.get_peft_model(m, peft.LoraConfig(
         r=LORA["rank"], lora_alpha=LORA["alpha"], lora_dropout=LORA["dropout"], target_modules=targets))
 
 
@@ -123,7 +129,7 @@ class Trainer:
         if isinstance(self.m, model.Transformer):
             train.train_step(self.m, rows, len(rows), pad_id=2)
         else:
-            self.m(**data.batch(rows, 2)).loss.backward()
+            self.m(**{k: v.to(self.m.device) for k, v in data.batch(rows, 2).items()}).loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -281,7 +287,164 @@ def loading() -> Iterator[Row]:
               (weights + 49152 * 576 * 2) / 1e9, peak / (weights + 49152 * 576 * 2), 1.0)
 
 
-GROUPS = {f.__name__: f for f in (training, generation, overhead, memory, loading)}
+# ------------------------------------------------------------------------------------------ billions of parameters
+
+
+SHAPES = {  # config.json of huggyllama/llama-7b and EleutherAI/gpt-j-6b, as far as it is read
+    "llama7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6},
+    "gptj6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16,
+               "rotary_dim": 64, "n_positions": 2048},
+}
+
+
+def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
+    """Writes an HF folder with random bfloat16 weights of standard deviation 0.02 (norms: 1, biases: 0), shard by
+    shard; nothing where it is already there. All matrices begin somewhere in the same random numbers: quick to make,
+    and no two alike."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return
+    m = model.build(said)
+    names = {ours: theirs for theirs, ours in m.names.items() if ours}
+    layers, tensors = range(m.config.num_hidden_layers), {}
+    for theirs, ours in m.names.items():
+        for i in layers if ours and "{}" in ours else [None]:
+            try:
+                shape = m.get_parameter(ours.format(i)).shape if ours else None
+            except AttributeError:  # a bias that this configuration does not have
+                continue
+            if shape:
+                tensors[("" if theirs.startswith("lm_head") else m.prefix) + theirs.format(i)] = shape
+    assert len(tensors) == len(list(m.parameters())), (len(names), len(tensors))
+    noise = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    total, files, weight_map = sum(s.numel() for s in tensors.values()), [[] for _ in range(shards)], {}
+    done = 0
+    for name, shape in tensors.items():
+        files[min(shards - 1, done * shards // total)].append(name)
+        done += shape.numel()
+    for i, some in enumerate(files):
+        file, stored = f"model-{i + 1:05}-of-{shards:05}.safetensors", {}
+        for name in some:
+            shape, start = tensors[name], len(weight_map) * 4097 % (1 << 20)
+            n = shape.numel()
+            if len(shape) == 1:
+                stored[name] = torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16)
+            else:
+                stored[name] = noise.roll(-start).repeat(-(-n // len(noise)))[:n].view(shape)
+            weight_map[name] = file
+        checkpoint.write(folder / file, lambda draft, stored=stored: save_file(stored, draft, {"format": "pt"}))
+        del stored
+    checkpoint.write(folder / "config.json", json.dumps(said, indent=2))
+    checkpoint.write(index, json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map}, indent=2))
+
+
+def watched() -> dict[str, int]:
+    """Bytes of this process: resident, of which its own (anonymous) and mapped from files, and the peak so far."""
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmHWM", "Rss")))
+    kib = {k: int(v.split()[0]) * 1024 for k, v in lines.items()}
+    return {"anonymous": kib["RssAnon"], "files": kib["RssFile"], "peak": kib["VmHWM"]}
+
+
+def train_shape(folder: str, run: train.Run, out) -> None:
+    """In a fresh process: loads, injects and trains run.steps steps; sends what was seen to the pipe `out`."""
+    start, highest, stop = watched(), {"anonymous": 0, "files": 0}, threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            now = watched()
+            highest.update({k: max(v, now[k]) for k, v in highest.items()})
+
+    threading.Thread(target=watch, daemon=True).start()
+    began = time.perf_counter()
+    m = model.from_pretrained(folder, getattr(torch, run.dtype), run.device, base_bits=run.base_bits)
+    seen = {"python": start, "load_seconds": time.perf_counter() - began, "loaded": watched()}
+    sibo.inject(m, **run.settings())
+    m.grad_checkpoint = run.grad_checkpoint
+    trained = [p for p in m.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
+    ids = np.random.default_rng(run.seed).integers(3, m.config.vocab_size, (run.steps, run.cutoff)).tolist()
+    seen |= {"trained": sum(p.numel() for p in trained), "losses": [], "step_seconds": []}
+    for row in ids:
+        began = time.perf_counter()
+        loss = train.train_step(m, [data.Row(row, row)], 1, 0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen["losses"].append(loss)
+        seen["step_seconds"].append(time.perf_counter() - began)
+    stop.set()
+    estimate = train.estimate(m, run) if hasattr(train, "MEMORY") else None
+    out.send(seen | {"highest": highest, "peak": watched()["peak"], "estimate": estimate})
+
+
+def big(shape: str, method: str, folder: Path, steps: int = 3, base_bits: int | None = None) -> dict:
+    """Trains `shape` by `method` with the paper's recipe at micro-batch 1 × 256 tokens, gradient checkpointing on,
+    bfloat16, in a process of its own; its losses, seconds and memory."""
+    write_shape(SHAPES[shape], folder)
+    r = train.recipe(SHAPES[shape]["model_type"], "arithmetic", method)
+    run = train.Run(**asdict(r) | {
+        "backbone": str(folder), "method": method, "steps": steps, "batch_size": 1, "micro_batch_size": 1,
+        "dtype": "bfloat16", "grad_checkpoint": True, "base_bits": base_bits,
+        "lam": r.lam if "sibo" in method else 0.0})
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(False)
+    child = context.Process(target=train_shape, args=(str(folder), run, send))
+    child.start()
+    send.close()
+    try:
+        seen = receive.recv()
+    except EOFError:
+        child.join()
+        raise OSError(f"{shape}, {method}: the process ended with code {child.exitcode} (-9: out of memory)") from None
+    child.join()
+    return {"shape": shape, "method": method, "base_bits": base_bits} | seen
+
+
+def cuda(folder: Path | None = None, device: str = "cuda", sizes: tuple = ((4, 256), (8, 1024))) -> Iterator[Row]:
+    """LLaMA-7B's shape with LoRA on a GPU against transformers + peft: tokens/s, share of the matrix rate, memory."""
+    there = device != "cuda" or torch.cuda.is_available()
+    sides = {}
+    if there:
+        folder = folder or checkpoint.cache() / "bench" / "llama7b"
+        write_shape(SHAPES["llama7b"], folder)  # where it is not there yet
+        sides = {"ours": Trainer(train.compiled(ours(path=folder, device=device))),
+                 "theirs": Trainer(theirs(path=folder, device=device))}
+    for size, length in sizes:
+        name = f"LLaMA-7B's shape on {device}, {size} × {length}"
+        if not there:
+            yield Row(f"{name}: training", "tokens/s", goal=1.3, faster=True)
+            yield Row(f"{name}: share of the matrix rate", "FLOP/s", goal=0.5, faster=True)
+            yield Row(f"{name}: peak memory", "GB")
+            continue
+        ids = torch.randint(3, 1000, (size, length)).tolist()
+        rows, speed, peak = [data.Row(row, row) for row in ids], {}, {}
+        for trainer in sides.values():
+            trainer.step(rows)
+            trainer.step(rows)
+        for _ in range(5):
+            for side, trainer in sides.items():
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                speed.setdefault(side, []).append(size * length / seconds(lambda t=trainer, rows=rows: t.step(rows)))
+                peak[side] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else math.nan
+        yield compare(f"{name}: training", "tokens/s", speed["ours"], speed["theirs"], 1.3, faster=True)
+        m = sides["ours"].m
+        trained = sum(p.numel() for p in sides["ours"].trained)
+        flops = 4 * (sum(p.numel() for p in m.parameters()) - m.embed.weight.numel()) + 2 * trained  # a token
+        rate, done = matrix_rate(device), statistics.median(speed["ours"]) * flops
+        yield Row(f"{name}: share of the matrix rate", "FLOP/s", done, rate, done / rate, 0.5, True)
+        yield Row(f"{name}: peak memory", "GB", peak["ours"], peak["theirs"], peak["ours"] / peak["theirs"])
+
+
+def matrix_rate(device: str, n: int = 4096) -> float:
+    """FLOP/s of a bfloat16 product of n × n matrices."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    a @ a
+    return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
+
+
+GROUPS = {f.__name__: f for f in (training, generation, overhead, memory, loading, cuda)}
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -307,6 +470,10 @@ def table(rows: list[Row]) -> str:
 def parser() -> cli.Parser:
     p = cli.Parser("bench.py", description="Speed and memory against transformers + peft, and SIBO against plain.")
     p.add_argument("--only", metavar="GROUPS", help=f"of {','.join(GROUPS)} (default: all)")
+    p.add_argument("--big", choices=SHAPES, help="instead: train this shape, random weights, watching memory")
+    p.add_argument("--method", default="adapter-sibo", choices=train.METHODS[1:], help="of --big (%(default)s)")
+    p.add_argument("--base-bits", type=int, choices=[8, 4], help="of --big (default: 16)")
+    p.add_argument("--folder", type=Path, help="of --big: where its 13 GB of weights are, or are written to")
     p.add_argument("--out", type=Path, default=Path("results/bench.json"), help="(default: %(default)s)")
     p.add_argument("--child", help=argparse.SUPPRESS)
     return p
@@ -315,6 +482,10 @@ def parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     if args.child:
         print(json.dumps(child(*args.child.split())))
+        return
+    if args.big:
+        print(json.dumps(big(args.big, args.method, args.folder or checkpoint.cache() / "bench" / args.big,
+                             base_bits=args.base_bits), indent=1))
         return
     names = args.only.split(",") if args.only else list(GROUPS)
     if unknown := [n for n in names if n not in GROUPS]:
