@@ -317,8 +317,8 @@ def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
             if shape:
                 tensors[("" if theirs.startswith("lm_head") else m.prefix) + theirs.format(i)] = shape
     assert len(tensors) == len(list(m.parameters())), (len(names), len(tensors))
-    noise = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     total, files, weight_map = sum(s.numel() for s in tensors.values()), [[] for _ in range(shards)], {}
+    noise = torch.randn(min(total, 1 << 26), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     done = 0
     for name, shape in tensors.items():
         files[min(shards - 1, done * shards // total)].append(name)

@@ -183,7 +183,8 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Frame:
     """A prompt's frame stands at the beginning of every row: computed once, it saves a third of a step. The rows
     (B, T, ·) become one, (1, P + B (T−P), ·), P common tokens and then what is each row's own; only attention, where
-    a token meets those before it, sees them as rows again. Exact: the gradients of the common part add up."""
+    a token meets those before it, sees them as rows again. Exact: the gradients of the common part add up (dropout
+    draws one mask for it, where rows of their own would have drawn several)."""
 
     rows: int  # B
     common: int  # P

@@ -51,7 +51,7 @@ def bert_run(tmp_path_factory):
         (folder / "data" / "glue" / "RTE" / name).write_text(
             "\n".join(["index\tsentence1\tsentence2\tlabel", *rows[:: 1 if name == "train.tsv" else 3]]) + "\n")
     out = succeeds("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
-                   folder / "data", "--steps", 40, "--lr", "1e-2", "--out", folder / "run")
+                   folder / "data", "--steps", 40, "--lr", "3e-3", "--out", folder / "run")
     return folder, out
 
 
