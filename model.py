@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import kernels
 
+CHUNK = 256  # labelled positions whose logits exist at once
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
@@ -565,6 +566,7 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, weight: Tensor, bits: int):
         nn.Module.__init__(self)
+        check_base_bits(bits)
         self.in_features, self.out_features, self.bias, self.bits = *linear.weight.shape[::-1], linear.bias, bits
         ops = torch.ops.bitsandbytes
         steps = torch.linspace(-1, 1, 255, device=weight.device)  # symmetric, so that 0 stays 0; as sorted as theirs
@@ -628,8 +630,6 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
     `base_bits` 8 or 4: the blocks' linear weights in so many bits (see QuantizedLinear), each as it comes from disk.
 
     Raises ValueError naming an unsupported setting or a missing, unknown or mis-shaped tensor."""
-    if base_bits:
-        check_base_bits(base_bits)
     path = checkpoint.locate(name_or_dir)
     m = build(checkpoint.config(path), path, num_labels)
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)

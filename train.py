@@ -13,14 +13,19 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 import checkpoint
@@ -441,25 +446,73 @@ def dry_run(run: Run, said: dict, task: data.Task) -> str:
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
                                                          if x.requires_grad and not n.startswith("classifier.")))
-    memory, flops = estimate(m, run, trained, total)
+    python, memory = peak_memory("cpu"), estimate(said, run, task.num_labels or None)
+    parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in memory.items())
+    flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
     return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
-                      f"memory, estimated: {memory / 1e9:.2f} GB, in {run.dtype}, {run.micro_batch_size} examples of "
-                      f"{run.cutoff} tokens at a time",
+                      f"memory, estimated: {sum(memory.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
+                      f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
+                      f"beside that: {python / 1e9:.2f} GB here",
                       f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
                       "recipe: " + ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))])
 
 
-def estimate(m: nn.Module, run: Run, trained: int, total: int) -> tuple[float, float]:
-    """(bytes, FLOPs a token) of training: weights, gradients and AdamW's two moments of what is trained, and the
-    activations that the backward pass reads; two FLOPs a weight forward, two backward, two more where it is trained."""
-    c, size = m.config, 4 if run.dtype == "float32" else 2
-    inner = c.intermediate_size or 4 * c.hidden_size
-    per_layer = 8 * c.hidden_size + (3 if hasattr(c, "rms_norm_eps") else 2) * inner
-    layers = 1 if run.grad_checkpoint else c.num_hidden_layers
-    tokens = run.micro_batch_size * run.cutoff
-    activations = tokens * (layers * per_layer + c.num_hidden_layers * c.hidden_size) * size
-    logits = 0 if isinstance(m, model.Bert) else tokens * c.vocab_size * (size + 8)
-    return (total - trained) * size + trained * 16 + activations + logits, 4 * total + 2 * trained
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of all tensors that were made while it is on and are alive: now, and at most so far."""
+
+    def __init__(self, before: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakIdKeyDictionary({t.untyped_storage(): True for t in before})
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage not in self.seen:  # views share one
+                self.seen[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
+    """Bytes that a training step holds at most: "frozen" weights, what is "trained" with AdamW's two moments, and
+    "step": gradients, activations and whatever else a micro-batch of full length makes.
+
+    Nothing is fitted: forward and backward run on fake tensors, which have shapes and no memory, and every storage is
+    counted from its birth to its death. So the backward keeps here what it keeps there: of a frozen linear nothing, of
+    a norm its input and statistics, of attention q, k, v, the output (or the T × T weights), of the feed-forward what
+    its activation and product multiply, of a low-rank path its input, mask and W in the activations' precision; with
+    gradient checkpointing a block's input, and one block's worth of all that. The allocator's loss is not in it."""
+    with FakeTensorMode():
+        m = model.build(said, run.backbone, num_labels)
+        for name, p in list(m.named_parameters()):
+            model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
+        if getattr(m.config, "tie_word_embeddings", False):
+            m.head.weight = m.embed.weight
+        for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
+            if isinstance(x, nn.Linear):
+                m.blocks.set_submodule(name, model.QuantizedLinear(x, x.weight.detach(), run.base_bits))
+        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
+        trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
+        earlier = trained if run.batch_size > run.micro_batch_size else []
+        for p in earlier:  # an earlier micro-batch left its gradients
+            p.grad = torch.empty_like(p)
+        m.train().grad_checkpoint = run.grad_checkpoint
+        ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
+        with Alive([*weights, *(p.grad for p in earlier)]) as alive:
+            if num_labels:
+                model.loss(m, ids, ids[:, 0]).backward()
+            else:
+                h = m(ids, return_hidden=True)[-1].flatten(0, 1)[:model.CHUNK]
+                nn.functional.cross_entropy(model.widen(m.head(h)), ids.flatten()[:model.CHUNK]).backward()
+    share = sum(p.nbytes for p in trained)
+    return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
+            "step": alive.peak + sum(p.nbytes for p in earlier)}
 
 
 def claim(out: Path, run: Run) -> None:

@@ -178,6 +178,20 @@ def test_a_library_caller_is_told_which_bits_there_are(tiny_llama):
         model.from_pretrained(tiny_llama, base_bits=3)
 
 
+@pytest.mark.parametrize(("bits", "nbytes"), [(8, 1 + 4 / 64), (4, 0.5 + 4 / 64)])
+def test_the_estimate_counts_quantised_weights_and_no_restored_one_stays(bits, nbytes):
+    d, ff = 64, 128
+    said = {"model_type": "llama", "vocab_size": 50, "hidden_size": d, "intermediate_size": ff,
+            "num_attention_heads": 4}
+    run = train.Run(method="lora-sibo", rank=4, micro_batch_size=2, cutoff=8, base_bits=bits)
+    found = [train.estimate(said | {"num_hidden_layers": n}, r) for n in (2, 3) for r in (
+        run, train.replace(run, base_bits=None))]
+    linears, norms, table = 4 * d * d + 3 * d * ff, 2 * d * 2, 7 * 1024 if bits == 8 else 0
+    assert found[2]["frozen"] - found[0]["frozen"] == linears * nbytes + norms + table
+    assert found[3]["frozen"] - found[1]["frozen"] == linears * 2 + norms
+    assert found[2]["step"] - found[0]["step"] == found[3]["step"] - found[1]["step"]
+
+
 def test_training_a_quantised_backbone_lowers_the_loss(tiny_llama, tmp_path):
     run = train.Run(backbone=str(tiny_llama), method="lora-sibo", steps=12, warmup=2, lr=1e-2, batch_size=8,
                     micro_batch_size=2, lam=0.2, rank=4, dropout=0.0)

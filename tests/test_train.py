@@ -116,6 +116,7 @@ def test_the_papers_lambda_is_the_recipes(family, kind, method, lam):
 
 
 def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "estimate", lambda *args: {})  # see small_estimate
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     d, ff, layers, r = 4096, 11008, 32, 32
     base = 2 * 32000 * d + layers * (4 * d * d + 3 * d * ff + 2 * d) + d
@@ -130,12 +131,63 @@ def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, caps
 
 
 def test_dry_run_says_who_gets_h0(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "estimate", lambda *args: {"frozen": 1.5e9, "step": 2e9})
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     _, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--dry-run")
+    assert "memory, estimated: 3.50 GB (frozen 1.50, step 2.00), in " in out
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  blocks")}
     assert {n for n, line in lines.items() if "h0, λ = 0.1" in line} == {"blocks.*.mlp.up_proj"}
     assert {n for n, line in lines.items() if line.endswith("plain")} == {
         f"blocks.*.attn.{x}_proj" for x in "qkv"} | {"blocks.*.mlp.down_proj"}
+
+
+SMALL = {"model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 128,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def small_run(method, **changes):
+    return train.Run(**{"method": method, "micro_batch_size": 2, "batch_size": 4, "cutoff": 16, "rank": 4,
+                        "bottleneck": 8, "lam": 0.2 if "sibo" in method else 0.0, "dtype": "float32"} | changes)
+
+
+def small_estimate(layers, run):
+    return train.estimate(SMALL | {"num_hidden_layers": layers}, run)
+
+
+def kept_for_the_backward(layers, run):
+    """Bytes of the distinct storages that autograd keeps of one real forward pass, weights left out."""
+    m = model.build(SMALL | {"num_hidden_layers": layers}).to_empty(device="cpu")
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    m = m.to(getattr(torch, run.dtype))
+    m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
+    m.train().grad_checkpoint = run.grad_checkpoint
+    weights, kept = {p.untyped_storage().data_ptr() for p in m.parameters()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        h = m(torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.long), return_hidden=True)
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, h[-1]]}
+    return sum(n for storage, n in found.items() if storage not in weights)
+
+
+@pytest.mark.parametrize(("method", "dtype"), [(x, "float32") for x in train.METHODS] + [("lora-sibo", "bfloat16")])
+def test_a_further_layer_costs_what_autograd_keeps_of_it(method, dtype):
+    run = small_run(method, dtype=dtype)
+    a, b = (small_estimate(n, run) for n in (2, 3))
+    grads = (b["trained"] - a["trained"]) // 3
+    assert b["step"] - a["step"] - grads == kept_for_the_backward(3, run) - kept_for_the_backward(2, run)
+
+
+def test_with_gradient_checkpointing_a_further_layer_costs_its_input():
+    run = small_run("adapter-sibo", grad_checkpoint=True, dtype="bfloat16")
+    a, b = (small_estimate(n, run) for n in (2, 3))
+    adapters = 2 * 8 * 64
+    assert b["step"] - a["step"] == 2 * 16 * 64 * 2 + adapters * 4
+    assert b["trained"] - a["trained"] == adapters * 4 * 3  # the weights and AdamW's two moments, float32
+
+
+def test_earlier_micro_batches_leave_their_gradients():
+    alone, after = (small_estimate(2, small_run("lora", batch_size=n)) for n in (2, 4))
+    assert alone["step"] < after["step"] <= alone["step"] + after["trained"] // 3
 
 
 @pytest.mark.parametrize(("args", "says"), [
