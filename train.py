@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ import cli
 import data
 import eval as evaluation
 import model
+import parallel
 import sibo
 import tokenizer
 
@@ -95,6 +97,7 @@ class Run(Recipe):
     device: str = "cpu"
     compile: bool = False
     grad_checkpoint: bool = False
+    shard: bool = False
     out: str = ""
 
     def settings(self) -> dict:
@@ -122,42 +125,51 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     """Adds the gradient of one effective batch's mean loss to the parameters, and returns that loss.
 
     The mean is over the labelled tokens (BERT: the examples) of the whole batch, so each micro-batch weighs what it
-    holds of them. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
+    holds of them, on whichever process: each takes its part of `rows`, in as many micro-batches as all others, for
+    they meet in each. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss, device = sum(counts), 0.0, next(m.parameters()).device
     if not total:
         raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
                          "which their prompts fill")
-    for start in range(0, len(rows), micro_batch_size):
-        share = sum(counts[start:start + micro_batch_size]) / total
-        if share:
-            b = {k: v.to(device) for k, v in data.batch(rows[start:start + micro_batch_size], pad_id).items()}
-            if "token_type_ids" not in b:
-                del b["attention_mask"]
-            part = model.loss(m, **b) * share
-            part.backward()
-            loss += part.detach()
-    return float(loss)
+    rank, world = parallel.rank(), parallel.world()
+    spare = rows[counts.index(max(counts))]  # where there is nothing to learn from, this row, times 0
+    micro_batches = math.ceil(len(rows) / (world * micro_batch_size))
+    for i in range(micro_batches):
+        part = slice(rank + i * micro_batch_size * world, (i + 1) * micro_batch_size * world, world)
+        share = sum(counts[part]) / total
+        b = {k: v.to(device) for k, v in data.batch(rows[part] if share else [spare], pad_id).items()}
+        if "token_type_ids" not in b:
+            del b["attention_mask"]
+        with parallel.accumulating(m, last=i == micro_batches - 1):
+            part_loss = model.loss(m, **b) * share
+            (part_loss * world).backward()  # the processes' mean is to be the sum of their parts
+        loss += part_loss.detach()
+    return float(parallel.total(loss))
 
 
 def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path) -> dict[str, float]:
     """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s."""
-    trained = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
     m.grad_checkpoint = run.grad_checkpoint
     if run.compile:
         torch.compiler.set_stance("default")
         for block in m.blocks:  # they differ in their tensors only, so the first one's code serves all
             block.compile(dynamic=True)
     m.train()
+    engine = parallel.wrap(m, run.device, run.shard)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
+    rank = parallel.rank()
+    if rank:
+        torch.manual_seed(run.seed + rank)  # the weights are drawn alike, dropout is not
     began, tokens = time.perf_counter(), 0
     batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
-    bar = tqdm(batches, run.method, run.steps, unit="step")
-    with open(log, "w") as f:
+    bar = tqdm(batches, run.method, run.steps, unit="step", disable=rank > 0)
+    with open(os.devnull if rank else log, "w") as f:
         for step, some in enumerate(bar):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run, step)
-            loss = train_step(m, [rows[i] for i in some], run.micro_batch_size, pad_id)
+            loss = train_step(engine, [rows[i] for i in some], run.micro_batch_size, pad_id)
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: found a loss of {loss}; lower --lr (now {run.lr}) or use "
                                  "--dtype float32")
