@@ -7,8 +7,9 @@ identity. The official code trains on one GPU, so nothing here stands in it."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -41,7 +42,8 @@ def group() -> Iterator[None]:
         torch.cuda.set_device(local)  # what "cuda" means in this process from now on
     dist.init_process_group(timeout=timedelta(minutes=30))
     try:
-        yield
+        with redirect_stdout(None if rank() else sys.stdout):  # printing to None is silent
+            yield
     except RuntimeError as e:  # gloo raises no class of its own
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise

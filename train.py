@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -205,6 +206,13 @@ def measure(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, test: Sequenc
     return evaluation.score_examples(m, t, task, test)
 
 
+def load(run: Run, task: data.Task) -> nn.Module:
+    """The backbone, with the seed set for all that is drawn anew; to be sharded: on the CPU, where files are mapped."""
+    torch.manual_seed(run.seed)
+    return model.from_pretrained(run.backbone, getattr(torch, run.dtype), "cpu" if run.shard else run.device,
+                                 task.num_labels or None)
+
+
 def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: Frozen | None = None) -> tuple:
     """Trains, scores and writes one run; returns its result, its curves and the frozen backbone's figures."""
     out = Path(run.out)
@@ -213,17 +221,21 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
     encode = data.encode_sentence if task.num_labels else data.encode
     rows = [encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in train]
     cut = sum(r.cut for r in rows)
-    if cut:
+    if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    torch.manual_seed(run.seed)  # before anything new is drawn
-    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None)
+    m = load(run, task)
     texts = evaluation.similarity_rows(m, t, test)
     if before is None:
+        if run.shard:
+            parallel.wrap(m, run.device, True)
         before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
                         if task.num_labels else measure(m, t, task, test[:50], run.cutoff),
                         evaluation.layer_similarities(m, texts, pad))
+        if run.shard:  # what is cut up takes no adapters: they come first
+            m = load(run, task)
     m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
-    checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
+    if not parallel.rank():
+        checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
     speed = fit(m, rows, pad, run, out / "metrics.jsonl")
     sibo.save(m, out)
     after = measure(m, t, task, test, run.cutoff)
@@ -238,12 +250,14 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
     }
-    checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
+    if not parallel.rank():
+        checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result, before
 
 
 def learned_lam(m: nn.Module) -> list[float]:
-    return [round(float(x.lam()), 4) for x in m.modules() if isinstance(x, sibo.Boosted) and x.fixed]
+    return [round(float(parallel.whole(x.logit.detach()).sigmoid()), 4) for x in m.modules()
+            if isinstance(x, sibo.Boosted) and x.fixed]
 
 
 def peak_memory(device: str) -> int:
@@ -359,6 +373,7 @@ def parser() -> cli.Parser:
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
                    "is float32 (default: float32 for BERT and for CPUs without bfloat16 units, else bfloat16)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    g.add_argument("--shard", action="store_true", help="under torchrun: each process holds a slice of all weights")
     g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
     g.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third slower")
     g = p.add_argument_group("what comes of it")
@@ -386,6 +401,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--steps, --epochs: found both, expected one")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: found {args.device}, expected cpu: this machine shows PyTorch no GPU")
+    if args.shard and not dist.is_initialized():
+        raise ValueError("--shard: found one process, expected several: torchrun --nproc_per_node=N train.py …")
+    if dist.is_initialized() and args.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: found {args.device} under torchrun, expected cuda: each process has its own GPU")
     sibo.Settings(**{f.name: getattr(args, f.name) for f in fields(sibo.Settings) if f.name not in ("method", "h0")
                      and getattr(args, f.name) is not None})  # it checks its own
 
@@ -475,7 +494,7 @@ def main(args: argparse.Namespace) -> None:
     made = task.kind == "word-problems"
     train = None if args.dry_run or made else data.load(task, "train", folder)
     test = [] if args.dry_run else data.load(task, "test", folder, args.limit)
-    said = checkpoint.config(checkpoint.locate(args.backbone, config_only=args.dry_run))
+    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=args.dry_run)))
     family = model.read_config(said, args.backbone) and said["model_type"]
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
@@ -489,12 +508,13 @@ def main(args: argparse.Namespace) -> None:
     if made:
         train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
     runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
-    for r in runs:
-        claim(Path(r.out), r)
+    parallel.in_turn(lambda: [claim(Path(r.out), r) for r in runs], ranks=1)
     results, frozen = [], None
     for r in runs:
         result, frozen = execute(r, task, train, test, frozen)
         results.append(result)
+    if parallel.rank():
+        return
     draw_curves(runs)
     curves = {"frozen": frozen.curve} | {r["method"]: r["similarity_per_layer"] for r in results}
     for r in runs:
