@@ -405,6 +405,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--shard: found one process, expected several: torchrun --nproc_per_node=N train.py …")
     if dist.is_initialized() and args.device not in ("cpu", "cuda"):
         raise ValueError(f"--device: found {args.device} under torchrun, expected cuda: each process has its own GPU")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise ValueError(f"--nproc_per_node: found {os.environ['LOCAL_WORLD_SIZE']} processes, expected at most "
+                         f"{torch.cuda.device_count()}, one a GPU of this machine")
     sibo.Settings(**{f.name: getattr(args, f.name) for f in fields(sibo.Settings) if f.name not in ("method", "h0")
                      and getattr(args, f.name) is not None})  # it checks its own
 
