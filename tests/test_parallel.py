@@ -110,7 +110,7 @@ def work(rank, world, folder):
 
 
 def start(work, *args, processes, join=True):
-    multiprocessing.set_forkserver_preload(["train"])  # read once, not by every process
+    multiprocessing.set_forkserver_preload(["train", "torch.distributed.fsdp"])  # read once for all
     return mp.start_processes(work, args, processes, join=join, start_method="forkserver")
 
 
