@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+import parallel
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
@@ -18,9 +20,12 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Runs `main` on the command line's options; ValueError and OSError, which carry a line for the user, end it."""
     try:
-        main(parser.parse_args())
+        with parallel.group():
+            main(parser.parse_args())
     except (ValueError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        line = f"error: {' '.join(str(e).split())}"
+        if parallel.first_to_say(line):
+            print(line, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

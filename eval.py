@@ -22,6 +22,7 @@ import checkpoint
 import cli
 import data
 import model
+import parallel
 import sibo
 import tokenizer
 
@@ -88,18 +89,21 @@ def _to(batch: dict[str, Tensor], m: nn.Module) -> dict[str, Tensor]:
 
 def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
             num_beams: int = 1) -> list[str]:
-    """What the model writes to each prompt, greedily or with beams; prompts of like length share a batch."""
+    """What the model writes to each prompt, greedily or with beams; prompts of like length share a batch. Of several
+    processes each asks for its share."""
     ids = [t.encode(p) for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    said, pad = [""] * len(ids), t.eos_id if t.pad_id is None else t.pad_id
-    for start in tqdm(range(0, len(order), batch_size), "answers", unit="batch", leave=False):
-        some = order[start:start + batch_size]
-        b = _to(data.batch([data.Row(ids[i]) for i in some], pad, "left"), m)
-        out = model.generate(m, **b, max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=t.eos_id,
-                             pad_token_id=pad)
-        for i, new in zip(some, out[:, b["input_ids"].shape[1]:].tolist(), strict=True):
-            said[i] = t.decode(new[: new.index(t.eos_id)] if t.eos_id in new else new)
-    return said
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))[parallel.rank()::parallel.world()]
+    said, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
+    bar = tqdm(range(0, len(order), batch_size), "answers", unit="batch", leave=False, disable=parallel.rank() > 0)
+    with parallel.in_step(m):
+        for start in bar:
+            some = order[start:start + batch_size]
+            b = _to(data.batch([data.Row(ids[i]) for i in some], pad, "left"), m)
+            out = model.generate(m, **b, max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=t.eos_id,
+                                 pad_token_id=pad)
+            for i, new in zip(some, out[:, b["input_ids"].shape[1]:].tolist(), strict=True):
+                said[i] = t.decode(new[: new.index(t.eos_id)] if t.eos_id in new else new)
+    return [text for _, text in sorted(parallel.union(said).items())]
 
 
 def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, examples: Sequence[data.Example],
@@ -115,14 +119,17 @@ def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, exampl
 @torch.no_grad()
 def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows: Sequence[data.Row],
                     batch_size: int = 64) -> Score:
-    """GLUE's metrics of a BERT's predictions."""
-    order, predicted = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), np.zeros(len(rows))
-    for start in range(0, len(order), batch_size):
-        some = order[start:start + batch_size]
-        b = _to(data.batch([rows[i] for i in some], t.pad_id), m)
-        b.pop("labels")
-        logits = m(**b).float().cpu()  # (B, n)
-        predicted[some] = logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)
+    """GLUE's metrics of a BERT's predictions. Of several processes each predicts its share."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[parallel.rank()::parallel.world()]
+    found = {}
+    with parallel.in_step(m):
+        for start in range(0, len(order), batch_size):
+            some = order[start:start + batch_size]
+            b = _to(data.batch([rows[i] for i in some], t.pad_id), m)
+            b.pop("labels")
+            logits = m(**b).float().cpu()  # (B, n)
+            found |= zip(some, (logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)).tolist(), strict=True)
+    predicted = np.array([x for _, x in sorted(parallel.union(found).items())], dtype=float)
     return score_predictions(task, predicted, np.array([r.labels for r in rows]))
 
 

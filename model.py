@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from os import PathLike
 
 import torch
@@ -416,8 +417,9 @@ class CausalLM(Transformer):
     def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
         """An empty cache for `batch` sequences of up to `capacity` tokens, a layer an entry."""
         heads_kv = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
-        empty, shape = self.norm.weight.new_empty, (batch, heads_kv, capacity, self.config.d_head)
-        return [KeyValues(empty(shape), empty(shape)) for _ in self.blocks]
+        like, shape = self.norm.weight, (batch, heads_kv, capacity, self.config.d_head)
+        empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # of a sharded model too: no slice
+        return [KeyValues(empty(), empty()) for _ in self.blocks]
 
 
 class Llama(CausalLM):

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import kernels
+import parallel
 from placement import Settings, place
 
 
@@ -74,7 +75,7 @@ class Boosted(nn.Module):
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
-        start = torch.tensor([math.log(lam / (1 - lam))], device=like.device) if lam and s.learn_lam else None
+        start = self.down.new_tensor([math.log(lam / (1 - lam))]) if lam and s.learn_lam else None
         self.logit = nn.Parameter(start) if start is not None else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.train(base.training)
@@ -186,11 +187,12 @@ def merge(m: nn.Module) -> nn.Module:
 
 def save(m: nn.Module, folder: str | Path) -> None:
     """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told."""
-    trained = {n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+    trained = {n: parallel.whole(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
     settings = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
-    checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
+    if parallel.rank() == 0:
+        checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:

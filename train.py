@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,6 +35,7 @@ import cli
 import data
 import eval as evaluation
 import model
+import parallel
 import sibo
 import tokenizer
 
@@ -101,6 +104,7 @@ class Run(Recipe):
     compile: bool = False
     grad_checkpoint: bool = False
     base_bits: int | None = None
+    shard: bool = False
     out: str = ""
 
     def settings(self) -> dict:
@@ -128,22 +132,27 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     """Adds the gradient of one effective batch's mean loss to the parameters, and returns that loss.
 
     The mean is over the labelled tokens (BERT: the examples) of the whole batch, so each micro-batch weighs what it
-    holds of them. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
+    holds of them, on whichever process: each takes its part of `rows`, in as many micro-batches as all others, for
+    they meet in each. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss, device = sum(counts), 0.0, next(m.parameters()).device
     if not total:
         raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
                          "which their prompts fill")
-    for start in range(0, len(rows), micro_batch_size):
-        share = sum(counts[start:start + micro_batch_size]) / total
-        if share:
-            b = {k: v.to(device) for k, v in data.batch(rows[start:start + micro_batch_size], pad_id).items()}
-            if "token_type_ids" not in b:
-                del b["attention_mask"]
-            part = model.loss(m, **b) * share
-            part.backward()
-            loss += part.detach()
-    return float(loss)
+    rank, world = parallel.rank(), parallel.world()
+    spare = rows[counts.index(max(counts))]  # where there is nothing to learn from, this row, times 0
+    micro_batches = math.ceil(len(rows) / (world * micro_batch_size))
+    for i in range(micro_batches):
+        part = slice(rank + i * micro_batch_size * world, (i + 1) * micro_batch_size * world, world)
+        share = sum(counts[part]) / total
+        b = {k: v.to(device) for k, v in data.batch(rows[part] if share else [spare], pad_id).items()}
+        if "token_type_ids" not in b:
+            del b["attention_mask"]
+        with parallel.accumulating(m, last=i == micro_batches - 1):
+            part_loss = model.loss(m, **b) * share
+            (part_loss * world).backward()  # the processes' mean is to be the sum of their parts
+        loss += part_loss.detach()
+    return float(parallel.total(loss))
 
 
 def compiled(m: nn.Module) -> nn.Module:
@@ -155,21 +164,25 @@ def compiled(m: nn.Module) -> nn.Module:
 
 def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path) -> dict[str, float]:
     """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s."""
-    trained = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
     m.grad_checkpoint = run.grad_checkpoint
     if run.compile:
         torch.compiler.set_stance("default")
         compiled(m)
     m.train()
+    engine = parallel.wrap(m, run.device, run.shard)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
+    rank = parallel.rank()
+    if rank:
+        torch.manual_seed(run.seed + rank)  # the weights are drawn alike, dropout is not
     began, tokens = time.perf_counter(), 0
     batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
-    bar = tqdm(batches, run.method, run.steps, unit="step")
-    with open(log, "w") as f:
+    bar = tqdm(batches, run.method, run.steps, unit="step", disable=rank > 0)
+    with open(os.devnull if rank else log, "w") as f:
         for step, some in enumerate(bar):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run, step)
-            loss = train_step(m, [rows[i] for i in some], run.micro_batch_size, pad_id)
+            loss = train_step(engine, [rows[i] for i in some], run.micro_batch_size, pad_id)
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: found a loss of {loss}; lower --lr (now {run.lr}) or use "
                                  "--dtype float32")
@@ -205,6 +218,13 @@ def measure(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, test: Sequenc
     return evaluation.score_examples(m, t, task, test)
 
 
+def load(run: Run, task: data.Task) -> nn.Module:
+    """The backbone, with the seed set for all that is drawn anew; to be sharded: on the CPU, where files are mapped."""
+    torch.manual_seed(run.seed)
+    return model.from_pretrained(run.backbone, getattr(torch, run.dtype), "cpu" if run.shard else run.device,
+                                 task.num_labels or None, run.base_bits)
+
+
 def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: Frozen | None = None) -> tuple:
     """Trains, scores and writes one run; returns its result, its curves and the frozen backbone's figures."""
     out = Path(run.out)
@@ -213,18 +233,21 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
     encode = data.encode_sentence if task.num_labels else data.encode
     rows = [encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in train]
     cut = sum(r.cut for r in rows)
-    if cut:
+    if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    torch.manual_seed(run.seed)  # before anything new is drawn
-    m = model.from_pretrained(run.backbone, getattr(torch, run.dtype), run.device, task.num_labels or None,
-                              run.base_bits)
+    m = load(run, task)
     texts = evaluation.similarity_rows(m, t, test)
     if before is None:
+        if run.shard:
+            parallel.wrap(m, run.device, True)
         before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
                         if task.num_labels else measure(m, t, task, test[:50], run.cutoff),
                         evaluation.layer_similarities(m, texts, pad))
+        if run.shard:  # what is cut up takes no adapters: they come first
+            m = load(run, task)
     m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
-    checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
+    if not parallel.rank():
+        checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
     speed = fit(m, rows, pad, run, out / "metrics.jsonl")
     sibo.save(m, out)
     after = measure(m, t, task, test, run.cutoff)
@@ -239,12 +262,14 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
     }
-    checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
+    if not parallel.rank():
+        checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result, before
 
 
 def learned_lam(m: nn.Module) -> list[float]:
-    return [round(float(x.lam()), 4) for x in m.modules() if isinstance(x, sibo.Boosted) and x.fixed]
+    return [round(float(parallel.whole(x.logit.detach()).sigmoid()), 4) for x in m.modules()
+            if isinstance(x, sibo.Boosted) and x.fixed]
 
 
 def peak_memory(device: str) -> int:
@@ -360,6 +385,7 @@ def parser() -> cli.Parser:
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
                    "is float32 (default: float32 for BERT and for CPUs without bfloat16 units, else bfloat16)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    g.add_argument("--shard", action="store_true", help="under torchrun: each process holds a slice of all weights")
     g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
     g.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third slower")
     g.add_argument("--base-bits", type=int, choices=[8, 4], help="bits of the blocks' frozen linear weights "
@@ -388,12 +414,22 @@ def check(args: argparse.Namespace) -> None:
     if args.base_bits and args.method == "full":
         raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; "
                          "expected an adapter or LoRA method")
+    if args.base_bits and args.shard:
+        raise ValueError(f"--base-bits {args.base_bits}: found with --shard, which cannot cut quantised weights; expected "
+                         "one of them")
     if args.base_bits:
         model.check_base_bits(args.base_bits)
     if args.steps and args.epochs:
         raise ValueError("--steps, --epochs: found both, expected one")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: found {args.device}, expected cpu: this machine shows PyTorch no GPU")
+    if args.shard and not dist.is_initialized():
+        raise ValueError("--shard: found one process, expected several: torchrun --nproc_per_node=N train.py …")
+    if dist.is_initialized() and args.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: found {args.device} under torchrun, expected cuda: each process has its own GPU")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise ValueError(f"--nproc_per_node: found {os.environ['LOCAL_WORLD_SIZE']} processes, expected at most "
+                         f"{torch.cuda.device_count()}, one a GPU of this machine")
     sibo.Settings(**{f.name: getattr(args, f.name) for f in fields(sibo.Settings) if f.name not in ("method", "h0")
                      and getattr(args, f.name) is not None})  # it checks its own
 
@@ -531,7 +567,7 @@ def main(args: argparse.Namespace) -> None:
     made = task.kind == "word-problems"
     train = None if args.dry_run or made else data.load(task, "train", folder)
     test = [] if args.dry_run else data.load(task, "test", folder, args.limit)
-    said = checkpoint.config(checkpoint.locate(args.backbone, config_only=args.dry_run))
+    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=args.dry_run)))
     family = model.read_config(said, args.backbone) and said["model_type"]
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
@@ -545,12 +581,13 @@ def main(args: argparse.Namespace) -> None:
     if made:
         train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
     runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
-    for r in runs:
-        claim(Path(r.out), r)
+    parallel.in_turn(lambda: [claim(Path(r.out), r) for r in runs], ranks=1)
     results, frozen = [], None
     for r in runs:
         result, frozen = execute(r, task, train, test, frozen)
         results.append(result)
+    if parallel.rank():
+        return
     draw_curves(runs)
     curves = {"frozen": frozen.curve} | {r["method"]: r["similarity_per_layer"] for r in results}
     for r in runs:

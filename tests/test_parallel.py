@@ -1,0 +1,254 @@
+"""Many processes are one: what N of them train, save and score is what a single one does, cut up or not.
+
+One spawn of 2 and one of 4 processes go over all cases (gloo, CPU); each writes what it found."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+import cli
+import data
+import eval as evaluation
+import model
+import parallel
+import sibo
+import train
+
+ROOT = Path(__file__).parent.parent
+LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2}
+BERT = {"model_type": "bert", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CASES = {  # model, method, learned λ, micro-batch, tied embedding and head; checkpointing where cut up
+    "full": (LLAMA, "full", False, 2),
+    "full-tied": (LLAMA | {"tie_word_embeddings": True}, "full", False, 1),
+    "adapter": (LLAMA, "adapter", False, 1),
+    "adapter-sibo": (LLAMA, "adapter-sibo", False, 2),
+    "adapter-sibo-learned": (LLAMA, "adapter-sibo", True, 2),
+    "lora": (LLAMA, "lora", False, 3),
+    "lora-sibo": (LLAMA, "lora-sibo", False, 1),
+    "lora-sibo-learned": (LLAMA, "lora-sibo", True, 2),
+    "bert": (BERT, "lora-sibo", False, 2),
+}
+SHARDED = {False: "whole", True: "sharded"}
+
+
+@dataclass
+class Letters:
+    """As much of a tokenizer as scoring asks for."""
+
+    eos_id: int = 1
+    pad_id: int = 0
+
+    def encode(self, text):
+        return [2 + ord(c) % 38 for c in text]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def random_model(said):
+    m = model.build(said, num_labels=2 if said is BERT else None).to_empty(device="cpu").double()
+    g = torch.Generator().manual_seed(0)
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=g)
+    if said.get("tie_word_embeddings"):
+        m.head.weight = m.embed.weight
+    return m.eval()
+
+
+def rows(said):
+    """17, so that of the batches of 7 one has 3 rows, fewer than there are processes; one row has nothing labelled."""
+    some = [[1, 2, *range(3 + i % 9, 6 + i % 9 + i)] for i in range(17)]
+    if said is BERT:
+        return [data.Row(ids, i % 2, types=[0] * len(ids)) for i, ids in enumerate(some)]
+    return [data.Row(ids, [-100] * (len(ids) if i == 4 else 3) + ids[3:] * (i != 4)) for i, ids in enumerate(some)]
+
+
+def fit(name, shard, folder):
+    said, method, learned, micro = CASES[name]
+    run = train.Run(method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned, steps=3, batch_size=7,
+                    micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0, shard=shard,
+                    grad_checkpoint=shard)
+    torch.manual_seed(run.seed)
+    m = random_model(said)
+    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings())
+    folder.mkdir(exist_ok=True)
+    train.fit(m, rows(said), 0, run, folder / "metrics.jsonl")
+    sibo.save(m, folder)
+    return m
+
+
+def scores(m, said):
+    if said is BERT:
+        return evaluation.score_sentences(m, Letters(), data.task("rte"), rows(said), batch_size=2).more
+    return evaluation.answers(m, Letters(), ["a b", "say two", "and three of them", "d", "e", "end"], 6, batch_size=1)
+
+
+def work(rank, world, folder):
+    """What each process of a spawn does: all cases, whole and sharded."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    for name in CASES:
+        for shard in SHARDED:
+            m = fit(name, shard, folder / f"{name}-{SHARDED[shard]}-{world}")
+            found = {"scores": scores(m, CASES[name][0]), "seed": torch.initial_seed()}
+            (folder / f"{name}-{SHARDED[shard]}-{world}" / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def start(work, *args, processes, join=True):
+    multiprocessing.set_forkserver_preload(["train", "torch.distributed.fsdp"])  # read once for all
+    return mp.start_processes(work, args, processes, join=join, start_method="forkserver")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All cases, by one process, by 2 and by 4: CASE-whole, CASE-whole-2, CASE-sharded-2 …"""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name in CASES:
+        found = {"scores": scores(fit(name, False, folder / f"{name}-whole"), CASES[name][0])}
+        (folder / f"{name}-whole" / "rank0.json").write_text(json.dumps(found))
+    for world in (2, 4):
+        start(work, world, folder, processes=world)
+    return folder
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def furthest(a, b):
+    """The largest difference between two runs' saved tensors."""
+    a, b = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
+
+
+everywhere = pytest.mark.parametrize("world", [2, 4])
+whole_or_sharded = pytest.mark.parametrize("how", SHARDED.values())
+
+
+@everywhere
+@whole_or_sharded
+@pytest.mark.parametrize("name", CASES)
+def test_many_processes_train_as_one_does(folder, name, how, world):
+    one, many = folder / f"{name}-whole", folder / f"{name}-{how}-{world}"
+    assert len(losses(one)) == 3 and losses(many) == pytest.approx(losses(one), abs=1e-9)
+    assert furthest(one, many) < 1e-9
+
+
+@everywhere
+@whole_or_sharded
+@pytest.mark.parametrize("name", CASES)
+def test_each_process_scores_its_share_and_all_know_the_whole_in_order(folder, name, how, world):
+    one = json.loads((folder / f"{name}-whole" / "rank0.json").read_text())["scores"]
+    for rank in range(world):
+        many = json.loads((folder / f"{name}-{how}-{world}" / f"rank{rank}.json").read_text())
+        assert many["scores"] == (pytest.approx(one) if isinstance(one, dict) else one)
+
+
+@everywhere
+def test_dropout_is_seeded_by_the_rank(folder, world):
+    seeds = [json.loads((folder / f"lora-whole-{world}" / f"rank{r}.json").read_text())["seed"] for r in range(world)]
+    assert seeds == list(range(world))
+
+
+def test_an_adapter_that_four_sharded_processes_saved_loads_in_one(folder):
+    m = sibo.load(random_model(LLAMA), folder / "lora-sibo-sharded-4")
+    one = sibo.load(random_model(LLAMA), folder / "lora-sibo-whole")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.allclose(m(ids), one(ids), rtol=0, atol=1e-9)
+    assert scores(m, LLAMA) == json.loads((folder / "lora-sibo-whole" / "rank0.json").read_text())["scores"]
+
+
+# ------------------------------------------------------------------------------------------------------- how it ends
+
+
+def lose(args):
+    parallel.total(torch.ones(1))
+    if parallel.rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    parallel.total(torch.ones(1))
+
+
+def refuse(args):
+    def claim():
+        raise ValueError("the folder is taken")
+
+    parallel.in_turn(claim, ranks=1)
+
+
+def command(rank, port, folder, main):
+    """A process as torchrun starts it, its two streams in files."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    sys.argv = ["train.py"]
+    with open(folder / f"err{rank}", "w") as err, contextlib.redirect_stderr(err):
+        cli.run(main, cli.Parser("train.py"))
+
+
+def ends(main, folder):
+    """(exit codes, what was said) of two processes that both run `main`."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's own outlives them too
+    group = start(command, store.port, folder, main, processes=2, join=False)
+    for p in group.processes:
+        p.join(60)
+    return [p.exitcode for p in group.processes], [(folder / f"err{r}").read_text() for r in range(2)]
+
+
+def test_a_killed_process_ends_the_others_with_a_line(tmp_path):
+    codes, said = ends(lose, tmp_path)
+    assert codes == [-signal.SIGKILL, 2]
+    assert said[1].startswith("error: lost touch with another process") and said[1].count("\n") == 1
+
+
+def test_what_one_process_refuses_ends_all_and_is_said_once(tmp_path):
+    codes, said = ends(refuse, tmp_path)
+    assert codes == [2, 2] and "".join(said) == "error: the folder is taken\n"
+
+
+def test_shard_without_torchrun_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="--shard: found one process"):
+        train.check(train.parser().parse_args(["--shard"]))
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_llama):
+    folder = tmp_path_factory.mktemp("alone")
+    args = ["train.py", "--backbone", tiny_llama, "--method", "lora-sibo", "--learn-lam", "--dropout", 0, "--steps", 3,
+            "--batch-size", 5, "--micro-batch-size", 2, "--limit", 3, "--cutoff", 64, "--train-on-inputs", "--dtype",
+            "float32", "--device", "cpu", "--lr", "1e-2", "--warmup", 1]
+    subprocess.run([sys.executable, *map(str, args), "--out", folder / "run"], cwd=ROOT, check=True,
+                   capture_output=True)
+    return args, folder / "run"
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_torchrun_trains_scores_and_writes_as_one_process_does(alone, tmp_path, shard):
+    args, one = alone
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *map(str, args), *shard,
+                           "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in one.iterdir()}
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1e-5)
+    assert furthest(one, tmp_path / "run") < 1e-4
+    a, b = (json.loads((run / "result.json").read_text()) for run in (one, tmp_path / "run"))
+    for key in ("score", "n", "baseline_score", "trainable_parameters", "total_parameters"):
+        assert a[key] == b[key]
+    assert a["lambda"] == pytest.approx(b["lambda"], abs=1e-3) and done.stdout.count("accuracy") == 1
