@@ -25,10 +25,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 @torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to the compiler, whose own random numbers are slow
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
     """x / (1 − p), and 0 at the given places. Linear in x and its own transpose: the backward pass is the same call."""
-    y = x.new_empty(x.numel() + 1)[:-1].view(x.shape)  # one more: that is where the places past the end point
+    y = _like(x)
     torch.div(x, 1 - p, out=y)
     y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
     return y
+
+
+def _like(x: Tensor) -> Tensor:
+    """Empty, of x's shape and one element more behind it, where the places past the end point."""
+    return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
 
 
 def _draws(n: int, p: float) -> int:
@@ -46,12 +51,12 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 @_zero.register_fake
 def _(x, places, p):
-    return torch.empty_like(x)
+    return _like(x)
 
 
 @_drop.register_fake
 def _(x, p):
-    return x.new_empty(x.shape), torch.empty(_draws(x.numel(), p), dtype=torch.int64)
+    return _like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)
 
 
 def _keep_places(ctx, inputs, output):

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import kernels
 
-CHUNK = 256  # labelled positions whose logits exist at once
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 

@@ -34,6 +34,7 @@ import checkpoint
 import cli
 import data
 import eval as evaluation
+import kernels
 import model
 import parallel
 import sibo
@@ -415,7 +416,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; "
                          "expected an adapter or LoRA method")
     if args.base_bits and args.shard:
-        raise ValueError(f"--base-bits {args.base_bits}: found with --shard, which cannot cut quantised weights; expected "
+        raise ValueError(f"--base-bits {args.base_bits}: found with --shard, which cannot cut their bytes; expected "
                          "one of them")
     if args.base_bits:
         model.check_base_bits(args.base_bits)
@@ -544,8 +545,8 @@ def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, i
             if num_labels:
                 model.loss(m, ids, ids[:, 0]).backward()
             else:
-                h = m(ids, return_hidden=True)[-1].flatten(0, 1)[:model.CHUNK]
-                nn.functional.cross_entropy(model.widen(m.head(h)), ids.flatten()[:model.CHUNK]).backward()
+                h, asked = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
+                kernels.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
     share = sum(p.nbytes for p in trained)
     return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
             "step": alive.peak + sum(p.nbytes for p in earlier)}
