@@ -75,7 +75,7 @@ class Boosted(nn.Module):
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
-        start = self.down.new_tensor([math.log(lam / (1 - lam))]) if lam and s.learn_lam else None
+        start = torch.tensor([math.log(lam / (1 - lam))], device=like.device) if lam and s.learn_lam else None
         self.logit = nn.Parameter(start) if start is not None else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.train(base.training)

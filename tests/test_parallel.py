@@ -84,7 +84,7 @@ def fit(name, shard, folder):
                     grad_checkpoint=shard)
     torch.manual_seed(run.seed)
     m = random_model(said)
-    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings())
+    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings()).double()  # λ too
     folder.mkdir(exist_ok=True)
     train.fit(m, rows(said), 0, run, folder / "metrics.jsonl")
     sibo.save(m, folder)
