@@ -37,6 +37,7 @@ import eval as evaluation
 import kernels
 import model
 import parallel
+import quantized
 import sibo
 import tokenizer
 
@@ -258,7 +259,7 @@ def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: 
         "backbone": run.backbone, "method": run.method, "lambda": learned_lam(m) if run.learn_lam else run.lam,
         "task": task.name, "metric": after.metric, "score": after.score, "n": after.n, "parts": after.parts,
         "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
-        "trainable_parameters": trained, "total_parameters": model.parameters(m), **speed,
+        "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **speed,
         "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
@@ -419,7 +420,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--base-bits {args.base_bits}: found with --shard, which cannot cut their bytes; expected "
                          "one of them")
     if args.base_bits:
-        model.check_base_bits(args.base_bits)
+        quantized.check_bits(args.base_bits)
     if args.steps and args.epochs:
         raise ValueError("--steps, --epochs: found both, expected one")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -533,7 +534,7 @@ def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, i
             m.head.weight = m.embed.weight
         for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
             if isinstance(x, nn.Linear):
-                m.blocks.set_submodule(name, model.QuantizedLinear(x, x.weight.detach(), run.base_bits))
+                m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
         m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
         earlier = trained if run.batch_size > run.micro_batch_size else []

@@ -12,6 +12,7 @@ import cli
 import data
 import eval as evaluation
 import model
+import quantized
 import sibo
 import train
 
@@ -36,7 +37,7 @@ def trembling(m):
 def restored(m):
     """A copy with plain nn.Linear that hold what the quantised ones stand for: the oracle."""
     m = copy.deepcopy(m)
-    for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, model.QuantizedLinear)]:
+    for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, quantized.QuantizedLinear)]:
         plain = torch.nn.Linear(x.in_features, x.out_features, x.bias is not None).requires_grad_(False)
         plain.weight.data, plain.bias = x.dequantized(torch.float32), x.bias
         m.set_submodule(name, plain)
@@ -55,7 +56,7 @@ def test_the_blocks_linear_weights_and_no_others_are_quantised(request, family, 
     folder = request.getfixturevalue(family)
     plain, m = model.from_pretrained(folder), quantised(folder, bits)
     linears = {n for n, x in plain.named_modules() if n.startswith("blocks.") and isinstance(x, torch.nn.Linear)}
-    assert {n for n, x in m.named_modules() if isinstance(x, model.QuantizedLinear)} == linears
+    assert {n for n, x in m.named_modules() if isinstance(x, quantized.QuantizedLinear)} == linears
     for name, p in plain.named_parameters():
         if name.removesuffix(".weight") in linears:
             x = m.get_submodule(name.removesuffix(".weight"))
@@ -97,7 +98,7 @@ def test_the_backward_pass_keeps_no_restored_weight(tiny_llama, bits):
     m, kept = quantised(tiny_llama, bits, method="lora", lam=0.3, rank=5), []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         m(IDS)
-    shapes = {(x.out_features, x.in_features) for x in m.modules() if isinstance(x, model.QuantizedLinear)}
+    shapes = {(x.out_features, x.in_features) for x in m.modules() if isinstance(x, quantized.QuantizedLinear)}
     assert not [t.shape for t in kept if t.dtype == torch.float32 and {tuple(t.shape), tuple(t.shape)[::-1]} & shapes]
 
 
@@ -154,7 +155,7 @@ def test_a_quantised_run_scores_the_same_again(monkeypatch, capsys, tiny_llama, 
     monkeypatch.setattr(model, "from_pretrained", lambda *a: loaded.append(from_pretrained(*a)) or loaded[-1])
     code, out, err = command(monkeypatch, capsys, evaluation.main, evaluation.parser(), "eval.py", tmp_path / "run")
     assert code == 0 and f"accuracy {result['score']:.4f} (n 3" in out, err
-    assert any(isinstance(x, model.QuantizedLinear) for x in loaded[0].modules())
+    assert any(isinstance(x, quantized.QuantizedLinear) for x in loaded[0].modules())
 
 
 @pytest.mark.parametrize(("args", "says"), [
