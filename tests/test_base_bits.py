@@ -57,6 +57,7 @@ def test_the_blocks_linear_weights_and_no_others_are_quantised(request, family, 
     plain, m = model.from_pretrained(folder), quantised(folder, bits)
     linears = {n for n, x in plain.named_modules() if n.startswith("blocks.") and isinstance(x, torch.nn.Linear)}
     assert {n for n, x in m.named_modules() if isinstance(x, quantized.QuantizedLinear)} == linears
+    assert quantized.parameters(m) == sum(p.numel() for p in plain.parameters())
     for name, p in plain.named_parameters():
         if name.removesuffix(".weight") in linears:
             x = m.get_submodule(name.removesuffix(".weight"))
