@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-import kernels
+import fast
 import quantized
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
@@ -410,7 +410,7 @@ class CausalLM(Transformer):
         asked = targets != -100  # nowhere else is the head needed
         h, targets, weight = self.norm(h[asked]), targets[asked], weight[asked]
         if type(self.head) is nn.Linear:
-            return kernels.cross_entropy(h, self.head.weight, self.head.bias, targets, weight)
+            return fast.cross_entropy(h, self.head.weight, self.head.bias, targets, weight)
         losses = F.cross_entropy(widen(self.head(h)), targets, reduction="none")  # a head with LoRA on it
         return (losses * weight).sum() / weight.sum()
 
@@ -646,7 +646,7 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     if not bool(mask[:, -1].all()):
         raise ValueError("generate: found padding at the end of a prompt, expected it on the left")
     pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
-    with kernels.packed(m):
+    with fast.packed(m):
         if num_beams > 1:
             return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos_token_id, pad)
         return _greedy(m, input_ids, mask, max_new_tokens, eos_token_id, pad)

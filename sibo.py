@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
-import kernels
+import fast
 import parallel
 from placement import Settings, place
 
@@ -112,7 +112,7 @@ class LoRA(Boosted):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         frozen = self.base(mixed if self.s.frozen_too else h)  # Table 6: should W see h̃ too?
-        low = times(kernels.dropout(mixed, self.s.dropout, self.training), self.down)
+        low = times(fast.dropout(mixed, self.s.dropout, self.training), self.down)
         return frozen + self.s.alpha / self.s.rank * times(low, self.up)  # Eq. (5); λ = 0: Eq. (2)
 
 

@@ -34,7 +34,7 @@ import checkpoint
 import cli
 import data
 import eval as evaluation
-import kernels
+import fast
 import model
 import parallel
 import quantized
@@ -547,7 +547,7 @@ def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, i
                 model.loss(m, ids, ids[:, 0]).backward()
             else:
                 h, asked = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
-                kernels.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
+                fast.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
     share = sum(p.nbytes for p in trained)
     return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
             "step": alive.peak + sum(p.nbytes for p in earlier)}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import kernels
+import fast
 
 
 @given(n=st.integers(1, 40), d=st.integers(1, 9), V=st.integers(2, 30), chunk=st.integers(1, 50), bias=st.booleans(),
@@ -18,7 +18,7 @@ def test_cross_entropy_in_chunks_is_the_plain_one_with_all_its_gradients(n, d, V
     inputs = [x.double().requires_grad_() for x in (torch.randn(n, d), torch.randn(V, d), torch.randn(V))]
     h, W, b = inputs if bias else (*inputs[:2], None)
     labels, weight = torch.randint(V, (n,)), torch.randint(1, 5, (n,))
-    ours = 3 * kernels.cross_entropy(h, W, b, labels, weight, chunk)
+    ours = 3 * fast.cross_entropy(h, W, b, labels, weight, chunk)
     plain = 3 * (F.cross_entropy(F.linear(h, W, b), labels, reduction="none") * weight).sum() / weight.sum()
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
     some = inputs[: 2 + bias]
@@ -29,7 +29,7 @@ def test_cross_entropy_in_chunks_is_the_plain_one_with_all_its_gradients(n, d, V
 def test_cross_entropy_of_bfloat16_is_taken_in_float32():
     h, W = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16()
     labels, weight = torch.randint(50, (300,)), torch.ones(300)
-    ours, plain = kernels.cross_entropy(h, W, None, labels, weight), F.cross_entropy(F.linear(h, W).float(), labels)
+    ours, plain = fast.cross_entropy(h, W, None, labels, weight), F.cross_entropy(F.linear(h, W).float(), labels)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(x, h)[0] for x in (ours, plain)), atol=1e-4, rtol=0.02)
@@ -39,7 +39,7 @@ def test_cross_entropy_of_bfloat16_is_taken_in_float32():
 def test_dropout_zeroes_each_element_with_probability_p_independently_of_its_place(p):
     torch.manual_seed(0)
     x = torch.ones(500, 400)
-    y = kernels.dropout(x, p, training=True)
+    y = fast.dropout(x, p, training=True)
     gone = (y == 0).double()
     assert y[y != 0].unique().tolist() == [pytest.approx(1 / (1 - p))]
     sigma = (p * (1 - p) / x.numel()) ** 0.5
@@ -54,23 +54,23 @@ def test_dropout_zeroes_each_element_with_probability_p_independently_of_its_pla
 def test_dropouts_gradient_passes_where_its_output_did(shape, p, seed):
     torch.manual_seed(seed)
     x = torch.rand(shape, dtype=torch.float64).add(1).requires_grad_()
-    y = kernels.dropout(x, p, training=True)
+    y = fast.dropout(x, p, training=True)
     g, = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(g * x, y)
 
 
 def test_dropout_is_off_outside_training_and_repeats_with_its_seed():
     x = torch.randn(1000)
-    assert kernels.dropout(x, 0.5, training=False) is x
-    assert kernels.dropout(x, 0.0, training=True) is x
+    assert fast.dropout(x, 0.5, training=False) is x
+    assert fast.dropout(x, 0.0, training=True) is x
     torch.manual_seed(3)
-    first = kernels.dropout(x, 0.5, training=True)
+    first = fast.dropout(x, 0.5, training=True)
     torch.manual_seed(3)
-    assert torch.equal(first, kernels.dropout(x, 0.5, training=True))
+    assert torch.equal(first, fast.dropout(x, 0.5, training=True))
 
 
 def test_dropout_compiles_into_one_graph_with_the_same_mask():
-    x, f = torch.randn(64, 8), lambda x: kernels.dropout(2 * x, 0.3, training=True).sin()
+    x, f = torch.randn(64, 8), lambda x: fast.dropout(2 * x, 0.3, training=True).sin()
     torch.manual_seed(5)
     plain = f(x)
     torch.manual_seed(5)
@@ -82,10 +82,10 @@ def test_packed_weights_give_the_same_product_and_leave_nothing_behind():
     x = torch.randn(5, 3, 48).bfloat16()
     with torch.no_grad():
         plain = m(x)
-        with kernels.packed(m):
+        with fast.packed(m):
             assert "forward" in vars(m[0])
             torch.testing.assert_close(m(x), plain, atol=0.02, rtol=0.02)
         assert "forward" not in vars(m[0])
         assert torch.equal(m(x), plain)
-        with kernels.packed(m, most=10):  # a big model gets no second copy
+        with fast.packed(m, most=10):  # a big model gets no second copy
             assert "forward" not in vars(m[0])
