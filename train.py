@@ -158,8 +158,9 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
 
 
 def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled, in place: they differ in their tensors only, so the first ones' code serves all."""
-    for block in m.blocks:
+    """`m` with its blocks compiled, in place: they differ in their tensors only, so one's code serves all. The first
+    stays as it is: its input often needs no gradient, which would take another minute to compile."""
+    for block in m.blocks[1:]:
         block.compile(dynamic=True)
     return m
 

@@ -65,7 +65,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
 
 
 def test_compiled_blocks_train_as_eager_ones_and_one_blocks_code_serves_all():
-    """Five layers, three lengths: two graphs, of a first block, whose input needs no gradient, and of the others."""
+    """Five layers, three lengths, one graph."""
     grads = {}
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_compiled_blocks_train_as_eager_ones_and_one_blocks_code_serves_all():
             rows = [data.Row(ids, ids) for ids in torch.randint(0, 50, (3, length)).tolist()]
             train.train_step(m, rows, 3, 0)
         grads[compiled] = [p.grad for p in m.parameters() if p.requires_grad]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for ours, plain in zip(grads[True], grads[False], strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
 
