@@ -199,7 +199,8 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
             f.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate(run, step):.1e}, {speed:.0f} tokens/s")
     m.eval()
-    torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
+    if run.compile:
+        torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
     seconds = time.perf_counter() - began
     return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
 
