@@ -126,6 +126,14 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
+def tasks(names: str) -> list[Task]:
+    """The tasks of a name, or of several joined by +; ValueError if one model cannot answer them all."""
+    found = [task(name) for name in ([names] if names.endswith((".json", ".jsonl")) else names.split("+"))]
+    if len({t.num_labels and t.name for t in found}) > 1:
+        raise ValueError(f"task {names}: found tasks that need a head each, expected one, or text-to-text tasks")
+    return found
+
+
 def data_dir(given: str | None) -> Path:
     """Where the tasks' files stand: as given, else $SIBO_DATA, else data/ in the cache."""
     return Path(given or os.environ.get("SIBO_DATA") or cache() / "data").expanduser()
@@ -165,17 +173,24 @@ def _digest(text: str) -> bytes:
 
 
 def _part(task: Task, rows: list[Example], split: str) -> list[Example]:
-    """The training or the held-out part of a file: the questions of lowest hash are held out, with all their answers.
-
-    In the order of their hashes, too: always the same, and as good as shuffled (files are often sorted by source)."""
-    rows = sorted(rows, key=lambda row: _digest(row.instruction))
-    questions = list(dict.fromkeys(row.instruction for row in rows))
-    held = set(questions[:max(1, min(task.held_out, len(questions) // 10))])
-    part = [row for row in rows if (row.instruction in held) == (split == "test")]
+    part = hold_out(rows, task.held_out)[split == "test"]
     if not part:
         raise ValueError(f"{task.train[0]}: holds one question only and that is held out for the test; "
                          "training needs at least two")
     return part
+
+
+def hold_out(rows: list, n: int) -> tuple[list, list]:
+    """The rest and a part of `rows` (Examples or Sentences): the n questions of lowest hash, at most a tenth and at
+    least one, with all their answers. In the order of their hashes, too: always the same, and as good as shuffled
+    (files are often sorted by source)."""
+    def question(row: Example | Sentence) -> str:
+        return row.instruction if isinstance(row, Example) else f"{row.text}\n{row.pair}"
+
+    rows = sorted(rows, key=lambda row: _digest(question(row)))
+    questions = list(dict.fromkeys(map(question, rows)))
+    held = set(questions[:max(1, min(n, len(questions) // 10))])
+    return [row for row in rows if question(row) not in held], [row for row in rows if question(row) in held]
 
 
 def _read(task: Task, path: Path, file: str) -> list:

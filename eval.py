@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+import compare
 import data
 import model
 import parallel
@@ -114,6 +115,15 @@ def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, exampl
     groups = {p: [r for r, e in zip(right, examples, strict=True) if e.part == p] for p in {e.part for e in examples}}
     parts = {p or "the rest": float(np.mean(g)) for p, g in sorted(groups.items())} if len(groups) > 1 else {}
     return Score("accuracy", float(np.mean(right)), len(right), parts)
+
+
+def mean(scores: dict[str, Score]) -> Score:
+    """Of several tasks: the mean of their scores, which are its parts; one task's score is itself."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    each = list(scores.values())
+    return Score(each[0].metric, float(np.mean([s.score for s in each])), sum(s.n for s in each),
+                 {name: s.score for name, s in scores.items()})
 
 
 @torch.no_grad()
@@ -216,6 +226,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what is evaluated: a run, or a backbone as it is")
     what.add_argument("run", nargs="?", help="folder that train.py wrote, such as runs/NAME")
     what.add_argument("--backbone", help="short name, folder, .gguf file or hub id, without any training")
+    what.add_argument("--table", nargs="+", metavar="DIR", help="instead: runs side by side, from all folders in DIR")
+    what.add_argument("--markdown", action="store_true", help="of --table: as Markdown")
     what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first")
     on = p.add_argument_group("on what")
     on.add_argument("--task", help="short name or a .json/.jsonl file (default: the run's; else word-problems)")
@@ -228,11 +240,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--num-beams", type=int, default=1, help="beams, 1 is greedy (default: 1)")
     how.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's; else float32")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    how.add_argument("--out", type=Path, help="the picture (default: similarity.png in the run folder, or here)")
+    how.add_argument("--out", type=Path, help="the picture (default: similarity.png or table.png in the "
+                     "run's folder, or here)")
     return p
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.table:
+        runs, out = compare.read(args.table), args.out or Path(args.table[0], "table.png")
+        print(compare.table(runs, args.markdown))
+        compare.draw(runs, out)
+        print(f"\n{out}")
+        return
     if bool(args.run) == bool(args.backbone):
         raise ValueError(f"found {'both' if args.run else 'neither'} a run and --backbone, expected one of them")
     for name in ("limit", "batch_size", "num_beams"):
@@ -242,11 +261,13 @@ def main(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{Path(args.run)}: found no config.json, expected a run folder that train.py wrote")
     run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
-    task = data.task(args.task or run.get("task", "word-problems"))
+    trained = data.tasks(run.get("task", "word-problems"))
+    tests = data.tasks(args.task or "+".join(run.get("test", [])) or run.get("task", "word-problems"))
+    task = tests[0]
     folder = data.data_dir(args.data_dir or run.get("data_dir"))
-    limit = args.limit or (run.get("limit") if task.name == run.get("task") else None)
-    test = [] if args.ask else data.load(task, "test", folder, limit)
-    head = data.task(run["task"]).num_labels if run else 0
+    limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
+    examples = [[] if args.ask else data.load(of, "test", folder, limit) for of in tests]
+    head = trained[0].num_labels if run else 0
     if (bool(head) != bool(task.num_labels) and run and not args.ask) or (args.ask and head):
         raise ValueError(f"{args.run}: found a run on {run['task']}, expected one that can answer {task.name}")
 
@@ -254,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
     m = model.from_pretrained(backbone, dtype, args.device, head or None, run.get("base_bits"))
     if args.similarity:
-        rows = similarity_rows(m, t, test)
+        rows = similarity_rows(m, t, examples[0])
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}
     if run:
         sibo.load(m, args.run)
@@ -273,10 +294,13 @@ def main(args: argparse.Namespace) -> None:
     elif isinstance(m, model.Bert) and not head:
         raise ValueError(f"{backbone}: found a BERT without a trained head, expected a run; train one first")
     else:
-        score = (score_sentences(m, t, task, [data.encode_sentence(s, t, run["cutoff"]) for s in test], args.batch_size)
-                 if task.num_labels else score_examples(m, t, task, test, args.batch_size, args.num_beams))
-        more = ", ".join(f"{k} {v:.4f}" for k, v in (score.parts | score.more).items())
-        print(f"{score.metric} {score.score:.4f} (n {score.n}{'; ' + more if more else ''})")
+        for of, test in zip(tests, examples, strict=True):
+            score = (score_sentences(m, t, of, [data.encode_sentence(s, t, run["cutoff"]) for s in test],
+                                     args.batch_size) if of.num_labels
+                     else score_examples(m, t, of, test, args.batch_size, args.num_beams))
+            more = ", ".join(f"{k} {v:.4f}" for k, v in (score.parts | score.more).items())
+            print((f"{of.name}: " if len(tests) > 1 else "") +
+                  f"{score.metric} {score.score:.4f} (n {score.n}{'; ' + more if more else ''})")
 
 
 if __name__ == "__main__":

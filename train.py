@@ -11,13 +11,16 @@ import argparse
 import json
 import math
 import os
+import platform
 import resource
+import shlex
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+import compare
 import data
 import eval as evaluation
 import fast
@@ -62,15 +66,18 @@ class Recipe:
     dropout: float = 0.05
     bottleneck: int = 256
     dtype: str = "bfloat16"
+    validate: int = 120  # examples held out of the training set, to choose the best checkpoint by; 0: the last is kept
+    validate_every: int = 200  # steps
 
 
 RECIPES = (  # family, kind of task, method ("" matches any): what differs. All rows that match apply, in this order.
     ("gptj", "arithmetic", "adapter-sibo", {"lam": 0.3}),  # the scripts' λ
     ("gptj", "commonsense", "lora-sibo", {"lam": 0.3}),
     ("", "word-problems", "", {"steps": 340, "warmup": 20, "batch_size": 4,
-                               "train_on_inputs": False}),  # ours
+                               "train_on_inputs": False, "validate": 0}),  # ours
     ("bert", "glue", "", {"batch_size": 32, "micro_batch_size": 32, "cutoff": 128, "warmup": 0.1, "rank": 8,
-                          "alpha": 16.0, "bottleneck": 64, "dtype": "float32", "epochs": 5.0}),  # ours: not published
+                          "alpha": 16.0, "bottleneck": 64, "dtype": "float32", "epochs": 5.0,
+                          "validate": 0}),  # ours: not published
     ("bert", "glue", "full", {"lr": 3e-5}),  # from {3e-5, 3e-4, 3e-3}, as Houlsby et al.
     ("bert", "glue", "adapter-sibo", {"lam": 0.2}),  # Figure 4
     ("bert", "glue", "lora-sibo", {"lam": 0.6}),
@@ -92,7 +99,9 @@ class Run(Recipe):
 
     backbone: str = "smollm2-135m"
     method: str = "adapter-sibo"
-    task: str = "word-problems"
+    task: str = "word-problems"  # several: joined by +
+    test: tuple[str, ...] = ()  # tasks to score; none: those of `task`
+    score_on: str = "test"  # or "validation"
     data_dir: str | None = None
     learn_lam: bool = False
     targets: tuple[str, ...] | None = None
@@ -117,8 +126,7 @@ class Run(Recipe):
     @property
     def plain(self) -> Run:
         """The counterpart without h0: same seed, same data, λ = 0."""
-        return replace(self, method=self.method.removesuffix("-sibo"), lam=0.0, learn_lam=False, sibo_at=None,
-                       frozen_too=False, skip="mixed", out=f"{self.out}-plain")
+        return replace(self, method=self.method.removesuffix("-sibo"), **compare.PLAIN, out=f"{self.out}-plain")
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -165,8 +173,12 @@ def compiled(m: nn.Module) -> nn.Module:
     return m
 
 
-def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path) -> dict[str, float]:
-    """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s."""
+def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path,
+        validate: Callable[[nn.Module], float] | None = None) -> dict[str, float]:
+    """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s.
+
+    `validate`, called every run.validate_every steps and at the end, says how good the model is: it is left as it was
+    when that was highest (the official code: by validation loss, among its evaluations)."""
     m.grad_checkpoint = run.grad_checkpoint
     if run.compile:
         torch.compiler.set_stance("default")
@@ -178,7 +190,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
     rank = parallel.rank()
     if rank:
         torch.manual_seed(run.seed + rank)  # the weights are drawn alike, dropout is not
-    began, tokens = time.perf_counter(), 0
+    began, tokens, best, kept = time.perf_counter(), 0, None, []
     batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
     bar = tqdm(batches, run.method, run.steps, unit="step", disable=rank > 0)
     with open(os.devnull if rank else log, "w") as f:
@@ -194,15 +206,24 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(len(rows[i].ids) for i in some)
             speed = tokens / (time.perf_counter() - began)
-            f.write(json.dumps({"step": step + 1, "loss": loss, "lr": learning_rate(run, step),
-                                "tokens_per_second": round(speed, 1)}) + "\n")
+            line = {"step": step + 1, "loss": loss, "lr": learning_rate(run, step),
+                    "tokens_per_second": round(speed, 1)}
+            if validate and ((step + 1) % run.validate_every == 0 or step + 1 == run.steps):
+                line["validation"] = found = validate(m.eval())
+                m.train()
+                if best is None or found > best["validation"]:
+                    best, kept = {"step": step + 1, "validation": found}, [p.detach().clone() for p in trained]
+            f.write(json.dumps(line) + "\n")
             f.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate(run, step):.1e}, {speed:.0f} tokens/s")
     m.eval()
+    with torch.no_grad():
+        for p, value in zip(trained if best else (), kept, strict=True):
+            p.copy_(value)
     if run.compile:
         torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
     seconds = time.perf_counter() - began
-    return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
+    return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1), "best": best}
 
 
 # -------------------------------------------------------------------------------------------------------------- one run
@@ -216,10 +237,42 @@ class Frozen:
     curve: list[float]
 
 
-def measure(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, test: Sequence, cutoff: int) -> evaluation.Score:
-    if task.num_labels:
-        return evaluation.score_sentences(m, t, task, [data.encode_sentence(s, t, cutoff) for s in test])
-    return evaluation.score_examples(m, t, task, test)
+@dataclass
+class Data:
+    """What a run learns from, chooses its best checkpoint by, and is scored on: each test with its task."""
+
+    task: data.Task
+    train: Sequence
+    valid: Sequence
+    tests: Sequence[tuple[data.Task, Sequence]]
+
+
+def measure(m: nn.Module, t: tokenizer.Tokenizer, tests: Sequence[tuple[data.Task, Sequence]], cutoff: int,
+            first: int | None = None) -> evaluation.Score:
+    """The score of each test on its first examples, and of several their mean."""
+    found = {}
+    for task, test in tests:
+        if task.num_labels:
+            rows = [data.encode_sentence(s, t, cutoff) for s in test[:first]]
+            found[task.name] = evaluation.score_sentences(m, t, task, rows)
+        else:
+            found[task.name] = evaluation.score_examples(m, t, task, test[:first])
+    return evaluation.mean(found)
+
+
+@torch.no_grad()
+def validation(m: nn.Module, t: tokenizer.Tokenizer, d: Data, rows: Sequence[data.Row], run: Run) -> float:
+    """How good the model is on the validation examples: GLUE's metric, or minus the loss a labelled token."""
+    if d.task.num_labels:
+        return evaluation.score_sentences(m, t, d.task, rows).score
+    total = loss = 0.0
+    for start in range(0, len(rows), run.micro_batch_size):
+        b = data.batch(rows[start:start + run.micro_batch_size], 0)
+        n = int((b["labels"][:, 1:] != -100).sum())
+        if n:
+            loss += n * float(model.loss(m, b["input_ids"].to(run.device), b["labels"].to(run.device)))
+        total += n
+    return -loss / total
 
 
 def load(run: Run, task: data.Task) -> nn.Module:
@@ -229,42 +282,47 @@ def load(run: Run, task: data.Task) -> nn.Module:
                                  task.num_labels or None, run.base_bits)
 
 
-def execute(run: Run, task: data.Task, train: Sequence, test: Sequence, before: Frozen | None = None) -> tuple:
-    """Trains, scores and writes one run; returns its result, its curves and the frozen backbone's figures."""
-    out = Path(run.out)
+def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Frozen]:
+    """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
+    out, task = Path(run.out), d.task
     t = tokenizer.from_pretrained(run.backbone)
     pad = t.eos_id if t.pad_id is None else t.pad_id
     encode = data.encode_sentence if task.num_labels else data.encode
-    rows = [encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in train]
+    rows, valid = ([encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in part]
+                   for part in (d.train, d.valid))
     cut = sum(r.cut for r in rows)
     if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
     m = load(run, task)
-    texts = evaluation.similarity_rows(m, t, test)
+    texts = evaluation.similarity_rows(m, t, d.tests[0][1])
     if before is None:
         if run.shard:
             parallel.wrap(m, run.device, True)
-        before = Frozen(evaluation.majority(task, train, [data.encode_sentence(s, t, run.cutoff) for s in test])
-                        if task.num_labels else measure(m, t, task, test[:50], run.cutoff),
+        before = Frozen(evaluation.mean({of.name: evaluation.majority(
+            of, d.train, [data.encode_sentence(s, t, run.cutoff) for s in test]) for of, test in d.tests})
+                        if task.num_labels else measure(m, t, d.tests, run.cutoff, 50),
                         evaluation.layer_similarities(m, texts, pad))
         if run.shard:  # what is cut up takes no adapters: they come first
             m = load(run, task)
     m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
     if not parallel.rank():
         checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
-    speed = fit(m, rows, pad, run, out / "metrics.jsonl")
+    speed = fit(m, rows, pad, run, out / "metrics.jsonl", valid and partial(validation, t=t, d=d, rows=valid, run=run))
     sibo.save(m, out)
-    after = measure(m, t, task, test, run.cutoff)
+    after = measure(m, t, d.tests, run.cutoff)
     curve = evaluation.layer_similarities(m, texts, pad)
     trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     result = {
         "backbone": run.backbone, "method": run.method, "lambda": learned_lam(m) if run.learn_lam else run.lam,
-        "task": task.name, "metric": after.metric, "score": after.score, "n": after.n, "parts": after.parts,
-        "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
+        "task": run.task, "scored_on": run.score_on, "metric": after.metric, "score": after.score, "n": after.n,
+        "parts": after.parts, "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
         "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **speed,
         "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     if not parallel.rank():
         checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -284,20 +342,23 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def draw_curves(runs: Sequence[Run]) -> None:
-    """curves.png in each run's folder: the loss of every step, faint, and its running mean."""
+def draw(runs: Sequence[Run], results: Sequence[dict]) -> None:
+    """Pictures in each run's folder: the loss of every step, faint, with its running mean, and the similarity."""
+    title = f"{runs[0].backbone} on {name_of(runs[0].task)}"
     fig, ax = evaluation.figure()
     for run in runs:
         loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))])
         mean = [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
         line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)")
         ax.plot(range(1, len(loss) + 1), loss, color=line.get_color(), alpha=0.3, lw=0.8)
-    ax.set(xlabel="step", ylabel="loss per labelled token" if runs[0].task not in data.TASKS or
-           not data.TASKS[runs[0].task].num_labels else "loss", title=f"{runs[0].backbone} on {name_of(runs[0].task)}")
+    ax.set(xlabel="step", ylabel="loss", title=title)
     ax.set_ylim(0, None)
     ax.legend(frameon=False)
+    curves = {"frozen": results[0]["baseline_similarity_per_layer"]}
+    curves |= {r["method"]: r["similarity_per_layer"] for r in results}
     for run in runs:
         checkpoint.write(Path(run.out, "curves.png"), fig.savefig)
+        evaluation.draw_similarity(curves, Path(run.out, "similarity.png"), title)
 
 
 def table(results: Sequence[dict]) -> str:
@@ -339,22 +400,42 @@ def default(name: str) -> str:
     return f"(default: {'; '.join(told)})"
 
 
+GRID = ("method", "lam", "sibo_at", "lr", "seed")  # options that take a list
 USED_BY = {  # options that only some methods read: elsewhere they are an error, not ignored
     "lam": "-sibo", "learn_lam": "-sibo", "sibo_at": "-sibo", "frozen_too": "lora-sibo", "skip": "adapter-sibo",
     "side": "adapter", "bottleneck": "adapter", "rank": "lora", "alpha": "lora", "dropout": "lora", "targets": "a",
 }
 
 
+def uses(method: str, part: str) -> bool:
+    return part in method and method != "full"
+
+
+def listed(kind: type) -> Callable[[str], tuple]:
+    """A type of option: one value, or several separated by commas."""
+    def read(text: str) -> tuple:
+        return tuple(kind(x) for x in text.split(","))
+
+    read.__name__ = kind.__name__  # argparse names it in its errors
+    return read
+
+
 def parser() -> cli.Parser:
     p = cli.Parser("train.py", description="Fine-tune a backbone with SIBO or its plain counterpart. Where "
-                   "a default depends on the backbone's family, the kind of task and the method, the last fit holds.")
+                   "a default depends on the backbone's family, the kind of task and the method, the last fit holds. "
+                   "Lists of methods, λ, places, learning rates and seeds (with commas) train every combination that "
+                   "is not done yet and end in a table.")
     g = p.add_argument_group("what")
     g.add_argument("--backbone", default="smollm2-135m", metavar="NAME",
                    help=f"{', '.join([*checkpoint.WHEELS, *checkpoint.HUB])}, a folder, a .gguf file or a hub id "
                    "(default: %(default)s)")
-    g.add_argument("--method", default="adapter-sibo", metavar="M", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    g.add_argument("--method", default=("adapter-sibo",), type=listed(str), metavar="M",
+                   help=f"{', '.join(METHODS)} (default: adapter-sibo)")
     g.add_argument("--task", default="word-problems", metavar="T",
-                   help=f"{', '.join(data.TASKS)}, or your own .json/.jsonl (default: %(default)s)")
+                   help=f"{', '.join(data.TASKS)}, several joined by +, or your own .json/.jsonl (default: "
+                   "%(default)s)")
+    g.add_argument("--test", type=listed(str), metavar="A,B", help="tasks to score (default: those of --task)")
+    g.add_argument("--score-on", choices=["test", "validation"], default="test", help="(default: %(default)s)")
     g.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")
@@ -362,9 +443,10 @@ def parser() -> cli.Parser:
         g.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{told} {default(name.replace('-', '_'))}")
 
     g = p.add_argument_group("the method")
-    of_recipe("lam", float, "λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
+    of_recipe("lam", listed(float), "λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
     g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
-    g.add_argument("--sibo-at", choices=["attn", "ffn", "both"], help="whose modules get h0 (default: the paper's)")
+    g.add_argument("--sibo-at", type=listed(str), metavar="P", help="whose modules get h0: attn, ffn or both (default: "
+                   "the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
                    help="modules to adapt, by the end of their names (default: the paper's)")
     g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
@@ -377,14 +459,18 @@ def parser() -> cli.Parser:
     g = p.add_argument_group("training")
     of_recipe("steps", int, "N", "optimizer steps, instead of --epochs")
     of_recipe("epochs", float, "N", "passes over the training set")
-    of_recipe("lr", float, "LR", "AdamW's peak learning rate, then linear to 0")
+    of_recipe("lr", listed(float), "LR", "AdamW's peak learning rate, then linear to 0")
     of_recipe("warmup", float, "N", "warm-up in steps, or below 1 as a share of all")
     of_recipe("batch-size", int, "N", "examples a step")
     of_recipe("micro-batch-size", int, "N", "examples at a time: changes memory, not results")
     of_recipe("cutoff", int, "N", "tokens an example is cut to")
     g.add_argument("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None,
                    help=f"the loss counts the prompt too {default('train_on_inputs')}")
-    g.add_argument("--seed", type=int, default=0, help="of initial weights, data order and dropout (default: 0)")
+    of_recipe("validate", int, "N", "examples held out of the training set; the checkpoint that does best on them is "
+              "kept, 0 keeps the last")
+    of_recipe("validate-every", int, "N", "steps between validations")
+    g.add_argument("--seed", "--seeds", type=listed(int), default=(0,), help="of initial weights, data order and "
+                   "dropout (default: 0)")
     g = p.add_argument_group("the machine")
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
                    "is float32 (default: float32 for BERT and for CPUs without bfloat16 units, else bfloat16)")
@@ -405,14 +491,15 @@ def check(args: argparse.Namespace) -> None:
     if args.method not in METHODS:
         near = checkpoint.near(args.method, METHODS)
         raise ValueError(f"--method: found {args.method!r}, expected one of {', '.join(METHODS)}{near}")
-    for name, method in USED_BY.items():
-        if getattr(args, name) is not None and (method not in args.method or args.method == "full"):
-            raise ValueError(f"--{name.replace('_', '-')}: found with --method {args.method}, which does not use it")
+    if args.sibo_at not in (None, "attn", "ffn", "both"):
+        raise ValueError(f"--sibo-at: found {args.sibo_at!r}, expected attn, ffn or both")
     for name in ("rank", "alpha", "bottleneck", "steps", "epochs", "lr", "batch_size", "micro_batch_size", "cutoff",
-                 "limit"):
+                 "validate_every", "limit"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected a positive number")
+    if args.validate is not None and args.validate < 0:
+        raise ValueError(f"--validate: found {args.validate}, expected 0 or more")
     if args.warmup is not None and not (args.warmup >= 0 and math.isfinite(args.warmup)):
         raise ValueError(f"--warmup: found {args.warmup}, expected 0 or more")
     if args.base_bits and args.method == "full":
@@ -438,8 +525,8 @@ def check(args: argparse.Namespace) -> None:
                      and getattr(args, f.name) is not None})  # it checks its own
 
 
-def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int | None) -> Run:
-    """Options over recipe over defaults. `examples`: size of the training set; None: made to measure."""
+def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int) -> Run:
+    """Options over recipe over defaults. `examples`: size of the training set; 0: made to measure."""
     family, names = said["model_type"], {f.name for f in fields(Run)}
     r = recipe(family, task.kind, args.method)
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
@@ -450,10 +537,23 @@ def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int
         run = replace(run, lam=0.0)
     if args.dtype is None and run.device == "cpu" and not fast_bfloat16():
         run = replace(run, dtype="float32")
-    steps = run.steps or math.ceil(run.epochs * (examples or 1) / run.batch_size)
-    return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size), task=task.name,
-                   data_dir=str(data.data_dir(args.data_dir).absolute()),
-                   out=args.out or f"runs/{name_of(run.backbone)}-{run.method}-{name_of(task.name)}")
+    if run.score_on == "validation" and not run.validate:
+        raise ValueError("--score-on validation: found --validate 0, expected how many examples to hold out for it")
+    left = examples - min(run.validate, examples // 10)
+    steps = run.steps or math.ceil(run.epochs * max(left, 1) / run.batch_size)
+    return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size),
+                   task="+".join(t.name for t in data.tasks(args.task)),
+                   data_dir=str(data.data_dir(args.data_dir).absolute()))
+
+
+def folder_of(run: Run, args: argparse.Namespace, several: bool) -> Run:
+    """`run` with its folder: as given; one of several gets a folder in that, named after what sets it apart."""
+    base = f"runs/{name_of(run.backbone)}-{run.method}-{name_of(run.task)}"
+    if not several:
+        return replace(run, out=args.out or base)
+    marks = [run.method, f"lam{run.lam:g}" if run.lam else "", run.sibo_at or "", f"lr{run.lr:g}", f"seed{run.seed}"]
+    base = args.out or f"runs/{name_of(run.backbone)}-{name_of(run.task)}"
+    return replace(run, out=str(Path(base, "-".join(filter(None, marks)))))
 
 
 def fast_bfloat16() -> bool:
@@ -555,49 +655,81 @@ def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, i
             "step": alive.peak + sum(p.nbytes for p in earlier)}
 
 
-def claim(out: Path, run: Run) -> None:
-    """A folder that holds another run, or a finished one, is never written into."""
-    if (out / "config.json").is_file():
-        found = checkpoint.read_json(out / "config.json")
-        if (out / "result.json").is_file() or found != json.loads(json.dumps(asdict(run))):
-            raise ValueError(f"{out}: holds another run; name a new folder with --out, or delete this one")
+def grid(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each run: all combinations of the lists in GRID. An option that a method does not use is left out
+    of that method's runs, and is an error where no method of the list uses it."""
+    for name, part in USED_BY.items():
+        if getattr(args, name) is not None and not any(uses(m, part) for m in args.method):
+            raise ValueError(f"--{name.replace('_', '-')}: found with --method {','.join(args.method)}, which does not "
+                             "use it")
+    found = []
+    for values in product(*(getattr(args, name) or (None,) for name in GRID)):
+        one = argparse.Namespace(**vars(args) | dict(zip(GRID, values, strict=True)))
+        for name, part in USED_BY.items():
+            if not uses(one.method, part):
+                setattr(one, name, None)
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def claim(run: Run) -> dict | None:
+    """The result of a run that is done, else None. A folder of another run is never written into."""
+    out = Path(run.out)
+    if (out / "config.json").is_file() and \
+            checkpoint.read_json(out / "config.json") != json.loads(json.dumps(asdict(run))):
+        raise ValueError(f"{out}: holds a run of other settings; name a new folder with --out, or delete this one")
+    if (out / "result.json").is_file():
+        return checkpoint.read_json(out / "result.json")
     out.mkdir(parents=True, exist_ok=True)
+    return None
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
-    task = data.task(args.task)
-    folder = data.data_dir(args.data_dir)
-    made = task.kind == "word-problems"
-    train = None if args.dry_run or made else data.load(task, "train", folder)
-    test = [] if args.dry_run else data.load(task, "test", folder, args.limit)
-    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=args.dry_run)))
+    options = grid(args)
+    for one in options:
+        check(one)
+    tasks, folder = data.tasks(args.task), data.data_dir(args.data_dir)
+    task, tests = tasks[0], data.tasks("+".join(args.test)) if args.test else tasks
+    if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
+        raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
+    made, dry = task.kind == "word-problems", args.dry_run
+    train = [] if dry or made else [row for t in tasks for row in data.load(t, "train", folder)]
+    tests = [] if dry or args.score_on == "validation" else [(t, data.load(t, "test", folder, args.limit))
+                                                             for t in tests]
+    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=dry)))
     family = model.read_config(said, args.backbone) and said["model_type"]
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
                          + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
-    run = resolve(args, said, task, train and len(train))
-    if args.dry_run:
-        print(dry_run(run, said, task))
+    runs = [folder_of(resolve(one, said, task, len(train)), args, len(options) > 1) for one in options]
+    if dry:
+        print("\n\n".join(dry_run(run, said, task) for run in runs))
         return
-    if run.method != "full":  # whatever does not fit the model is said before weights are read
-        sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
-    if made:
-        train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
-    runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
-    parallel.in_turn(lambda: [claim(Path(r.out), r) for r in runs], ranks=1)
-    results, frozen = [], None
-    for r in runs:
-        result, frozen = execute(r, task, train, test, frozen)
-        results.append(result)
+    for run in runs:  # whatever does not fit the model is said before weights are read
+        if run.method != "full":
+            sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
+    if args.compare:
+        runs += [run.plain for run in runs if "sibo" in run.method]
+    done = parallel.in_turn(lambda: [claim(run) for run in runs], ranks=1)
+    if not parallel.rank() and any(done):
+        print(f"{sum(map(bool, done))} of {len(runs)} runs are finished already: read, not run again", file=sys.stderr)
+    frozen = None
+    for i, run in enumerate(runs):
+        if done[i]:
+            continue
+        rows = data.load(task, "train", folder, run.steps * run.batch_size, run.seed) if made else train
+        rows, valid = data.hold_out(rows, run.validate) if run.validate else (rows, [])
+        d = Data(task, rows, valid, tests or [(task, valid)])
+        done[i], frozen = execute(run, d, frozen)
+        if not parallel.rank():
+            draw([run], [done[i]])
     if parallel.rank():
         return
-    draw_curves(runs)
-    curves = {"frozen": frozen.curve} | {r["method"]: r["similarity_per_layer"] for r in results}
-    for r in runs:
-        evaluation.draw_similarity(curves, Path(r.out, "similarity.png"), f"{run.backbone} on {name_of(run.task)}")
-    print(table(results))
-    print("\n".join(f"{r.out}/" for r in runs))
+    if args.compare:
+        draw(runs, done)
+    print(table(done) if len(options) == 1 else compare.table(compare.read([Path(r.out) for r in runs])))
+    print("\n".join(f"{r.out}/" for r in runs) if len(options) == 1 else f"{Path(runs[0].out).parent}/")
 
 
 if __name__ == "__main__":

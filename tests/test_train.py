@@ -242,18 +242,17 @@ def test_options_that_do_not_fit_the_model_are_named(monkeypatch, capsys, tiny_l
 def test_a_run_folder_that_holds_another_run_is_left_alone(monkeypatch, capsys, tmp_path, tiny_llama):
     (tmp_path / "config.json").write_text('{"backbone": "another"}')
     code, _, err = command(monkeypatch, capsys, "--backbone", tiny_llama, "--out", tmp_path)
-    assert code == 2 and "holds another run" in err
+    assert code == 2 and "holds a run of other settings" in err
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_an_interrupted_run_may_begin_again_and_a_finished_one_may_not(tmp_path):
+def test_an_interrupted_run_begins_again_and_a_finished_one_is_only_read(tmp_path):
     run = train.Run(out=str(tmp_path))
-    train.claim(tmp_path, run)
+    assert train.claim(run) is None
     (tmp_path / "config.json").write_text(json.dumps(train.asdict(run)))
-    train.claim(tmp_path, run)
-    (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds another run"):
-        train.claim(tmp_path, run)
+    assert train.claim(run) is None
+    (tmp_path / "result.json").write_text('{"score": 1.0}')
+    assert train.claim(run) == {"score": 1.0}
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_draft(monkeypatch, capsys, tmp_path, tiny_llama):

@@ -1,0 +1,170 @@
+"""Runs side by side: mean ± standard deviation over seeds, and the difference to the plain method with an interval.
+
+Reads what train.py left in run folders (config.json, result.json, answers.jsonl) and nothing else. The official code
+reports one seed a number; differences between seeds are often larger than those between methods, so a difference stands
+here only beside its interval: over several seeds Student's t of the differences of equal seeds (same data, same order),
+with one seed the normal interval over the test examples, each answered by both."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import checkpoint
+
+PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
+NOT_SHOWN = ("seed", "out", "data_dir", "device", "backbone", "task", "test", "score_on", "limit")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run: its folder, its settings (config.json) and what came of it (result.json)."""
+
+    folder: Path
+    config: dict
+    result: dict
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only."""
+
+    runs: dict[int, Done]  # by seed
+    plain: dict[int, Done] | None  # the same without h0
+
+    @property
+    def config(self) -> dict:
+        return next(iter(self.runs.values())).config
+
+    def over_seeds(self, value: Callable[[dict], float]) -> np.ndarray:
+        return np.array([value(run.result) for run in self.runs.values()])
+
+
+def read(folders: Sequence[str | Path]) -> list[Done]:
+    """All finished runs in and below the folders. FileNotFoundError if there is none."""
+    found = sorted({f.parent for folder in folders for f in Path(folder).rglob("result.json")})
+    if not found:
+        raise FileNotFoundError(f"{', '.join(map(str, folders))}: found no finished run (a folder with result.json)")
+    return [Done(f, checkpoint.read_json(f / "config.json"), checkpoint.read_json(f / "result.json")) for f in found]
+
+
+def groups(runs: Sequence[Done]) -> list[list[Group]]:
+    """A table's rows, for each table: runs of one backbone, tasks and test set belong together."""
+    def key(config: dict, without: Sequence[str] = ("seed", "out", "data_dir")) -> str:
+        return json.dumps({k: v for k, v in sorted(config.items()) if k not in without})
+
+    tables: dict[str, dict[str, dict[int, Done]]] = {}
+    for run in runs:
+        c = run.config
+        where = json.dumps([c[k] for k in ("backbone", "task", "test", "score_on", "limit")])
+        tables.setdefault(where, {}).setdefault(key(c), {})[c["seed"]] = run
+    found = []
+    for rows in tables.values():
+        found.append([Group(same, rows.get(key(c | PLAIN | {"method": c["method"].removesuffix("-sibo")}))
+                            if c["method"].endswith("-sibo") else None)
+                      for same in rows.values() for c in [next(iter(same.values())).config]])
+        found[-1].sort(key=lambda g: (g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]))
+    return found
+
+
+def difference(group: Group) -> tuple[float, float] | None:
+    """Mean difference of the score to the plain method's, and half the width of its 95 % interval (nan: unknown)."""
+    seeds = sorted(set(group.runs) & set(group.plain or {}))
+    if not seeds:
+        return None
+    pairs = [(group.runs[s], group.plain[s]) for s in seeds]
+    each = np.array([a.result["score"] - b.result["score"] for a, b in pairs])
+    if len(each) > 1:
+        return float(each.mean()), student_t(len(each) - 1) * float(each.std(ddof=1)) / math.sqrt(len(each))
+    right = [answered_right(run) for run in pairs[0]]
+    if pairs[0][0].result["metric"] != "accuracy" or not all(r is not None and len(r) for r in right):
+        return float(each[0]), math.nan
+    by_example = right[0] - right[1]
+    return float(each[0]), 1.96 * float(by_example.std(ddof=1)) / math.sqrt(len(by_example))
+
+
+def answered_right(run: Done) -> np.ndarray | None:
+    """1 or 0 for each test example; None if the answers were not kept."""
+    file = run.folder / "answers.jsonl"
+    if not file.is_file():
+        return None
+    return np.array([float(json.loads(line)["right"]) for line in file.read_text(encoding="utf-8").splitlines()])
+
+
+def student_t(df: int) -> float:
+    """The 97.5 % point of Student's t: with t = √df tan u its density is that of cos(u)^(df−1)."""
+    u = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos(u) ** (df - 1))
+    return float(math.sqrt(df) * np.tan(np.interp(0.95 * mass[-1], mass, u)))
+
+
+def table(runs: Sequence[Done], markdown: bool = False) -> str:
+    """Every table of the runs as text or Markdown."""
+    return "\n\n".join(_table(rows, markdown) for rows in groups(runs))
+
+
+def _table(rows: Sequence[Group], markdown: bool) -> str:
+    first = next(iter(rows[0].runs.values()))
+    shown = ["method"] + [k for k in first.config if k not in (*NOT_SHOWN, "method")
+                          and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
+    metric, scale = first.result["metric"], 100 if first.result["metric"] == "accuracy" else 1
+    digits = 1 if scale == 100 else 3
+    parts = list(first.result["parts"])
+    on = " (validation)" if first.config["score_on"] == "validation" else ""
+    cells = [[*shown, "seeds", metric + (" %" if scale == 100 else "") + on, "against plain (95 %)", *parts,
+              "similarity", "trained"]]
+    for g in rows:
+        score, d = g.over_seeds(lambda r: scale * r["score"]), difference(g)
+        spread = f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""
+        against = "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
+            "" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}")
+        cells.append([*("" if g.config[k] is None else f"{g.config[k]:g}" if isinstance(g.config[k], float)
+                        else str(g.config[k]) for k in shown), str(len(score)), f"{score.mean():.{digits}f}{spread}",
+                      against, *(f"{g.over_seeds(lambda r, p=p: scale * r['parts'][p]).mean():.{digits}f}"
+                                 for p in parts),
+                      f"{g.over_seeds(lambda r: r['similarity']).mean():.3f}",
+                      f"{first_of(g).result['trainable_parameters']:,}"])
+    title = f"{first.config['backbone']} on {first.config['task']}"
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        return "\n".join([f"**{title}**", "", lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join([title, *("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
+                                         enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)])
+
+
+def first_of(g: Group) -> Done:
+    return next(iter(g.runs.values()))
+
+
+def name(g: Group, rows: Sequence[Group]) -> str:
+    """What sets a group apart from the others, as a label."""
+    c, varying = g.config, []
+    for k in ("lam", "sibo_at", "frozen_too", "skip", "learn_lam", "lr"):
+        if len({json.dumps(o.config[k]) for o in rows if o.config["method"] == c["method"]}) > 1 and c[k]:
+            varying.append({"lam": f"λ {c[k]}", "frozen_too": "frozen too", "learn_lam": "λ learned",
+                            "lr": f"lr {c[k]}"}.get(k, str(c[k])))
+    return ", ".join([c["method"], *varying])
+
+
+def draw(runs: Sequence[Done], path: Path) -> None:
+    """Every seed's score as a dot, their mean as a line; a panel for each table."""
+    tables = groups(runs)
+    fig = Figure(figsize=(7, 0.6 + sum(0.8 + 0.32 * len(rows) for rows in tables)), dpi=150, layout="constrained")
+    panels = fig.subplots(len(tables), squeeze=False, height_ratios=[len(rows) + 1.5 for rows in tables])[:, 0]
+    for ax, rows in zip(panels, tables, strict=True):
+        for y, g in enumerate(rows):
+            score, colour = g.over_seeds(lambda r: r["score"]), "C1" if g.plain else "C0"
+            ax.plot(score, [y] * len(score), "o", ms=4, alpha=0.5, color=colour)
+            ax.plot([score.mean()] * 2, [y - 0.3, y + 0.3], lw=2, color=colour)
+        ax.set_yticks(range(len(rows)), [name(g, rows) for g in rows])
+        ax.invert_yaxis()
+        ax.grid(alpha=0.3, axis="x")
+        ax.spines[["top", "right"]].set_visible(False)
+        result = first_of(rows[0]).result
+        ax.set(xlabel=result["metric"], title=f"{result['backbone']} on {result['task']}")
+    checkpoint.write(path, fig.savefig)
