@@ -40,6 +40,10 @@ class Group:
     def config(self) -> dict:
         return next(iter(self.runs.values())).config
 
+    @property
+    def first(self) -> dict:
+        return next(iter(self.runs.values())).result
+
     def over_seeds(self, value: Callable[[dict], float]) -> np.ndarray:
         return np.array([value(run.result) for run in self.runs.values()])
 
@@ -127,7 +131,7 @@ def _table(rows: Sequence[Group], markdown: bool) -> str:
                       against, *(f"{g.over_seeds(lambda r, p=p: scale * r['parts'][p]).mean():.{digits}f}"
                                  for p in parts),
                       f"{g.over_seeds(lambda r: r['similarity']).mean():.3f}",
-                      f"{first_of(g).result['trainable_parameters']:,}"])
+                      f"{g.first['trainable_parameters']:,}"])
     title = f"{first.config['backbone']} on {first.config['task']}"
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in cells]
@@ -135,10 +139,6 @@ def _table(rows: Sequence[Group], markdown: bool) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join([title, *("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
                                          enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)])
-
-
-def first_of(g: Group) -> Done:
-    return next(iter(g.runs.values()))
 
 
 def name(g: Group, rows: Sequence[Group]) -> str:
@@ -165,6 +165,6 @@ def draw(runs: Sequence[Done], path: Path) -> None:
         ax.invert_yaxis()
         ax.grid(alpha=0.3, axis="x")
         ax.spines[["top", "right"]].set_visible(False)
-        result = first_of(rows[0]).result
+        result = rows[0].first
         ax.set(xlabel=result["metric"], title=f"{result['backbone']} on {result['task']}")
     checkpoint.write(path, fig.savefig)

@@ -551,7 +551,8 @@ def folder_of(run: Run, args: argparse.Namespace, several: bool) -> Run:
     base = f"runs/{name_of(run.backbone)}-{run.method}-{name_of(run.task)}"
     if not several:
         return replace(run, out=args.out or base)
-    marks = [run.method, f"lam{run.lam:g}" if run.lam else "", run.sibo_at or "", f"lr{run.lr:g}", f"seed{run.seed}"]
+    marks = [run.method, f"lam{run.lam:g}" if run.lam else "", run.sibo_at or "", "learned" if run.learn_lam else "",
+             "frozen-too" if run.frozen_too else "", f"lr{run.lr:g}", f"seed{run.seed}"]
     base = args.out or f"runs/{name_of(run.backbone)}-{name_of(run.task)}"
     return replace(run, out=str(Path(base, "-".join(filter(None, marks)))))
 
@@ -685,8 +686,10 @@ def claim(run: Run) -> dict | None:
     return None
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, several: bool = False) -> None:
+    """One run, or (with lists, or `several`) a folder of runs and their table."""
     options = grid(args)
+    several |= len(options) > 1
     for one in options:
         check(one)
     tasks, folder = data.tasks(args.task), data.data_dir(args.data_dir)
@@ -702,7 +705,7 @@ def main(args: argparse.Namespace) -> None:
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
                          + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
-    runs = [folder_of(resolve(one, said, task, len(train)), args, len(options) > 1) for one in options]
+    runs = [folder_of(resolve(one, said, task, len(train)), args, several) for one in options]
     if dry:
         print("\n\n".join(dry_run(run, said, task) for run in runs))
         return
@@ -728,8 +731,11 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.compare:
         draw(runs, done)
-    print(table(done) if len(options) == 1 else compare.table(compare.read([Path(r.out) for r in runs])))
-    print("\n".join(f"{r.out}/" for r in runs) if len(options) == 1 else f"{Path(runs[0].out).parent}/")
+    if several:
+        folder = Path(runs[0].out).parent
+        print(f"{compare.table(compare.read([folder]))}\n{folder}/")
+    else:
+        print(table(done) + "\n" + "\n".join(f"{r.out}/" for r in runs))
 
 
 if __name__ == "__main__":

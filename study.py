@@ -1,0 +1,291 @@
+"""The paper's analyses, a command each: `python study.py NAME [options of train.py]` trains what is missing, writes
+results/NAME-BACKBONE-TASK.csv and .png, prints a line for a table of results.
+
+`norms` and `cost` train nothing. Where we depart from the paper: its figures stand on one seed each; here every point is
+a mean over --seeds, with its standard deviation, and `--score-on validation` keeps the test set out of choices."""
+
+import argparse
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import checkpoint
+import cli
+import compare
+import data
+import eval as evaluation
+import model
+import parallel
+import placement
+import sibo
+import tokenizer
+import train
+
+PLAIN, SIBO = "adapter,lora", "adapter,lora,adapter-sibo,lora-sibo"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained (train.py's options, a list a call), and how it is drawn and summed up in one line."""
+
+    where: str  # in the paper
+    runs: tuple[tuple[str, ...], ...]
+    draw: Callable[[list[compare.Group], Path], None]
+    says: Callable[[list[compare.Group]], str]
+
+
+# ------------------------------------------------------------------------------------------------------ studies of runs
+
+
+def draw_groups(rows: list[compare.Group], path: Path) -> None:
+    compare.draw([run for g in rows for run in g.runs.values()], path)
+
+
+def draw_lam(rows: list[compare.Group], path: Path) -> None:
+    """Figure 4: the score against λ, a line a method; dashed, the plain method (λ = 0)."""
+    fig, ax = evaluation.figure()
+    for i, method in enumerate(m for m in ("adapter", "lora") if any(g.config["method"] == m for g in rows)):
+        points = sorted((g.config["lam"], g.over_seeds(score)) for g in rows if g.config["method"] == f"{method}-sibo")
+        plain = next(g for g in rows if g.config["method"] == method).over_seeds(score)
+        ax.errorbar([x for x, _ in points], [y.mean() for _, y in points], [deviation(y) for _, y in points],
+                    fmt="o-", color=f"C{i}", capsize=3, ms=4, label=f"{method}-sibo")
+        ax.axhline(plain.mean(), color=f"C{i}", ls="--", lw=1, label=f"{method} ({plain.mean():.3f})")
+        ax.axhspan(plain.mean() - deviation(plain), plain.mean() + deviation(plain), color=f"C{i}", alpha=0.1, lw=0)
+    ax.set(xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"], title=title(rows))
+    ax.legend(frameon=False)
+    checkpoint.write(path, fig.savefig)
+
+
+def draw_curves(rows: list[compare.Group], path: Path) -> None:
+    """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds."""
+    curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
+    curves |= {compare.name(g, rows): np.mean([r.result["similarity_per_layer"] for r in g.runs.values()], 0)
+               for g in rows}
+    evaluation.draw_similarity(curves, path, title(rows))
+
+
+def draw_learned(rows: list[compare.Group], path: Path) -> None:
+    """Section 7: where λ went in each module, from the first block to the last."""
+    fig, ax = evaluation.figure()
+    for g in rows:
+        if g.config["learn_lam"]:
+            each = np.array([r.result["lambda"] for r in g.runs.values()])  # (seeds, modules)
+            line, = ax.plot(range(each.shape[1]), each.mean(0), "o-", ms=4, label=f"{g.config['method']}")
+            ax.axhline(g.config["lam"], color=line.get_color(), ls="--", lw=1, label=f"start ({g.config['lam']})")
+    ax.set(xlabel="module that gets h0, first block to last", ylabel="learned λ", title=title(rows))
+    ax.legend(frameon=False)
+    checkpoint.write(path, fig.savefig)
+
+
+def score(result: dict) -> float:
+    return result["score"]
+
+
+def deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def title(rows: Sequence[compare.Group]) -> str:
+    first = rows[0].first
+    return f"{first['backbone']} on {first['task']}" + (", validation" if first["scored_on"] == "validation" else "")
+
+
+def best(rows: list[compare.Group]) -> str:
+    """Each method's best setting, and every plain method beside it."""
+    said = []
+    for method in sorted({g.config["method"] for g in rows}):
+        same = [g for g in rows if g.config["method"] == method]
+        top = max(same, key=lambda g: g.over_seeds(score).mean())
+        said.append(f"{compare.name(top, rows)} {top.over_seeds(score).mean():.3f} ± "
+                    f"{deviation(top.over_seeds(score)):.3f}")
+    return "; ".join(said)
+
+
+def all_of(rows: list[compare.Group]) -> str:
+    return "; ".join(f"{compare.name(g, rows)} {g.over_seeds(score).mean():.3f} ± {deviation(g.over_seeds(score)):.3f}"
+                     for g in rows)
+
+
+def last_five(rows: list[compare.Group]) -> str:
+    return f"frozen {rows[0].first['baseline_similarity']:.3f}; " + "; ".join(
+        f"{compare.name(g, rows)} {g.over_seeds(lambda r: r['similarity']).mean():.3f}" for g in rows)
+
+
+def learned(rows: list[compare.Group]) -> str:
+    return "; ".join(f"{g.config['method']}: {g.config['lam']} became "
+                     f"{np.min([r.result['lambda'] for r in g.runs.values()]):.3f} to "
+                     f"{np.max([r.result['lambda'] for r in g.runs.values()]):.3f}" for g in rows
+                     if g.config["learn_lam"])
+
+
+STUDIES = {
+    "lambda": Study("Figure 4", (("--method", SIBO, "--lam", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"),), draw_lam, best),
+    "placement": Study("Table 5", (("--method", "adapter,adapter-sibo", "--sibo-at", "attn,ffn,both"),),
+                       draw_groups, all_of),
+    "low-rank": Study("Table 6", (("--method", "lora,lora-sibo"), ("--method", "lora-sibo", "--frozen-too")),
+                      draw_groups, all_of),
+    "similarity": Study("Figures 1, 2, 5, 6", (("--method", SIBO),), draw_curves, last_five),
+    "learned": Study("Section 7", (("--method", SIBO), ("--method", "adapter-sibo,lora-sibo", "--learn-lam")),
+                     draw_learned, learned),
+}
+
+
+def trained(name: str, options: Sequence[str], results: Path) -> str:
+    """Runs what is missing of a study, writes its CSV and picture; its line for a table."""
+    study = STUDIES[name]
+    for more in study.runs:
+        args = train.parser().parse_args([*options, *more])
+        folder = Path(args.out or f"runs/{name}-{train.name_of(args.backbone)}-{train.name_of(args.task)}")
+        args.out = str(folder)
+        train.main(args, several=True)
+    tables = compare.groups(compare.read([folder]))
+    if len(tables) > 1:
+        raise ValueError(f"{folder}: found runs of {len(tables)} tasks or backbones, expected one; name a new --out")
+    file = results / f"{name}-{train.name_of(args.backbone)}-{train.name_of(args.task)}"
+    columns = ("method", "lam", "sibo_at", "frozen_too", "learn_lam", "lr", "steps", "seed")
+    lines = [[run.config[c] for c in columns] + [run.result[k] for k in ("metric", "score", "n", "similarity", "date")]
+             + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run.result[k])) for k in ("lambda", "similarity_per_layer")]
+             for g in tables[0] for run in g.runs.values()]
+    write_csv(file.with_suffix(".csv"), [*columns, "metric", "score", "n", "similarity", "date", "lambda",
+                                         "similarity_per_layer"], lines)
+    study.draw(tables[0], file.with_suffix(".png"))
+    return f"| {study.where} | `python study.py {name} {' '.join(options)}` | {study.says(tables[0])} |"
+
+
+def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    checkpoint.write(path, text.getvalue())
+
+
+# ---------------------------------------------------------------------------------------- studies of the backbone alone
+
+
+def examples(args: argparse.Namespace, n: int) -> tuple[nn.Module, list[data.Row], int]:
+    """The frozen backbone, the first test examples of the task, and the padding id."""
+    task, t = data.tasks(args.task)[0], tokenizer.from_pretrained(args.backbone)
+    m = model.from_pretrained(args.backbone, getattr(torch, args.dtype or "float32"), args.device,
+                              task.num_labels or None)
+    test = data.load(task, "test", data.data_dir(args.data_dir), n)
+    return m, evaluation.similarity_rows(m, t, test, n), t.pad_id or 0
+
+
+@torch.no_grad()
+def norms(args: argparse.Namespace, file: Path) -> str:
+    """Root mean square of h, where h0 is mixed into it, and of h0 itself, per module: what a λ means there."""
+    m, rows, pad = examples(args, 64)
+    b = data.batch(rows, pad)
+    b.pop("labels", None)
+    real, found = b["attention_mask"].bool(), {}
+
+    def rms(h: Tensor) -> float:
+        return float(h[real].float().square().mean().sqrt())
+
+    hooks, lines = [], []
+    for method in ("adapter", "lora"):
+        where = placement.place(m, placement.Settings(method))
+        for name in where.mixed:
+            def hook(_, args, output, key=(method, name)):
+                found[key] = rms(output if key[0] == "adapter" else args[0])
+            hooks.append(m.get_submodule(name).register_forward_hook(hook))
+    hooks.append(m.get_submodule(where.source).register_forward_hook(
+        lambda _, args, output: found.update(h0=rms(output))))
+    m(**b)
+    for h in hooks:
+        h.remove()
+    fig, ax = evaluation.figure()
+    for method in ("adapter", "lora"):
+        names = [n for n, _ in m.named_modules() if (method, n) in found]
+        values = [found[method, n] for n in names]
+        ax.semilogy(values, "o-", ms=4, label=f"h at {method} ({names[0].split('.')[-1]} "
+                                              f"{'output' if method == 'adapter' else 'input'})")
+        lines += [[method, n, f"{v:.5f}", f"{found['h0']:.5f}", f"{found['h0'] / v:.5f}"]
+                  for n, v in zip(names, values, strict=True)]
+    ax.axhline(found["h0"], color="k", ls="--", lw=1, label=f"h0 ({found['h0']:.3f})")
+    ax.set(xlabel="module that gets h0, first block to last", ylabel="root mean square", title=f"{args.backbone}, "
+           f"frozen, {train.name_of(args.task)}")
+    ax.legend(frameon=False)
+    checkpoint.write(file.with_suffix(".png"), fig.savefig)
+    write_csv(file.with_suffix(".csv"), ["method", "module", "rms_h", "rms_h0", "ratio"], lines)
+    return "; ".join(f"{method}: ‖h0‖/‖h‖ from {min(r):.3f} to {max(r):.3f}" for method in ("adapter", "lora")
+                     for r in [[float(line[4]) for line in lines if line[0] == method]])
+
+
+def cost(args: argparse.Namespace, file: Path) -> str:
+    """Table 9: FLOPs of a training step, counted by PyTorch plus the mixing by hand (its counter sees products only:
+    h̃ = h + λ(h0 − h) is three operations an element), and its seconds, 30 pairs in turn."""
+    lines, said = [], []
+    task = data.tasks(args.task)[0]
+    for method in ("adapter", "lora"):
+        flops, step = {}, {}
+        for lam in (0.0, args.lam[0] if args.lam else 0.2):
+            m, rows, pad = examples(args, args.batch_size or 16)
+            rows = [data.Row(r.ids, 0 if task.num_labels else r.ids, r.cut, r.types) for r in rows]
+            sibo.inject(m, method, lam).train()
+            with FlopCounterMode(display=False) as counter:
+                train.train_step(m, rows, len(rows), pad)
+            width = max(len(r.ids) for r in rows)
+            mixed = sum(isinstance(x, sibo.Boosted) and x.fixed > 0 for x in m.modules())
+            flops[lam] = counter.get_total_flops(), 3 * len(rows) * width * m.config.hidden_size * mixed
+            step[lam] = partial(bench.seconds, partial(train.train_step, m, rows, len(rows), pad))
+        lam = max(flops)
+        step[0.0](), step[lam]()
+        times = [(step[lam](), step[0.0]()) if i % 2 else (step[0.0](), step[lam]())[::-1] for i in range(30)]
+        row = bench.compare("", "s", *map(list, zip(*times, strict=True)), None, interval=True)
+        more = sum(flops[lam]) / sum(flops[0.0])
+        lines.append([method, lam, *map(sum, (flops[0.0], flops[lam])), f"{more:.6f}", f"{row.peer:.4f}",
+                      f"{row.ours:.4f}", f"{row.ratio:.4f}", *(f"{x:.4f}" for x in row.interval)])
+        said.append(f"{method}: FLOPs × {more:.4f}, time × {row.ratio:.3f} ({row.interval[0]:.3f}–"
+                    f"{row.interval[1]:.3f})")
+    fig, ax = evaluation.figure(height=2.6)
+    for y, line in enumerate(lines):
+        low, middle, high = float(line[8]), float(line[7]), float(line[9])
+        ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", capsize=3, label=f"{line[0]}: time")
+        ax.plot(float(line[4]), y, "k|", ms=14, label="FLOPs" if not y else None)
+    ax.axvline(1, color="0.5", lw=1)
+    ax.set_yticks(range(len(lines)), [f"{line[0]}-sibo" for line in lines])
+    ax.set(xlabel="a training step, SIBO against plain (95 % interval)", title=args.backbone, ylim=(-0.6, 1.6))
+    ax.legend(frameon=False, loc="center right")
+    checkpoint.write(file.with_suffix(".png"), fig.savefig)
+    write_csv(file.with_suffix(".csv"), ["method", "lam", "flops_plain", "flops_sibo", "flops_ratio", "seconds_plain",
+                                         "seconds_sibo", "time_ratio", "low", "high"], lines)
+    return "; ".join(said)
+
+
+FROZEN = {"norms": ("–", norms), "cost": ("Table 9", cost)}
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("study.py", description="The paper's analyses; all further options are train.py's.")
+    p.add_argument("study", choices=[*STUDIES, *FROZEN])
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
+    p.add_argument("options", nargs=argparse.REMAINDER, help="of train.py: --backbone, --task, --seeds, …")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.study in STUDIES:
+        line = trained(args.study, args.options, args.results)
+    else:
+        where, study = FROZEN[args.study]
+        said = train.parser().parse_args(args.options)
+        file = args.results / f"{args.study}-{train.name_of(said.backbone)}-{train.name_of(said.task)}"
+        line = f"| {where} | `python study.py {args.study} {' '.join(args.options)}` | {study(said, file)} |"
+    if not parallel.rank():
+        print(line)
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
