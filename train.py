@@ -584,6 +584,9 @@ def main(args: argparse.Namespace) -> None:
         sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
     if made:
         train = data.load(task, "train", folder, run.steps * run.batch_size, run.seed)
+    if (seen := data.overlap(train, test)) and not parallel.rank():
+        print(f"warning: {seen} of the {len(test)} test questions stand in the training set too, and their score says "
+              f"little; `python data.py overlap --train {task.name}` tells which test sets are clean", file=sys.stderr)
     runs = [run, run.plain] if args.compare and "sibo" in run.method else [run]
     parallel.in_turn(lambda: [claim(Path(r.out), r) for r in runs], ranks=1)
     results, frozen = [], None

@@ -180,7 +180,7 @@ def test_word_problems_are_the_same_in_every_process():
 def test_the_problems_of_a_seed_are_the_same_to_the_byte_in_every_version_and_on_every_machine():
     text = "\n".join("\t".join((p.instruction, p.output, p.answer, p.part))
                      for split, n in (("train", 4000), ("test", 2000)) for p in word_problems(split, n, seed=3))
-    assert hashlib.sha256(text.encode()).hexdigest() == "5859e6ec0ba5d72661326ee873e223e33f26927aa92ac6a3e6a55fdb1bc9578f"
+    assert hashlib.sha256(text.encode()).hexdigest()[:32] == "5859e6ec0ba5d72661326ee873e223e3"
 
 
 # ------------------------------------------------------------------------------------------------------------ user data
