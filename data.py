@@ -325,7 +325,7 @@ def overlap(train: list, test: list) -> int:
     """How many rows of `test` (Examples or Sentences) stand in `train`: the question (or the sentences) has the same
     letters and digits there, case, spaces and punctuation aside."""
     def bare(row: Example | Sentence) -> str:
-        text = row.instruction if isinstance(row, Example) else f"{row.text} {row.pair}"
+        text = row.instruction if isinstance(row, Example) else f"{row.text} {row.pair or ''}"
         return "".join(filter(str.isalnum, text.lower()))
 
     known = {bare(row) for row in train}
