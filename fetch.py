@@ -39,7 +39,7 @@ ADDRESSES = {  # by the beginning of a file's name: a folder, or what several fi
     "glue/SST-2/": GLUE + "SST-2.zip", "glue/STS-B/": GLUE + "STS-B.zip", "glue/MNLI/": GLUE + "MNLI.zip",
     "glue/RTE/": GLUE + "RTE.zip",
 }
-BLOBS = {  # git blob SHA-1, and bytes where they are published
+BLOBS = {  # git blob SHA-1, and bytes where they are known; GLUE publishes neither: taken from a copy of its files
     "llm_adapters/AQuA/test.json": ("731fbb456f7a93bb4121125de09c4adcf42e5dab", 152063),
     "llm_adapters/ARC-Challenge/test.json": ("9540685439144200b5a7e48dab9ca4655be2af09", None),
     "llm_adapters/ARC-Challenge/train.json": ("d7e080b04bff9fd16dd85455fb04481807a088d8", None),
