@@ -424,7 +424,7 @@ def test_the_choices_of_a_commonsense_question_are_those_of_its_last_line(tmp_pa
         assert [e.choices for e in data.load(data.task(name), "train", tmp_path)] == [choices]
 
 
-@pytest.mark.parametrize("ending", ["", "Answer format: ", "Answer format: solution1/yes", "Answer format: solution1",
+@pytest.mark.parametrize("ending", ["", "Answer format: ", "Answer format: solution2/yes", "Answer format: solution1",
                                     "Answer format: solution1/solution2 or so"])
 def test_a_commonsense_question_without_its_choices_is_an_error(tmp_path, ending):
     row = {"instruction": "q " + ending, "input": "", "output": "o", "answer": "solution2"}
