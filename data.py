@@ -1,7 +1,7 @@
 """Data: every task by its short name, from files to token ids and from answers back to scores (paper, Section 4.1).
 
 A task is text to text (an instruction and its answer) or GLUE rows (one sentence or two, and a label). Files are read
-in the layout their authors publish; nothing is shipped but the built-in word problems, which are made from a seed.
+in the layout their authors publish; nothing is shipped but the built-in word problems (word_problems.py).
 Prompt, answer extraction and file layout follow LLM-Adapters, whose data the paper trains on, except that
   - the prompt is the plain Alpaca form: the official files indent its body by 16 spaces through a Python string;
   - in the arithmetic test files `output` was written by a model and is often wrong: only `answer` is kept;
@@ -9,6 +9,7 @@ Prompt, answer extraction and file layout follow LLM-Adapters, whose data the pa
     (the official code draws 120 examples at random, of which some may be repeated among the rest);
   - the official loss mask assumes that the prompt's tokens begin the whole text's tokens; `encode` makes sure of it."""
 
+import argparse
 import difflib
 import hashlib
 import itertools
@@ -17,14 +18,17 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import cli
+import fetch
 from checkpoint import cache
+from word_problems import word_problems
 
 NUMBER, LETTER = r"-?\d+\.?\d*", r"[A-E]"
 
@@ -34,31 +38,35 @@ NUMBER, LETTER = r"-?\d+\.?\d*", r"[A-E]"
 
 @dataclass(frozen=True)
 class Example:
-    """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else ""."""
+    """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else "".
+    `choices`: the answers that a commonsense question offers, in its own order and words; () where any may be given."""
 
     instruction: str
     output: str = ""  # what to learn to write; "" in test files
     answer: str = ""  # what is scored: a number, a letter or a word
     part: str = ""
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5."""
+    """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5. `part`: "matched" or
+    "mismatched" for MNLI's test rows, else ""."""
 
     text: str
     pair: str | None
     label: int | float
+    part: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be known of a task. Files are relative to the data directory; `test` "" means held out of `train`."""
+    """What is to be known of a task. Files are relative to the data directory; `test` () means held out of `train`."""
 
     name: str
     kind: str  # word-problems | arithmetic | commonsense | glue | own
     train: tuple[str, ...] = ()
-    test: str = ""
+    test: tuple[str, ...] = ()
     counts: tuple[int, int] = (0, 0)  # published number of training and test examples; 0: not known
     answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
     held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
@@ -76,42 +84,41 @@ class Task:
         return {"word-problems": 96, "arithmetic": 256, "commonsense": 32, "glue": 0, "own": 256}[self.kind]
 
 
+GROUPS = ("arithmetic", "commonsense", "glue", "all")
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
 TASKS = {task.name: task for task in (
     Task("word-problems", "word-problems", answers=NUMBER),
-    Task("gsm8k", "arithmetic", (GSM8K,), "llm_adapters/gsm8k/test.json", (0, 1319), NUMBER),
-    Task("aqua", "arithmetic", (AQUA,), "llm_adapters/AQuA/test.json", (0, 254), LETTER),
-    Task("mawps", "arithmetic", (MAWPS,), "llm_adapters/mawps/test.json", (0, 238), NUMBER),
-    Task("svamp", "arithmetic", (), "llm_adapters/SVAMP/test.json", (0, 1000), NUMBER),
-    Task("addsub", "arithmetic", (), "llm_adapters/AddSub/test.json", (0, 395), NUMBER),
-    Task("multiarith", "arithmetic", (), "llm_adapters/MultiArith/test.json", (0, 600), NUMBER),
-    Task("singleeq", "arithmetic", (), "llm_adapters/SingleEq/test.json", (0, 508), NUMBER),
+    Task("gsm8k", "arithmetic", (GSM8K,), ("llm_adapters/gsm8k/test.json",), (7473, 1319), NUMBER),
+    Task("aqua", "arithmetic", (AQUA,), ("llm_adapters/AQuA/test.json",), (2728, 254), LETTER),
+    Task("mawps", "arithmetic", (MAWPS,), ("llm_adapters/mawps/test.json",), (1898, 238), NUMBER),
+    Task("svamp", "arithmetic", (), ("llm_adapters/SVAMP/test.json",), (0, 1000), NUMBER),
+    Task("addsub", "arithmetic", (), ("llm_adapters/AddSub/test.json",), (0, 395), NUMBER),
+    Task("multiarith", "arithmetic", (), ("llm_adapters/MultiArith/test.json",), (0, 600), NUMBER),
+    Task("singleeq", "arithmetic", (), ("llm_adapters/SingleEq/test.json",), (0, 508), NUMBER),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
-    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), held_out=120),
-    *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), f"llm_adapters/{folder}/test.json", (0, count),
-           answers) for name, folder, count, answers in (
-        ("boolq", "boolq", 3270, "true|false"), ("piqa", "piqa", 1838, "solution[12]"),
-        ("siqa", "social_i_qa", 1954, "answer[1-5]"), ("hellaswag", "hellaswag", 10042, "ending[1-4]"),
-        ("winogrande", "winogrande", 1267, "option[12]"), ("arc-e", "ARC-Easy", 2376, "answer[1-5]"),
-        ("arc-c", "ARC-Challenge", 1172, "answer[1-5]"), ("obqa", "openbookqa", 500, "answer[1-5]"))),
+    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
+    *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
+           answers) for name, folder, counts, answers in (
+        ("boolq", "boolq", (9427, 3270), "true|false"), ("piqa", "piqa", (0, 1838), "solution[12]"),
+        ("siqa", "social_i_qa", (0, 1954), "answer[1-5]"), ("hellaswag", "hellaswag", (0, 10042), "ending[1-4]"),
+        ("winogrande", "winogrande", (0, 1267), "option[12]"), ("arc-e", "ARC-Easy", (2251, 2376), "answer[1-5]"),
+        ("arc-c", "ARC-Challenge", (0, 1172), "answer[1-5]"), ("obqa", "openbookqa", (4957, 500), "answer[1-5]"))),
     Task("commonsense170k", "commonsense", ("llm_adapters/ft-training_set/commonsense_170k.json",), held_out=120),
-    Task("cola", "glue", ("glue/CoLA/train.tsv",), "glue/CoLA/dev.tsv", (8551, 1043), metric="matthews",
-         columns=(1, 3), classes=("0", "1")),
-    Task("mrpc", "glue", ("glue/MRPC/train.tsv",), "glue/MRPC/dev.tsv", (3668, 408), metric="f1",
-         columns=("Quality", "#1 String", "#2 String"), classes=("0", "1")),
-    Task("rte", "glue", ("glue/RTE/train.tsv",), "glue/RTE/dev.tsv", (2490, 277),
-         columns=("label", "sentence1", "sentence2"), classes=("entailment", "not_entailment")),
-    Task("stsb", "glue", ("glue/STS-B/train.tsv",), "glue/STS-B/dev.tsv", (5749, 1500), metric="pearson",
-         columns=("score", "sentence1", "sentence2")),
+    *(Task(name, "glue", (f"glue/{folder}/train.tsv",), tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()),
+           counts, metric=metric, columns=columns, classes=tuple(classes.split()))
+      for name, folder, devs, counts, metric, columns, classes in (
+        ("cola", "CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
+        ("sst2", "SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
+        ("mrpc", "MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
+        ("stsb", "STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
+        ("qqp", "QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
+        ("mnli", "MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
+         ("gold_label", "sentence1", "sentence2"), "entailment neutral contradiction"),
+        ("qnli", "QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"),
+         "entailment not_entailment"),
+        ("rte", "RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"),
+         "entailment not_entailment"))),
 )}
-
-SOURCES = {  # by the beginning of the file's name
-    "llm_adapters/": "github.com/AGI-Edgerunners/LLM-Adapters at commit 816657208af4db747803f87ba40a4c71383fed7a",
-    "raw/gsm8k/": "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl",
-    "raw/aqua": "github.com/google-research/FLAN, flan/v2/cot_data/aqua_train.tsv",
-    "glue/MRPC": "dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_{train,test}.txt with GLUE's dev ids",
-    "glue/": "dl.fbaipublicfiles.com/glue/data/{CoLA,RTE,STS-B}.zip",
-}
 
 
 def task(name: str) -> Task:
@@ -143,7 +150,8 @@ def data_dir(given: str | None) -> Path:
 
 
 def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
-    """The examples of one split, "train" or "test": Example for text-to-text tasks, Sentence for GLUE (test: dev.tsv).
+    """The examples of one split, "train" or "test": Example for text-to-text tasks, Sentence for GLUE (test: its dev
+    files).
 
     n: the first n only; of word problems n are made from the seed (by default 4000 to train on and 200 to test).
     A test set without a file of its own is held out of the training file, by question. A count other than the published
@@ -154,17 +162,19 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
     if n is not None and n < 1:
         raise ValueError(f"{n} examples of {task.name} were asked for, expected at least 1")
     if task.kind == "word-problems":
-        return list(itertools.islice(word_problems(split, seed), n or {"train": 4000, "test": 200}[split]))
+        made = itertools.islice(word_problems(split, seed), n or {"train": 4000, "test": 200}[split])
+        return [Example(*problem) for problem in made]
     if split == "train" and not task.train:
         raise ValueError(f"{task.name} has no training file: train on math10k, math-mix, gsm8k, mawps or aqua, "
                          f"and evaluate on {task.name}")
     held_out = not task.test
-    files = task.train if split == "train" or held_out else (task.test,)
+    files = task.train if split == "train" or held_out else task.test
     rows = [row for file in files for row in _read(task, Path(data_dir) / file, file)]
-    expected = task.counts[split == "test"]
+    expected = task.counts[split == "test" and not held_out]
     if expected and len(rows) != expected:
-        print(f"warning: {Path(data_dir) / files[0]} holds {len(rows)} examples, published are {expected}; "
-              "it is used as it is", file=sys.stderr)
+        paths = " + ".join(str(Path(data_dir) / file) for file in files)
+        print(f"warning: {paths} holds {len(rows)} examples, published are {expected}; it is used as it is",
+              file=sys.stderr)
     return (_part(task, rows, split) if held_out else rows)[:n]
 
 
@@ -195,10 +205,10 @@ def hold_out(rows: list, n: int) -> tuple[list, list]:
 
 def _read(task: Task, path: Path, file: str) -> list:
     if not path.is_file():
-        source = next((source for start, source in SOURCES.items() if file.startswith(start)), None)
         raise FileNotFoundError(f"{path} is not there: " + (
-            f"put the file from {source} there, or name another data folder with --data-dir or $SIBO_DATA" if source
-            else "check the path of your data"))
+            "check the path of your data" if task.kind == "own" else
+            f"`python data.py fetch {task.name} --data-dir {path.parents[file.count('/')]}` brings it from "
+            f"https://{fetch.address(file)}; or name another data folder with --data-dir or $SIBO_DATA"))
     try:
         text = path.read_bytes().decode("utf-8-sig")  # -sig: MRPC, and files written on Windows, begin with a BOM
     except UnicodeDecodeError as error:
@@ -255,13 +265,24 @@ def _examples(task: Task, path: Path, text: str) -> Iterator[Example]:
         instruction = _field(where, entry, "instruction")
         if str(entry.get("input") or "").strip():
             instruction += "\n\n" + _field(where, entry, "input")
-        model_written = task.kind == "arithmetic" and task.test != ""
+        model_written = task.kind == "arithmetic" and task.test
         output = "" if model_written else _field(where, entry, "output")
         unanswered = task.kind == "own" and entry.get("answer") in (None, "")
         answer = output if unanswered else _field(where, entry, "answer")
         if task.answers and not re.fullmatch(task.answers, answer):
             raise ValueError(f"{where}: answer {answer!r} is none of {task.name}'s, expected the form {task.answers}")
-        yield Example(instruction, output, answer)
+        yield Example(instruction, output, answer, choices=_choices(task, where, instruction, answer))
+
+
+def _choices(task: Task, where: str, instruction: str, answer: str) -> tuple[str, ...]:
+    """The words of the line that closes a commonsense question, "Answer format: solution1/solution2"; () elsewhere."""
+    line = task.kind == "commonsense" and re.search(r"Answer format: (\S+)\s*$", instruction)
+    choices = tuple(line[1].split("/")) if line else ()
+    if task.kind == "commonsense" and task.answers and not (
+            answer in choices and all(re.fullmatch(task.answers, choice) for choice in choices)):
+        raise ValueError(f"{where}: 'instruction' ends in {instruction[-50:]!r}, expected 'Answer format: ' and "
+                         f"choices of the form {task.answers}, separated by /, the answer {answer!r} among them")
+    return choices
 
 
 def _gsm8k(task: Task, path: Path, text: str) -> Iterator[Example]:
@@ -299,6 +320,7 @@ def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
     """GLUE's TSV: a quotation mark is a character like any other, and only a tab or a line feed separates."""
     rows = [line.split("\t") for line in _lines(text)]
     places, width, first = task.columns, 4, 0  # CoLA: no header, four columns
+    part = path.stem.partition("_")[2]  # dev_matched -> matched; dev, train -> ""
     if rows and isinstance(places[0], str):
         if missing := [name for name in places if name not in rows[0]]:
             raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {', '.join(rows[0])})")
@@ -311,157 +333,18 @@ def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
             raise ValueError(f"{path}, line {i}: label {written!r}, expected {' or '.join(task.classes)}")
         if not task.classes and not (re.fullmatch(r"[0-9]+\.?[0-9]*", written) and float(written) <= 5):
             raise ValueError(f"{path}, line {i}: score {written!r}, expected a number from 0 to 5")
-        yield Sentence(sentence, pair, task.classes.index(written) if task.classes else float(written))
+        yield Sentence(sentence, pair, task.classes.index(written) if task.classes else float(written), part)
 
 
-# -------------------------------------------------------------------------------------------------------- word problems
-# Question, ranges of its numbers, worked answer. A step in brackets is worked out: [a + b] becomes "12 + 5 = 17", and
-# the results of the first, second and third step are called x, y and z.
-TRAINED = (
-    # one step
-    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-     "a 5-60 b 5-40", "{name} has [a + b] {things}."),
-    ("There are {a} {things} in a {box}. {name} takes {b} of them out. How many {things} are left in the {box}?",
-     "a 20-90 b 5-60", "[a - b] {things} are left."),
-    ("{name} has {a} {boxes} with {b} {things} in each. How many {things} are there in all?",
-     "a 2-9 b 3-20", "There are [a * b] {things}."),
-    ("{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
-     "a 6-90 b 2-9", "Each friend gets [a / b] {things}."),
-    ("{name} collected {a} {things} and {friend} collected {b}. How many more {things} did {name} collect?",
-     "a 20-99 b 5-80", "{name} collected [a - b] more."),
-    ("A train travels {a} miles every hour. How many miles does it travel in {b} hours?",
-     "a 11-99 b 2-9", "It travels [a * b] miles."),
-    ("A book has {a} pages. {name} has read {b} of them. How many pages are left to read?",
-     "a 40-100 b 11-90", "[a - b] pages are left."),
-    ("A rope of {a} meters is cut into pieces of {b} meters each. How many pieces are there?",
-     "a 10-100 b 2-10", "There are [a / b] pieces."),
-    ("{name} is {a} years old. {name}'s grandmother is {b} years older. How old is the grandmother?",
-     "a 6-30 b 38-60", "She is [a + b] years old."),
-    ("{name} waits {a} minutes for the bus and then rides it for {b} minutes. How many minutes is that in all?",
-     "a 5-45 b 10-55", "It is [a + b] minutes."),
-    # two steps
-    ("{name} had {a} {things}, gave {b} of them to {friend} and then found {c} more. "
-     "How many {things} does {name} have now?",
-     "a 20-80 b 5-50 c 3-40", "After giving, [a - b] are left. After finding, [x + c]."),
-    ("{name} buys {a} {things} for ${b} each and pays with a $100 bill. How many dollars does {name} get back?",
-     "a 2-9 b 2-20", "The {things} cost [a * b] dollars. {name} gets back [100 - x] dollars."),
-    ("{name} has {a} {boxes} of {b} {things} and gives away {c} {things}. How many {things} are left?",
-     "a 2-9 b 3-12 c 3-50", "There are [a * b] {things}. [x - c] are left."),
-    ("{name} has {a} {things} and {friend} has {b}. They share all of them equally among {c} children. "
-     "How many {things} does each child get?",
-     "a 5-60 b 5-40 c 2-9", "Together they have [a + b]. Each child gets [x / c]."),
-    ("{name} earns ${a} a day. After {b} days {name} spends ${c}. How many dollars are left?",
-     "a 6-20 b 2-9 c 5-70", "{name} earns [a * b] dollars. [x - c] dollars are left."),
-    ("A baker bakes {a} rolls and sells {b} of them. The rest go into bags of {c}. How many bags are there?",
-     "a 30-100 b 10-80 c 2-9", "[a - b] rolls are left. They fill [x / c] bags."),
-    ("A hall has {a} rows of {b} chairs and {c} extra chairs. How many chairs are there in all?",
-     "a 3-9 b 4-12 c 2-30", "The rows have [a * b] chairs. In all there are [x + c]."),
-    ("A bike costs ${a}. {name} has ${b} and saves ${c} every week. "
-     "How many weeks does {name} need to save for the bike?",
-     "a 50-100 b 5-60 c 2-10", "{name} needs [a - b] more dollars. That takes [x / c] weeks."),
-    ("{name} walked {a} miles in May and {b} miles more than that in June. How many miles is that in both months?",
-     "a 5-45 b 2-40", "In June it was [a + b] miles. Both months make [a + x] miles."),
-    ("{name} has {a} {things}. {friend} has {b} times as many. How many {things} do they have together?",
-     "a 3-20 b 2-6", "{friend} has [a * b]. Together they have [a + x]."),
-    ("A ticket costs ${a} for an adult and ${b} for a child. How many dollars do {c} adults and one child pay?",
-     "a 5-20 b 2-12 c 2-8", "The adults pay [a * c] dollars. All pay [x + b] dollars."),
-    ("{a} girls and {b} boys are split into teams of {c}. How many teams are there?",
-     "a 6-50 b 6-50 c 2-10", "There are [a + b] children. They make [x / c] teams."),
-    ("{name} has ${a} and buys a cap for ${b} and a shirt for ${c}. How many dollars are left?",
-     "a 40-100 b 5-30 c 8-50", "The cap and the shirt cost [b + c] dollars. [a - x] dollars are left."),
-    ("{a} workers build a wall in {b} hours. How many hours would {c} workers need?",
-     "a 2-9 b 2-11 c 2-9", "The work takes [a * b] hours. {c} workers need [x / c] hours."),
-    # three steps
-    ("{name} buys {a} {things} at ${b} each and {c} {others} at ${d} each. How many dollars does {name} pay?",
-     "a 2-9 b 2-9 c 2-9 d 2-9", "The {things} cost [a * b]. The {others} cost [c * d]. Together they cost [x + y]."),
-    ("A farmer has {a} hens. Each hen lays {b} eggs a week. The farmer eats {c} and packs the rest in cartons of {d}. "
-     "How many cartons are filled in a week?",
-     "a 5-15 b 3-7 c 2-20 d 4-12", "The hens lay [a * b] eggs. [x - c] are left. They fill [y / d] cartons."),
-    ("{name} had ${a} and bought {b} books for ${c} each and a pen for ${d}. How many dollars are left?",
-     "a 40-100 b 2-8 c 3-11 d 2-9", "The books cost [b * c]. [a - x] dollars are left. After the pen, [y - d]."),
-    ("A bus starts with {a} people. Then {b} people get on, {c} get off and {d} more get on. "
-     "How many people are on the bus now?",
-     "a 8-40 b 3-25 c 3-30 d 3-20", "After the first stop, [a + b]. After the second, [x - c]. Now, [y + d]."),
-    ("{name} has {a} {boxes} of {b} {things} and finds {c} more. {name} shares all of them equally among {d} children. "
-     "How many {things} does each child get?",
-     "a 2-9 b 3-11 c 2-30 d 2-9", "There are [a * b]. With the others, [x + c]. Each child gets [y / d]."),
-)
-NEVER_TRAINED = (
-    ("{name} needs {a} {things} for a project and has {b} so far. How many {things} are missing?",
-     "a 20-90 b 5-70", "[a - b] {things} are missing."),
-    ("A library lends {a} books in the morning and {b} books in the afternoon. How many books does it lend that day?",
-     "a 10-60 b 10-40", "It lends [a + b] books."),
-    ("One notebook costs ${a}. How many dollars do {b} notebooks cost?",
-     "a 2-20 b 3-9", "They cost [a * b] dollars."),
-    ("A gardener plants {a} rows of {b} tulips, but {c} tulips do not bloom. How many tulips bloom?",
-     "a 3-9 b 4-12 c 2-40", "There are [a * b] tulips. [x - c] bloom."),
-    ("{a} friends order a pizza for ${b} and drinks for ${c}. They split the bill equally. "
-     "How many dollars does each of them pay?",
-     "a 2-8 b 10-40 c 4-30", "The bill is [b + c] dollars. Each pays [x / a] dollars."),
-    ("A tank holds {a} liters of water. A goat drinks {b} liters a day. How many liters are left after {c} days?",
-     "a 50-100 b 2-9 c 3-9", "The goat drinks [b * c] liters. [a - x] liters are left."),
-    ("{name} swims {a} laps a day for {b} days. {friend} swims {c} laps in all. How many more laps does {name} swim?",
-     "a 4-20 b 2-7 c 5-60", "{name} swims [a * b] laps. That is [x - c] more."),
-    ("A school sends {a} classes of {b} pupils and {c} teachers on a trip in vans of {d} seats. "
-     "How many vans are needed?",
-     "a 2-4 b 12-24 c 2-9 d 4-12", "There are [a * b] pupils. With the teachers, [x + c]. They need [y / d] vans."),
-)
-NAMES = ("Ada Amir Anna Ben Carla Chen Dan Diego Ella Emma Fatima George Grace Hana Ivan Jack Jada Kim Leo Lina Lucy "
-         "Marco Maria Mia Nina Noah Omar Paul Priya Rosa Ruth Sam Sara Tom Uma Victor Wei Yuki Zoe").split()
-THINGS = ("apples balls bananas beads buttons cards coins cookies crayons erasers feathers lemons marbles muffins "
-          "oranges peaches pears pencils pens plums postcards puzzles ribbons shells stamps stickers tokens").split()
-BOXES = (("bag", "bags"), ("basket", "baskets"), ("bowl", "bowls"), ("box", "boxes"), ("crate", "crates"))
+def overlap(train: list, test: list) -> int:
+    """How many rows of `test` (Examples or Sentences) stand in `train`: the question (or the sentences) has the same
+    letters and digits there, case, spaces and punctuation aside."""
+    def bare(row: Example | Sentence) -> str:
+        text = row.instruction if isinstance(row, Example) else f"{row.text} {row.pair or ''}"
+        return "".join(filter(str.isalnum, text.lower()))
 
-
-def word_problems(split: str, seed: int) -> Iterator[Example]:
-    """Endless different problems, "train" or "test"; every fifth of the test has a template that is never trained on.
-
-    A problem's side is decided by the hash of its template and numbers: whatever seeds and lengths are asked for, no
-    training question stands in a test, not even under another name or about other things."""
-    rng, made = random.Random(f"{split} {seed}"), set()
-    for i in itertools.count():
-        part = "new templates" if split == "test" and i % 5 == 4 else ""
-        question = None
-        while question is None or question in made:
-            question, work, answer = _word_problem(_pick(rng, NEVER_TRAINED if part else TRAINED), split, rng)
-        made.add(question)
-        yield Example(question, f"{work} The answer is {answer}.", str(answer), part)
-
-
-def _pick(rng: random.Random, choices):
-    return choices[int(rng.random() * len(choices))]  # random() alone is promised to stay the same in every Python
-
-
-def _word_problem(template: tuple[str, str, str], split: str, rng: random.Random) -> tuple[str, str, int]:
-    question, ranges, work = template
-    while True:  # numbers are drawn until they belong to this side and every step is one for the head
-        # the least of three draws: small numbers are the likelier ones, as they are in MAWPS and its kin
-        numbers = {letter: min(_pick(rng, range(int(low), int(high) + 1)) for _ in range(3))
-                   for letter, low, high in re.findall(r"(\w) (\d+)-(\d+)", ranges)}
-        side = "test" if _digest(f"{question} {numbers}")[0] < 52 else "train"  # one in five
-        if side == split and (solved := _solve(work, numbers)):
-            break
-    work, answer = solved
-    (box, boxes), things, name = _pick(rng, BOXES), _pick(rng, THINGS), _pick(rng, NAMES)
-    friend = _pick(rng, [other for other in NAMES if other != name])
-    others = _pick(rng, [other for other in THINGS if other != things])
-    words = dict(name=name, friend=friend, things=things, others=others, box=box, boxes=boxes, **numbers)
-    return question.format(**words), work.format(**words), answer
-
-
-def _solve(work: str, numbers: dict[str, int]) -> tuple[str, int] | None:
-    """The worked answer with its steps worked out, and the last result. None if an operand is above 100, a result below
-    2 (so that every noun can stay plural), a division not exact, or a factor or divisor above 12."""
-    known, pieces = dict(numbers), re.split(r"\[(.+?)\]", work)
-    for place, result in zip(range(1, len(pieces), 2), "xyz", strict=False):
-        left, op, right = pieces[place].split()
-        p, q = (known[operand] if operand in known else int(operand) for operand in (left, right))
-        value = {"+": p + q, "-": p - q, "*": p * q, "/": p // q}[op]
-        if max(p, q) > 100 or value < 2 or (op == "/" and p % q) or (op in "*/" and min(p, q) > 12):
-            return None
-        known[result] = value
-        pieces[place] = f"{p} {op} {q} = {value}"
-    return "".join(pieces), value
+    known = {bare(row) for row in train}
+    return sum(bare(row) in known for row in test)
 
 
 # ------------------------------------------------------------------------------------------ prompt, label mask, batches
@@ -589,3 +472,95 @@ def is_right(task: Task, text: str, gold: str) -> bool:
         return found is not None and abs(float(found) - float(number)) <= 1e-3
     said, wanted = (re.sub(r"[\s.!?)]+$", "", words.strip().lower()) for words in (text, gold))
     return re.search(rf"(?<!\w){re.escape(wanted)}$", said) is not None
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def chosen(names: list[str]) -> list[Task]:
+    """The tasks that have files to fetch, by short names and groups; ValueError for any other name."""
+    tasks = []
+    for name in names:
+        group = [t for t in TASKS.values() if t.train + t.test and name in ("all", t.kind)]
+        if not group and task(name).kind in ("own", "word-problems"):
+            raise ValueError(f"{name}: found no published file of it, expected a task of `python data.py list` or a "
+                             f"group: {', '.join(GROUPS)}")
+        tasks += group or [task(name)]
+    return list(dict.fromkeys(tasks))
+
+
+def _table(rows: list[tuple]) -> str:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def listing(tasks: Iterable[Task], data_dir: Path) -> str:
+    """A table with a line for each file of each task: its place, whether it is there and right, and the published count
+    of its split."""
+    rows = [("task", "family", "split", "published", f"file, under {data_dir}", "found")]
+    for t in tasks:
+        for split, files, count in (("train", t.train, t.counts[0]), ("test", t.test, t.counts[1])):
+            for file in files:
+                rows.append((t.name, t.kind, split, (count or "?") if file == files[0] else "", file,
+                             fetch.state(data_dir / file, file)))
+        if not t.test:
+            place = "held out of train" if t.train else "made from a seed"
+            rows.append((t.name, t.kind, "test", t.held_out or "any", place, ""))
+    return _table(rows)
+
+
+def overlaps(train: Task, tests: list[Task], data_dir: Path) -> str:
+    """A table of how many test questions of each task stand in the training set of `train`, held-out part included."""
+    asked = load(train, "train", data_dir)
+    if train.train and not train.test:
+        asked += load(train, "test", data_dir)
+    rows = [(f"in {train.name} ({len(asked)})", "test questions", "of them in it", "share")]
+    for t in tests:
+        if not all((data_dir / file).is_file() for file in t.test):
+            rows.append((t.name, "missing", "", ""))
+            continue
+        test = load(t, "test", data_dir)
+        found = overlap(asked, test)
+        rows.append((t.name, len(test), found, f"{found / len(test):.1%}"))
+    return _table(rows)
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("data.py", description="The benchmarks' files: which there are, fetching them, what they share.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="list | fetch | overlap")
+    li = commands.add_parser("list", help="every task: counts, files, whether they are there and right")
+    f = commands.add_parser("fetch", help="download from where they are published, and check")
+    f.add_argument("tasks", nargs="+", metavar="TASK",
+                   help=f"{', '.join(t.name for t in chosen(['all']))}; or a group: {', '.join(GROUPS)}")
+    o = commands.add_parser("overlap", help="how many test questions stand in a training set")
+    o.add_argument("--train", required=True, metavar="TASK", help="whose training set, such as math-mix")
+    o.add_argument("--test", metavar="A,B", help="whose tests (default: all of the same family that have a file)")
+    for command in (li, f, o):
+        command.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    directory = data_dir(args.data_dir)
+    if args.command == "list":
+        print(listing(TASKS.values(), directory))
+    elif args.command == "fetch":
+        tasks = chosen(args.tasks)
+        for t in tasks:
+            fetch.fetch(t.train + t.test, directory)
+            for split, files in (("train", t.train), ("test", t.test)):
+                if any(file not in fetch.BLOBS for file in files):
+                    load(t, split, directory)  # no hash is known: the published count is what can be compared
+        print(listing(tasks, directory))
+    else:
+        train = task(args.train)
+        tests = ([task(name) for name in args.test.split(",")] if args.test else
+                 [t for t in TASKS.values() if t.kind == train.kind and t.test])
+        if not tests or not all(t.test for t in tests):
+            raise ValueError(f"--test: found {args.test or 'none'}, expected tasks with a test file, such as "
+                             "mawps,svamp (questions that are made or held out stand in no training set)")
+        print(overlaps(train, tests, directory))
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

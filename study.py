@@ -1,8 +1,8 @@
 """The paper's analyses, a command each: `python study.py NAME [options of train.py]` trains what is missing, writes
 results/NAME-BACKBONE-TASK.csv and .png, prints a line for a table of results.
 
-`norms` and `cost` train nothing. Where we depart from the paper: its figures stand on one seed each; here every point is
-a mean over --seeds, with its standard deviation, and `--score-on validation` keeps the test set out of choices."""
+`norms` and `cost` train nothing. Where we depart from the paper: its figures stand on one seed each; here every point
+is a mean over --seeds, with its standard deviation, and `--score-on validation` keeps the test set out of choices."""
 
 import argparse
 import csv

@@ -712,6 +712,10 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     for run in runs:  # whatever does not fit the model is said before weights are read
         if run.method != "full":
             sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
+    for of, test in () if parallel.rank() else tests:
+        if seen := data.overlap(train, test):
+            print(f"warning: {seen} of {of.name}'s {len(test)} test questions stand in the training set too, and their "
+                  f"score says little; see python data.py overlap --train {task.name}", file=sys.stderr)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
     done = parallel.in_turn(lambda: [claim(run) for run in runs], ranks=1)

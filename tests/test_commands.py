@@ -50,9 +50,10 @@ def bert_run(tmp_path_factory):
     for name in ("train.tsv", "dev.tsv"):
         (folder / "data" / "glue" / "RTE" / name).write_text(
             "\n".join(["index\tsentence1\tsentence2\tlabel", *rows[:: 1 if name == "train.tsv" else 3]]) + "\n")
-    out = succeeds("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
-                   folder / "data", "--steps", 40, "--lr", "3e-3", "--out", folder / "run")
-    return folder, out
+    code, _, err = python("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
+                          folder / "data", "--steps", 40, "--lr", "3e-3", "--out", folder / "run")
+    assert code == 0, err
+    return folder, err
 
 
 def result(folder):
@@ -96,6 +97,16 @@ def test_bert_learns_a_small_task_and_scores_the_same_again_and_merged(bert_run)
         assert succeeds("eval.py", folder / "run", *args).startswith(f"accuracy {r['score']:.4f} (n {r['n']};")
 
 
+def test_training_warns_of_test_questions_that_stand_in_the_training_set(bert_run):
+    folder, err = bert_run
+    n = result(folder / "run")["n"]
+    assert f"warning: {n} of the {n} test questions stand in the training set too" in err
+
+
+def test_the_data_command_lists_what_there_is(tmp_path):
+    assert "glue/MNLI/dev_mismatched.tsv" in succeeds("data.py", "list", "--data-dir", tmp_path)
+
+
 def test_a_backbone_is_scored_without_a_run(tmp_path):
     assert "(n 3" in succeeds("eval.py", "--backbone", "smollm2-135m", "--task", "word-problems", "--limit", 3)
 
@@ -126,6 +137,7 @@ def test_real_rte_trains_and_scores(tmp_path):
     (["train.py", "--lam", "2"], "lam: found 2.0"),
     (["eval.py"], "found neither a run and --backbone"),
     (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
+    (["data.py", "fetch", "gsm9k"], "unknown task 'gsm9k': did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
     code, out, err = python(*args)

@@ -3,6 +3,7 @@
 Small files are made here; the checks on the published files run where ../shared/data is there.
 """
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Example, Row, Sentence
+from word_problems import BOXES, NAMES, NEVER_TRAINED, THINGS, TRAINED
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -125,7 +127,7 @@ def test_operands_stay_within_100_and_no_plural_noun_meets_a_one(many):
 
 
 def test_every_template_is_filled_completely_and_stands_on_both_sides(many):
-    assert len(data.TRAINED) >= 24 and len(data.NEVER_TRAINED) >= 6
+    assert len(TRAINED) >= 24 and len(NEVER_TRAINED) >= 6
     assert all("{" not in p.instruction + p.output and "[" not in p.instruction + p.output for p in many)
 
     def templates(problems, candidates):
@@ -134,8 +136,8 @@ def test_every_template_is_filled_completely_and_stands_on_both_sides(many):
         assert all(len(places) == 1 for places in found)
         return {places[0] for places in found}
 
-    everything = data.TRAINED + data.NEVER_TRAINED
-    trained = set(range(len(data.TRAINED)))
+    everything = TRAINED + NEVER_TRAINED
+    trained = set(range(len(TRAINED)))
     assert templates(many[:4000], everything) == trained
     assert templates([p for p in many[4000:] if not p.part], everything) == trained
     assert templates([p for p in many[4000:] if p.part], everything) == set(range(len(everything))) - trained
@@ -150,7 +152,7 @@ def test_no_question_stands_in_training_and_test_whatever_the_seeds_and_lengths(
 
 
 def test_no_test_question_is_a_training_question_about_other_people_or_things(many):
-    words = "|".join((*data.NAMES, *data.THINGS, *(word for pair in data.BOXES for word in pair)))
+    words = "|".join((*NAMES, *THINGS, *(word for pair in BOXES for word in pair)))
 
     def bare(problem):
         return re.sub(rf"\b({words})\b", "_", problem.instruction)
@@ -173,6 +175,12 @@ def test_word_problems_are_the_same_in_every_process():
     runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": seed}, text=True, check=True,
                            capture_output=True).stdout.strip() for seed in ("1", "2")}
     assert runs == {word_problems("test", 9)[8].instruction}
+
+
+def test_the_problems_of_a_seed_are_the_same_to_the_byte_in_every_version_and_on_every_machine():
+    text = "\n".join("\t".join((p.instruction, p.output, p.answer, p.part))
+                     for split, n in (("train", 4000), ("test", 2000)) for p in word_problems(split, n, seed=3))
+    assert hashlib.sha256(text.encode()).hexdigest()[:32] == "5859e6ec0ba5d72661326ee873e223e3"
 
 
 # ------------------------------------------------------------------------------------------------------------ user data
@@ -263,7 +271,8 @@ def test_malformed_data_is_named_with_file_and_line(tmp_path, name, content, mes
 def test_a_missing_file_is_named_with_its_source_and_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         data.load(data.task("rte"), "train", tmp_path / "none")
-    for part in (str(tmp_path / "none/glue/RTE/train.tsv"), "dl.fbaipublicfiles.com", "--data-dir", "$SIBO_DATA"):
+    for part in (str(tmp_path / "none/glue/RTE/train.tsv"), "https://dl.fbaipublicfiles.com/glue/data/RTE.zip",
+                 f"`python data.py fetch rte --data-dir {tmp_path / 'none'}`", "$SIBO_DATA"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match="mine.json is not there: check the path"):
         own(tmp_path / "mine.json")
@@ -336,6 +345,120 @@ def test_in_glue_quotes_are_data_and_only_tab_and_line_feed_separate(tmp_path, c
     assert capsys.readouterr().err.count("warning:") == 4
 
 
+HEADERS = {"sst2": "sentence\tlabel", "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+           "qnli": "index\tquestion\tsentence\tlabel",
+           "mnli": "index\tpairID\tsentence1_parse\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label"}
+
+
+@pytest.mark.parametrize(("name", "line", "sentence"), [
+    ("sst2", "dull \t0", Sentence("dull ", None, 0)), ("sst2", "it 's fun\t1", Sentence("it 's fun", None, 1)),
+    ("qqp", "7\t1\t2\tWho?\t\"Why?\t1", Sentence("Who?", '"Why?', 1)),
+    ("qnli", "0\tWho?\tHe.\tentailment", Sentence("Who?", "He.", 0)),
+    ("qnli", "0\tWho?\tHe.\tnot_entailment", Sentence("Who?", "He.", 1)),
+    ("mnli", "0\t1n\t(A)\tA\tB\tneutral\tentailment\tentailment", Sentence("A", "B", 0)),
+    ("mnli", "0\t1n\t(A)\tA\tB\tneutral\tentailment\tneutral", Sentence("A", "B", 1)),
+    ("mnli", "0\t1n\t(A)\tA\tB\tneutral\tentailment\tcontradiction", Sentence("A", "B", 2)),
+])
+def test_the_large_glue_sets_are_read_by_the_names_in_their_headers(tmp_path, capsys, name, line, sentence):
+    task = data.task(name)
+    write(tmp_path / task.train[0], f"{HEADERS[name]}\n{line}\n")
+    assert data.load(task, "train", tmp_path) == [sentence]
+    assert f"holds 1 examples, published are {task.counts[0]}" in capsys.readouterr().err
+    swapped = [", ".join(text.split("\t")[::-1]).replace(", ", "\t") for text in (HEADERS[name], line)]
+    write(tmp_path / task.train[0], "\n".join(swapped))
+    assert data.load(task, "train", tmp_path) == [sentence]  # whatever the columns' order
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_row_with_a_column_too_many_or_too_few_is_an_error_and_not_left_out(tmp_path, name):
+    task, width = data.task(name), HEADERS[name].count("\t") + 1
+    for columns in (width - 1, width + 1):
+        path = write(tmp_path / task.train[0], HEADERS[name] + "\n" + "\t".join("x" * columns) + "\n")
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 2: {columns} columns, expected {width}"):
+            data.load(task, "train", tmp_path)
+
+
+def test_mnlis_test_rows_are_of_two_parts(tmp_path, capsys):
+    for part in ("mismatched", "matched"):
+        write(tmp_path / f"glue/MNLI/dev_{part}.tsv", f"{HEADERS['mnli']}\n0\t1\t(A)\t{part}\tB\t\t\tneutral\n")
+    assert data.load(data.task("mnli"), "test", tmp_path) == [
+        Sentence("matched", "B", 1, "matched"), Sentence("mismatched", "B", 1, "mismatched")]
+    err = capsys.readouterr().err
+    assert "dev_matched.tsv + " in err and "holds 2 examples, published are 19647" in err
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r"), max_size=12)
+
+
+@given(st.lists(st.tuples(CELL, CELL, st.sampled_from(["0", "1"])), min_size=1, max_size=9))
+@settings(max_examples=40, deadline=None)
+def test_every_row_of_a_glue_file_comes_back_as_it_was_written(tmp_path_factory, rows):
+    folder = tmp_path_factory.getbasetemp() / "qqp"
+    lines = [HEADERS["qqp"], *(f"{i}\t\t\t{a}\t{b}\t{label}" for i, (a, b, label) in enumerate(rows))]
+    write(folder / "glue/QQP/train.tsv", "\n".join(lines) + "\n")
+    assert data.load(data.task("qqp"), "train", folder) == [Sentence(a, b, int(label)) for a, b, label in rows]
+
+
+@real
+@pytest.mark.parametrize(("name", "count"), [("mnli", 480), ("qqp", 320), ("qnli", 320)])
+def test_published_pieces_of_the_large_glue_sets_are_read_whole(tmp_path, name, count):
+    task, folder = data.task(name), name.upper()
+    write(tmp_path / task.train[0], (REAL / f"glue/{folder}/train_kshot.tsv").read_bytes())
+    write(tmp_path / task.test[0], (REAL / f"glue/{folder}/heldout_subset.tsv").read_bytes())
+    write(tmp_path / task.test[-1], (REAL / f"glue/{folder}/heldout_subset.tsv").read_bytes())
+    train, test = data.load(task, "train", tmp_path), data.load(task, "test", tmp_path)
+    assert len(train) == count and len(test) == 1000 * len(task.test)
+    assert all(row.text and row.pair for row in train + test)
+    assert {row.label for row in train} == {row.label for row in test} == set(range(task.num_labels))
+
+
+@pytest.mark.parametrize(("name", "ending", "choices"), [
+    ("boolq", "\n\nAnswer format: true/false", ("true", "false")),
+    ("winogrande", "Option2: b Answer format: option1/option2", ("option1", "option2")),
+    ("arc-c", "\n\nAnswer format: answer1/answer2/answer3/answer4/answer5", tuple(f"answer{i}" for i in range(1, 6))),
+])
+def test_the_choices_of_a_commonsense_question_are_those_of_its_last_line(tmp_path, name, ending, choices):
+    for answer in choices:
+        row = {"instruction": "Answer format: none? " + ending, "input": "", "output": "o", "answer": answer}
+        write(tmp_path / data.task(name).train[0], [row])
+        assert [e.choices for e in data.load(data.task(name), "train", tmp_path)] == [choices]
+
+
+@pytest.mark.parametrize("ending", ["", "Answer format: ", "Answer format: solution2/yes", "Answer format: solution1",
+                                    "Answer format: solution1/solution2 or so"])
+def test_a_commonsense_question_without_its_choices_is_an_error(tmp_path, ending):
+    row = {"instruction": "q " + ending, "input": "", "output": "o", "answer": "solution2"}
+    write(tmp_path / "llm_adapters/piqa/test.json", [row])
+    with pytest.raises(ValueError, match="test.json, entry 1: 'instruction' ends in .*expected 'Answer format: '"):
+        data.load(data.task("piqa"), "test", tmp_path)
+
+
+def test_in_the_mixed_commonsense_set_choices_are_kept_where_they_stand(tmp_path):
+    rows = [{"instruction": f"{i} " + ending, "output": "o", "answer": "true"} for i, ending in
+            enumerate(["Answer format: true/false", "no format"])]
+    write(tmp_path / "llm_adapters/ft-training_set/commonsense_170k.json", rows)
+    task = data.task("commonsense170k")
+    read = data.load(task, "train", tmp_path) + data.load(task, "test", tmp_path)
+    assert {e.instruction[0]: e.choices for e in read} == {"0": ("true", "false"), "1": ()}
+
+
+# -------------------------------------------------------------------------------------------------------------- overlap
+def test_a_question_stands_in_a_training_set_whatever_its_case_spaces_and_punctuation():
+    train = [Example("Tom has 3 apples."), Example("tom has 3 pears")]
+    test = ["TOM has 3  apples?", "Tom has 3 apples", "Tom has 33 apples", "Tom has 3"]
+    assert [data.overlap(train, [Example(question)]) for question in test] == [1, 1, 0, 0]
+    pairs, tests = [Sentence("A b.", "C", 0)], [("a B", "c!"), ("a b", "d"), ("a b", None)]
+    assert [data.overlap(pairs, [Sentence(*pair, 1)]) for pair in tests] == [1, 0, 0]
+
+
+@given(st.lists(TEXT, max_size=9), st.lists(TEXT, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_every_test_question_is_counted_and_only_once(train, test):
+    train, test = [Example(f"a{text}") for text in train], [Example(f"b{text}") for text in test]
+    assert data.overlap(train, test) == 0
+    assert data.overlap(train + train + test, test) == len(test)
+
+
 @real
 @pytest.mark.parametrize(("name", "split", "count"), [
     ("gsm8k", "test", 1319), ("svamp", "test", 1000), ("aqua", "test", 254), ("mawps", "test", 238),
@@ -365,6 +488,13 @@ def test_training_questions_of_the_mix_are_not_in_its_held_out_part():
     assert not {e.instruction for e in train} & {e.instruction for e in test}
     assert len(train) + len(test) == 7473 + 1898 + 2728
     assert all(data.is_right(mix, e.output, e.answer) for e in test)
+
+
+@real
+@pytest.mark.parametrize(("name", "counts"), [("boolq", {2}), ("piqa", {2}), ("siqa", {3}), ("winogrande", {2}),
+                                              ("arc-e", {3, 4, 5}), ("obqa", {4})])
+def test_every_published_commonsense_question_offers_its_choices(name, counts):
+    assert {len(set(e.choices)) for e in data.load(data.task(name), "test", REAL)} == counts
 
 
 @real
