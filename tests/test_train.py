@@ -299,3 +299,53 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_llama):
 def test_help_names_every_option_with_its_default(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "--help")
     assert code == 0 and all(f"--{f.name.replace('_', '-')} " in out for f in train.fields(train.Run))
+
+
+def test_lists_of_options_make_every_combination_once_and_only_where_a_method_uses_them():
+    args = train.parser().parse_args(["--method", "lora,lora-sibo", "--lam", "0.1,0.2", "--seeds", "0,1"])
+    found = [(one.method, one.lam, one.seed) for one in train.grid(args)]
+    assert found == [("lora", None, 0), ("lora", None, 1), ("lora-sibo", 0.1, 0), ("lora-sibo", 0.1, 1),
+                     ("lora-sibo", 0.2, 0), ("lora-sibo", 0.2, 1)]
+    with pytest.raises(ValueError, match="--lam: found with --method lora,adapter"):
+        train.grid(train.parser().parse_args(["--method", "lora,adapter", "--lam", "0.1"]))
+
+
+def test_a_grid_goes_on_where_it_stopped_and_ends_in_one_table(monkeypatch, capsys, tmp_path, tiny_llama):
+    args = ("--backbone", tiny_llama, "--dtype", "float32", "--method", "lora,lora-sibo", "--steps", 1, "--batch-size",
+            2, "--limit", 2, "--out", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, *args)
+    assert code == 0 and len(list(tmp_path.iterdir())) == 2
+    written = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("result.json")}
+    code, out, err = command(monkeypatch, capsys, *args, "--seeds", "0,1")
+    assert code == 0 and "2 of 4 runs are finished already" in err and "against plain" in out
+    assert len(list(tmp_path.iterdir())) == 4 and all(f.stat().st_mtime_ns == t for f, t in written.items())
+
+
+def test_the_checkpoint_that_validates_best_is_the_one_that_is_left(tmp_path, tiny_llama):
+    run = train.Run(backbone=str(tiny_llama), method="lora", lam=0.0, steps=6, warmup=0, lr=1e-2, batch_size=2,
+                    micro_batch_size=2, rank=4, dropout=0.0, validate_every=2)
+    torch.manual_seed(0)
+    m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+    seen, marks = [], iter([1.0, 3.0, 2.0])  # the second of three validations is the best
+
+    def validate(m):
+        assert not m.training
+        seen.append({n: p.detach().clone() for n, p in m.named_parameters() if p.requires_grad})
+        return next(marks)
+
+    rows = [data.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)]
+    said = train.fit(m, rows, 0, run, tmp_path / "metrics.jsonl", validate)
+    assert said["best"] == {"step": 4, "validation": 3.0} and len(seen) == 3
+    assert all(torch.equal(p, seen[1][n]) for n, p in m.named_parameters() if p.requires_grad)
+    assert not all(torch.equal(seen[1][n], seen[2][n]) for n in seen[1])
+
+
+def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny_llama):
+    m = model.from_pretrained(tiny_llama)
+    rows = [data.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]
+    run = train.Run(backbone=str(tiny_llama), micro_batch_size=2)
+    losses = [float(model.loss(m, torch.tensor([r.ids]), torch.tensor([r.labels]))) for r in rows]
+    counts = [2, 7, 4]
+    expected = -sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+    found = train.validation(m, None, train.Data(data.task("gsm8k"), [], [], []), rows, run)
+    assert found == pytest.approx(expected, rel=1e-5)

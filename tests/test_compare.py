@@ -1,0 +1,87 @@
+"""Tables of runs: what belongs together, the spread over seeds, and the interval of a difference."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compare
+import train
+
+
+def run(folder, method="lora", seed=0, score=0.5, right=None, **settings):
+    config = train.asdict(train.Run(method=method, seed=seed, **{"lam": 0.2 if "sibo" in method else 0.0} | settings))
+    folder = folder / f"{method}-{seed}-{len(list(folder.iterdir()))}"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps({
+        "backbone": "tiny", "task": "words", "metric": "accuracy", "score": score, "parts": {}, "similarity": 0.5,
+        "trainable_parameters": 1000, "scored_on": "test"}))
+    if right is not None:
+        (folder / "answers.jsonl").write_text("".join(json.dumps({"right": bool(r)}) + "\n" for r in right))
+    return folder
+
+
+@given(st.integers(1, 60))
+def test_the_quantile_of_students_t_is_scipys(df):
+    assert compare.student_t(df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-3)
+
+
+def test_the_difference_pairs_equal_seeds_and_its_interval_is_students(tmp_path):
+    plain, sibo = {0: 0.50, 1: 0.60, 2: 0.55, 7: 0.9}, {0: 0.53, 1: 0.61, 2: 0.60}
+    for seed, score in plain.items():
+        run(tmp_path, "lora", seed, score)
+    for seed, score in sibo.items():
+        run(tmp_path, "lora-sibo", seed, score)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    mean, half = compare.difference(next(g for g in rows if g.plain))
+    oracle = scipy.stats.ttest_rel([sibo[s] for s in range(3)], [plain[s] for s in range(3)]).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx(tuple(oracle), rel=1e-3)
+
+
+def test_with_one_seed_the_interval_is_over_the_examples_that_both_answered(tmp_path):
+    a, b = np.array([1, 1, 1, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])
+    run(tmp_path, "adapter-sibo", 0, a.mean(), a)
+    run(tmp_path, "adapter", 0, b.mean(), b)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    mean, half = compare.difference(next(g for g in rows if g.plain))
+    assert mean == pytest.approx(1 / 6) and half == pytest.approx(1.96 * (a - b).std(ddof=1) / 6**0.5)
+
+
+def test_a_plain_run_of_other_settings_is_no_counterpart(tmp_path):
+    run(tmp_path, "lora", 0, rank=4)
+    run(tmp_path, "lora-sibo", 0, rank=8)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert [compare.difference(g) for g in rows] == [None, None]
+
+
+def test_runs_of_different_tasks_stand_in_different_tables(tmp_path):
+    for task in ("mawps", "svamp"):
+        run(tmp_path, "lora", 0, task=task)
+    assert [len(rows) for rows in compare.groups(compare.read([tmp_path]))] == [1, 1]
+
+
+def test_the_table_shows_mean_and_deviation_over_seeds_and_only_settings_that_differ(tmp_path):
+    for seed, score in enumerate((0.5, 0.6)):
+        run(tmp_path, "lora", seed, score)
+        run(tmp_path, "lora-sibo", seed, score + 0.1)
+    text = compare.table(compare.read([tmp_path]))
+    assert text.splitlines()[1].split()[:3] == ["method", "lam", "seeds"] and "rank" not in text
+    assert text.splitlines()[2].split()[:6] == ["lora", "0", "2", "55.0", "±", "7.1"]
+    assert text.splitlines()[3].split()[6:9] == ["+10.0", "±", "0.0"]
+    markdown = compare.table(compare.read([tmp_path]), markdown=True).splitlines()
+    assert len({line.count("|") for line in markdown[2:]}) == 1
+
+
+def test_a_picture_is_drawn(tmp_path):
+    run(tmp_path, "lora")
+    compare.draw(compare.read([tmp_path]), tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_finished_run_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        compare.read([tmp_path])
