@@ -8,7 +8,7 @@ with one seed the normal interval over the test examples, each answered by both.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,12 @@ NOT_SHOWN = ("seed", "out", "data_dir", "device", "backbone", "task", "test", "s
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: its folder, its settings (config.json) and what came of it (result.json)."""
+    """A finished run: its settings (config.json), what came of it (result.json), and by test task which of its answers
+    were right (answers.jsonl): "0110…"."""
 
-    folder: Path
     config: dict
     result: dict
+    right: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,34 @@ class Group:
         return np.array([value(run.result) for run in self.runs.values()])
 
 
-def read(folders: Sequence[str | Path]) -> list[Done]:
-    """All finished runs in and below the folders. FileNotFoundError if there is none."""
-    found = sorted({f.parent for folder in folders for f in Path(folder).rglob("result.json")})
+def read(places: Sequence[str | Path]) -> list[Done]:
+    """All finished runs in and below the folders, and those that `save` wrote. FileNotFoundError if there is none."""
+    found = []
+    for place in map(Path, places):
+        if place.suffix == ".jsonl":
+            found += [Done(**json.loads(line)) for line in place.read_text(encoding="utf-8").splitlines()]
+        for folder in sorted(f.parent for f in place.rglob("result.json")):
+            found.append(Done(checkpoint.read_json(folder / "config.json"),
+                              checkpoint.read_json(folder / "result.json"), _right(folder / "answers.jsonl")))
     if not found:
-        raise FileNotFoundError(f"{', '.join(map(str, folders))}: found no finished run (a folder with result.json)")
-    return [Done(f, checkpoint.read_json(f / "config.json"), checkpoint.read_json(f / "result.json")) for f in found]
+        raise FileNotFoundError(f"{', '.join(map(str, places))}: found no finished run (a folder with result.json)")
+    return found
+
+
+def _right(file: Path) -> dict[str, str]:
+    right: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        answer = json.loads(line)
+        if "right" in answer:
+            right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
+    return right
+
+
+def save(runs: Sequence[Done], file: Path) -> None:
+    """A line of JSON a run, without what only its machine knows: the paths of its data and of its folder."""
+    lines = [asdict(replace(run, config={k: v for k, v in run.config.items() if k not in ("data_dir", "out")}))
+             for run in runs]
+    checkpoint.write(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def groups(runs: Sequence[Done]) -> list[list[Group]]:
@@ -84,19 +107,13 @@ def difference(group: Group) -> tuple[float, float] | None:
     each = np.array([a.result["score"] - b.result["score"] for a, b in pairs])
     if len(each) > 1:
         return float(each.mean()), student_t(len(each) - 1) * float(each.std(ddof=1)) / math.sqrt(len(each))
-    right = [answered_right(run) for run in pairs[0]]
-    if pairs[0][0].result["metric"] != "accuracy" or not all(r is not None and len(r) for r in right):
+    if not (right := [(pairs[0][0].right[t], pairs[0][1].right[t]) for t in pairs[0][0].right]):
         return float(each[0]), math.nan
-    by_example = right[0] - right[1]
-    return float(each[0]), 1.96 * float(by_example.std(ddof=1)) / math.sqrt(len(by_example))
-
-
-def answered_right(run: Done) -> np.ndarray | None:
-    """1 or 0 for each test example; None if the answers were not kept."""
-    file = run.folder / "answers.jsonl"
-    if not file.is_file():
-        return None
-    return np.array([float(json.loads(line)["right"]) for line in file.read_text(encoding="utf-8").splitlines()])
+    variance = 0.0
+    for a, b in right:  # of each test's mean; the score is the mean of the tests
+        by_example = np.array(list(a), dtype=float) - np.array(list(b), dtype=float)
+        variance += by_example.var(ddof=1) / len(a) / len(right) ** 2
+    return float(each[0]), 1.96 * math.sqrt(variance)
 
 
 def student_t(df: int) -> float:

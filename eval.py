@@ -226,7 +226,9 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what is evaluated: a run, or a backbone as it is")
     what.add_argument("run", nargs="?", help="folder that train.py wrote, such as runs/NAME")
     what.add_argument("--backbone", help="short name, folder, .gguf file or hub id, without any training")
-    what.add_argument("--table", nargs="+", metavar="DIR", help="instead: runs side by side, from all folders in DIR")
+    what.add_argument("--table", nargs="+", type=Path, metavar="DIR", help="instead: all runs in DIR side by side")
+    what.add_argument("--save", type=Path, metavar="FILE.jsonl", help="of --table: the runs as lines of JSON, which "
+                      "--table reads too")
     what.add_argument("--markdown", action="store_true", help="of --table: as Markdown")
     what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first")
     on = p.add_argument_group("on what")
@@ -247,8 +249,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.table:
-        runs, out = compare.read(args.table), args.out or Path(args.table[0], "table.png")
+        runs, first = compare.read(args.table), args.table[0]
+        out = args.out or (first if first.is_dir() else first.parent) / "table.png"
         print(compare.table(runs, args.markdown))
+        if args.save:
+            compare.save(runs, args.save)
         compare.draw(runs, out)
         print(f"\n{out}")
         return

@@ -21,7 +21,8 @@ def run(folder, method="lora", seed=0, score=0.5, right=None, **settings):
         "backbone": "tiny", "task": "words", "metric": "accuracy", "score": score, "parts": {}, "similarity": 0.5,
         "trainable_parameters": 1000, "scored_on": "test"}))
     if right is not None:
-        (folder / "answers.jsonl").write_text("".join(json.dumps({"right": bool(r)}) + "\n" for r in right))
+        lines = [json.dumps({"task": "words", "right": bool(r)}) for r in right]
+        (folder / "answers.jsonl").write_text("\n".join(lines))
     return folder
 
 
@@ -80,6 +81,17 @@ def test_a_picture_is_drawn(tmp_path):
     run(tmp_path, "lora")
     compare.draw(compare.read([tmp_path]), tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
+    for seed in (0, 1):
+        run(tmp_path, "lora", seed, right=[1, 0], data_dir="/home/someone/data", out="/home/someone/runs")
+        run(tmp_path, "lora-sibo", seed, 0.6, right=[1, 1])
+    runs = compare.read([tmp_path])
+    compare.save(runs, tmp_path / "all.jsonl")
+    assert "someone" not in (tmp_path / "all.jsonl").read_text()
+    again = compare.read([tmp_path / "all.jsonl"])
+    assert compare.table(again) == compare.table(runs) and [r.right for r in again] == [r.right for r in runs]
 
 
 def test_no_finished_run_is_an_error(tmp_path):
