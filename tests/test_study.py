@@ -1,0 +1,73 @@
+"""The analyses on a tiny model: what they write, and the two that measure against a computation by hand."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+import cli
+import data
+import model
+import study
+import tokenizer
+
+
+@pytest.fixture
+def mine(tmp_path):
+    words = "one two three four five six seven eight nine ten".split()
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in words]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    return tmp_path / "mine.json"
+
+
+def command(monkeypatch, capsys, tmp_path, name, *options):
+    argv = ["study.py", "--results", tmp_path / "results", name, *options]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    cli.run(study.main, study.parser())
+    (file,) = (tmp_path / "results").glob("*.csv")
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out.splitlines()[-1], list(csv.DictReader(file.open()))
+
+
+@pytest.mark.parametrize(("name", "runs"), [("lambda", 2 + 2 * 7), ("low-rank", 3), ("learned", 4 + 2)])
+def test_a_study_of_runs_writes_a_line_a_run_a_picture_and_a_line_for_the_table(monkeypatch, capsys, tmp_path,
+                                                                               tiny_llama, mine, name, runs):
+    said, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
+                         "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
+    assert len(rows) == runs and {float(r["lam"]) > 0 for r in rows if r["method"].endswith("-sibo")} == {True}
+    assert len(rows[0]["similarity_per_layer"].split()) == 3 and said.startswith(f"| {study.STUDIES[name].where} | `py")
+    assert ({r["frozen_too"] for r in rows} == {"True", "False"}) == (name == "low-rank")
+    again, _ = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
+                       "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
+    assert again == said
+
+
+def test_norms_are_those_that_transformers_modules_have(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    from transformers import LlamaForCausalLM
+
+    _, rows = command(monkeypatch, capsys, tmp_path, "norms", "--backbone", tiny_llama, "--task", mine)
+    (example,) = data.load(data.task(str(mine)), "test", tmp_path)
+    ids = tokenizer.from_pretrained(tiny_llama).encode(data.prompt(example.instruction))
+    theirs, seen = LlamaForCausalLM.from_pretrained(tiny_llama).model, {}
+    for i, layer in enumerate(theirs.layers):
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.update({f"blocks.{i}.mlp": out}))
+        layer.mlp.up_proj.register_forward_hook(
+            lambda _, args, out, i=i: seen.update({f"blocks.{i}.mlp.up_proj": args[0]}))
+    theirs.embed_tokens.register_forward_hook(lambda _, args, out: seen.update(h0=out))
+    theirs(torch.tensor([ids]))
+    rms = {name: h.square().mean().sqrt().item() for name, h in seen.items()}
+    assert {r["module"]: float(r["rms_h"]) for r in rows} == pytest.approx({n: x for n, x in rms.items() if n != "h0"},
+                                                                          abs=1e-4)
+    assert [float(r["rms_h0"]) for r in rows] == pytest.approx([rms["h0"]] * 4, abs=1e-4)
+
+
+def test_the_mixing_costs_three_operations_an_element_and_no_product(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    said, rows = command(monkeypatch, capsys, tmp_path, "cost", "--backbone", tiny_llama, "--task", mine)
+    t = tokenizer.from_pretrained(tiny_llama)
+    (example,) = data.load(data.task(str(mine)), "test", tmp_path)
+    elements = len(t.encode(data.prompt(example.instruction))) * model.from_pretrained(tiny_llama).config.hidden_size
+    for r in rows:
+        assert int(r["flops_sibo"]) - int(r["flops_plain"]) == 3 * elements * 2  # two blocks, one module each
+        assert float(r["low"]) <= float(r["time_ratio"]) <= float(r["high"])
