@@ -60,13 +60,12 @@ class Row:
 
 def compare(name: str, unit: str, ours: list[float], peer: list[float], goal: float | None, faster: bool = False,
             interval: bool = False) -> Row:
-    """The row of paired measurements; the interval is of the mean log ratio."""
+    """The row of paired measurements: medians, and the interval of the ratios' median, by its order statistics."""
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     row = Row(name, unit, statistics.median(ours), statistics.median(peer), statistics.median(ratios), goal, faster)
     if interval:
-        logs = [math.log(r) for r in ratios]
-        mean, error = statistics.mean(logs), 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
-        row.interval = math.exp(mean - error), math.exp(mean + error)
+        k, ordered = int(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))), sorted(ratios)
+        row.interval = ordered[k], ordered[-1 - k]
     return row
 
 

@@ -48,7 +48,7 @@ class InitialResidual:
     def capture(self, source, args, output):
         if self.running:  # a call past the root would have nobody to clear and keep h0 for it: missing is safer
             self.h0 = output
-            self.low = self.down and times(output, self.down.weight).split(self.rank, -1)
+            self.low = self.down and self.down(output).split(self.rank, -1)
 
     def keep(self, root, args, output):
         """Checkpointed blocks run forward again inside the backward, when a later pass may have left its h0 here: the
@@ -117,19 +117,20 @@ class LoRA(Boosted):
 
 
 class Folded(nn.Module):
-    """A merged LoRA-SIBO: h(W + s(1−λ)AB) + λs(h0 A)B with A = W_down, B = W_up; with frozen_too h̃(W + sAB)."""
+    """A merged LoRA-SIBO, one product: h[W + s(1−λ)AB] + (h0 A)[λsB] = [h | h0 A] · [W + s(1−λ)AB ; λsB], where
+    A = W_down, B = W_up. With frozen_too: h̃[W + sAB]."""
 
     def __init__(self, lora: LoRA, index: int):
         super().__init__()
         self.base, self.lora, self.index = lora.base, lora, index
-        lora.base = lora.down = None  # what is left of it: h0's way in, λ and B
+        lora.base = lora.down = lora.up = None  # what is left of it: h0's way in, and λ
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if self.lora.s.frozen_too:
             return self.base(self.lora.mix(h))
         lows = self.lora.residual.low
         low = self.lora.fit(lows and lows[self.index], *h.shape[:-1], self.lora.s.rank)
-        return self.base(h) + times(low.to(h.dtype), self.lora.up)
+        return self.base(torch.cat((h, low.to(h.dtype)), -1))
 
 
 def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> nn.Module:
@@ -174,10 +175,12 @@ def merge(m: nn.Module) -> nn.Module:
     for name, x in found:
         lam, scale, W = float(x.lam()), x.s.alpha / x.s.rank, x.base.weight
         share = scale * (1 if x.s.frozen_too else 1 - lam)
-        x.base.weight = nn.Parameter((W.to(x.up.dtype) + share * x.up @ x.down).to(W.dtype), requires_grad=False)
+        folded = W.to(x.up.dtype) + share * x.up @ x.down
         if lam and not x.s.frozen_too:
-            x.up.mul_(lam * scale)
-            downs.append(x.down)
+            folded = torch.cat((folded, lam * scale * x.up), 1)  # (out, in + r)
+            x.base.in_features += x.s.rank
+            downs.append(x.down.to(W.dtype))
+        x.base.weight = nn.Parameter(folded.to(W.dtype), requires_grad=False)
         m.set_submodule(name, Folded(x, len(downs) - 1) if lam else x.base)
     if downs:
         x.residual.down = m.h0_down = nn.Linear(downs[0].shape[1], sum(map(len, downs)), bias=False, device="meta")

@@ -519,7 +519,7 @@ def test_the_fold_of_a_bfloat16_model_is_made_in_float32_and_rounded_once(name, 
     W, delta = x.base.weight.float(), 6 / 3 * share * x.up.data @ x.down.data
     sibo.merge(m)
     folded = m.blocks[1].mlp.up_proj
-    folded = folded.weight if name == "lora" else folded.base.weight
+    folded = (folded.weight if name == "lora" else folded.base.weight)[:, :16]  # behind it stands λsB
     assert folded.dtype == torch.bfloat16
     exact, units = W + delta, torch.finfo(torch.bfloat16).eps * (W + delta).abs()
     assert ((folded.float() - exact).abs() <= units / 2 + 1e-6).all()  # half a unit in the last place: one rounding
