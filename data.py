@@ -3,7 +3,8 @@
 A task is text to text (an instruction and its answer) or GLUE rows (one sentence or two, and a label). Files are read
 in the layout their authors publish; nothing is shipped but the built-in word problems (word_problems.py).
 Prompt, answer extraction and file layout follow LLM-Adapters, whose data the paper trains on, except that
-  - the prompt is the plain Alpaca form: the official files indent its body by 16 spaces through a Python string;
+  - the prompt is the plain Alpaca form: the official files indent its body by 16 spaces through a Python string, which
+    protocol "paper" does too;
   - in the arithmetic test files `output` was written by a model and is often wrong: only `answer` is kept;
   - where a training file has no test file, questions are held out by their hash, so that no question stands in both
     (the official code draws 120 examples at random, of which some may be repeated among the rest);
@@ -358,28 +359,45 @@ class Row:
     labels: list[int] | int | float | None = None
     cut: bool = False  # the cutoff took something away
     types: list[int] | None = None  # BERT's token types: 0 first sentence, 1 second
+    part: str = ""  # as of its Sentence
 
 
-def prompt(instruction: str) -> str:
-    """The plain Alpaca form, up to where the model begins to write."""
-    return ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+_ABOVE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_INDENT = " " * 16
+PROMPTS = {  # by protocol
+    "clean": _ABOVE + "\n\n### Instruction:\n{}\n\n### Response:\n",
+    # the official string, with all that its author did not mean to be in it: the linter's comment is part of the text
+    "paper": (f"{_ABOVE}  # noqa: E501\n\n{_INDENT}### Instruction:\n{_INDENT}{{}}\n{_INDENT}\n"
+              f"{_INDENT}### Response:\n{_INDENT}"),
+}
 
 
-def encode(example: Example, tokenizer, cutoff: int, train_on_inputs: bool = False) -> Row:
+def prompt(instruction: str, protocol: str = "clean") -> str:
+    """The Alpaca form, up to where the model begins to write: plain, or ("paper") indented as the official code's."""
+    return PROMPTS[protocol].format(instruction)
+
+
+def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, as the model is given them at generation, and those of `output` behind it.
+
+    Where the tokenizer would merge across the border, the output is spelled as it is alone, or behind a line feed.
+    ValueError if none of these continues the prompt."""
+    given, whole = tokenizer.encode(text), tokenizer.encode(text + output)
+    for before in (text, "", "\n"):  # alone, SentencePiece puts a space before the output; BPE merges line feeds
+        start, both = tokenizer.encode(before), tokenizer.encode(before + output)
+        written = both[len(start):]
+        if both[:len(start)] == start and tokenizer.decode(given + written) == tokenizer.decode(whole):
+            return given, written
+    raise ValueError(f"the tokenizer cannot continue the prompt with the output {output[:40]!r}")
+
+
+def encode(example: Example, tokenizer, cutoff: int, train_on_inputs: bool = False, protocol: str = "clean") -> Row:
     """Prompt, output and EOS as ids; the labels are the ids, with -100 on the prompt unless train_on_inputs.
 
     The ids begin with exactly the ids of the prompt, which are what the model is given at generation. They are cut to
     `cutoff` tokens from the right; a cut example has no EOS (it would teach to stop in mid-sentence), and one whose
     prompt fills the cutoff has no label left. ValueError if the tokenizer cannot spell the output after the prompt."""
-    text = prompt(example.instruction)
-    given, whole = tokenizer.encode(text), tokenizer.encode(text + example.output)
-    if whole[:len(given)] == given:  # one text: alone, SentencePiece would put a space before the output
-        written = whole[len(given):]
-    else:  # byte-level BPE merged the prompt's line feed with white space in the output
-        written = tokenizer.encode(example.output)[len(tokenizer.encode("")):]
-        if tokenizer.decode(given + written) != tokenizer.decode(whole):
-            raise ValueError(f"the tokenizer cannot continue the prompt with the output {example.output[:40]!r}")
+    given, written = continuation(prompt(example.instruction, protocol), example.output, tokenizer)
     ids = given + written + [tokenizer.eos_id]
     labels = ids if train_on_inputs else [-100] * len(given) + ids[len(given):]
     return Row(ids[:cutoff], labels[:cutoff], cut=len(ids) > cutoff)
@@ -400,7 +418,7 @@ def encode_sentence(sentence: Sentence, tokenizer, cutoff: int) -> Row:
     for i, part in enumerate(parts):
         ids += [*part, sep]
         types += [i] * (len(part) + 1)
-    return Row(ids, sentence.label, cut, types)
+    return Row(ids, sentence.label, cut, types, sentence.part)
 
 
 def batch(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
@@ -452,6 +470,12 @@ def answer_of(task: Task, text: str) -> str | None:
         return _last_number(text)
     found = re.search(task.answers, text)
     return found[0] if found else None
+
+
+def last_letter(text: str) -> str | None:
+    """AQuA's answer read with care: the last capital A-E that stands alone ("By Bayes, (D)" gives D, not B)."""
+    found = re.findall(rf"\b{LETTER}\b", text)
+    return found[-1] if found else None
 
 
 def _last_number(text: str) -> str | None:

@@ -3,12 +3,16 @@
 `python eval.py runs/NAME` scores a saved run again, to the same number. Sources: the paper's Sections 3.1 and 4.1,
 LLM-Adapters' scoring (see data.py), GLUE's metrics. Where the official code departs: its evaluation leaves dropout on
 and pads on the left without a mask, so that its scores change with the batch size; here the model is in eval mode,
-padding has no position and no weight, and nothing is scored in silence on a part of the examples."""
+padding has no position and no weight, and nothing is scored in silence on a part of the examples. The score is the
+official one, to compare with what is published; beside it stand what does not depend on the form of an answer (a last
+letter, the likeliest choice), how sure the score is, and which answers were given."""
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import checkpoint
 import cli
 import compare
 import data
+import fast
 import model
 import parallel
 import sibo
@@ -74,13 +79,56 @@ def last_five(curve: Sequence[float]) -> float:
 
 @dataclass
 class Score:
-    """A task's score in [−1, 1], its metric, on n examples; `parts`: the same of each group; `more`: other metrics."""
+    """A task's score in [−1, 1], its metric, on n examples, and all that says how far to trust it."""
 
     metric: str
     score: float
     n: int
-    parts: dict[str, float] = field(default_factory=dict)
-    more: dict[str, float] = field(default_factory=dict)
+    interval: tuple[float, float]  # 95 % of the score: Wilson's of an accuracy, else bootstrapped over the examples
+    parts: dict[str, float] = field(default_factory=dict)  # the same of each group
+    more: dict[str, float] = field(default_factory=dict)  # other metrics
+    empty: float = 0.0  # share of the responses without an answer
+    said: dict[str, float] = field(default_factory=dict)  # the answers given, with their shares: a collapse is seen
+    records: list[dict] = field(default_factory=list, repr=False)  # each example: gold, what was said, whether right
+
+    def __str__(self) -> str:
+        told = [f"n {self.n}", f"95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"]
+        told += [f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()]
+        told += [f"no answer {self.empty:.1%}"] if self.empty else []
+        said = ", ".join(f"{k} {v:.1%}" for k, v in self.said.items())
+        return f"{self.metric} {self.score:.4f} ({'; '.join(told)})" + (f"\n  said: {said}" if said else "")
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n (Wilson 1927): unlike the normal one it stays within [0, 1] and is wide at its ends."""
+    z = 1.959964
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
+
+
+def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
+              labels: np.ndarray) -> tuple[float, float]:
+    """95 % interval of any metric: its 2.5th and 97.5th percentile over 1,000 drawings of the examples, with
+    replacement and always the same (Efron 1979)."""
+    rng, n = np.random.default_rng(0), len(labels)
+    found = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def by_part(parts: Sequence[str], score: Callable[[np.ndarray], float]) -> dict[str, float]:
+    """`score` of the mask of each group that is reported on its own; nothing where all examples are one group."""
+    names = sorted(set(parts))
+    return {name or "the rest": score(np.array(parts) == name) for name in names} if len(names) > 1 else {}
+
+
+def shares(answers: Sequence[str | None]) -> dict[str, float]:
+    """The six most frequent answers and "other", each with its share of all; None is no answer and not among them. Of
+    a long one, such as a user's own data may have, the end."""
+    counts = Counter(a.splitlines()[-1][-40:] for a in answers if a is not None)
+    found = {a: n / len(answers) for a, n in counts.most_common(6)}
+    other = sum(n for _, n in counts.most_common()[6:])
+    return found | ({"other": other / len(answers)} if other else {})
 
 
 def _to(batch: dict[str, Tensor], m: nn.Module) -> dict[str, Tensor]:
@@ -107,23 +155,107 @@ def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_ne
     return [text for _, text in sorted(parallel.union(said).items())]
 
 
+@torch.no_grad()
+def likelihoods(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]],
+                batch_size: int = 64) -> list[list[tuple[float, int]]]:
+    """Of each prompt's choices (texts) the log-probability behind the prompt, and the number of tokens it sums over.
+
+    Each prompt is read once, together with what all its choices begin with; then the first choices of all prompts of a
+    batch are read behind it, then the second ones in their place. Of several processes each reads its share."""
+    spelled = [[data.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
+    order = sorted(range(len(spelled)), key=lambda i: len(spelled[i][0][0]))[parallel.rank()::parallel.world()]
+    found, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
+    bar = tqdm(range(0, len(order), batch_size), "choices", unit="batch", leave=False, disable=parallel.rank() > 0)
+    with parallel.in_step(m), fast.packed(m):
+        for start in bar:
+            some = order[start:start + batch_size]
+            written = [[ids for _, ids in spelled[i]] for i in some]
+            found |= zip(some, _log_probabilities(m, [spelled[i][0][0] for i in some], written, pad), strict=True)
+    return [[(logp, len(ids)) for logp, (_, ids) in zip(logps, some, strict=True)]
+            for (_, logps), some in zip(sorted(parallel.union(found).items()), spelled, strict=True)]
+
+
+def _log_probabilities(m: nn.Module, given: list[list[int]], written: list[list[list[int]]],
+                       pad: int) -> list[list[float]]:
+    """log p of each of `written`, by prompt, behind its prompt in `given`."""
+    def of(logp: Tensor, ids: Tensor, asked: Tensor) -> Tensor:  # (B, T, V), (B, T), bool (B, T) -> (B,)
+        return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
+
+    # what all choices begin with; each keeps a token of its own
+    alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*(w[:-1] for w in some), strict=False))))
+             for some in written]
+    b = _to(data.batch([data.Row(g + some[0][:n]) for g, some, n in zip(given, written, alike, strict=True)], pad,
+                       "left"), m)
+    n = torch.tensor(alike, device=b["input_ids"].device)[:, None]  # (B, 1)
+    T, most, longest = b["input_ids"].shape[1], max(alike), max(len(w) for some in written for w in some)
+    logits, mask, cache = model.read(m, b["input_ids"], b["attention_mask"], T + longest, most + 1)
+    logp = model.widen(logits).log_softmax(-1)  # (B, most + 1, V)
+    i = torch.arange(most, device=n.device)
+    begun = of(logp[:, :-1], b["input_ids"][:, T - most:], i >= most - n)
+    columns = []
+    for place in range(max(map(len, written))):  # a prompt with fewer choices repeats its last, and drops it in the end
+        own = [data.Row(some[min(place, len(some) - 1)][k:]) for some, k in zip(written, alike, strict=True)]
+        ids, asked = _to(data.batch(own, pad), m).values()  # (B, T')
+        next_logp = logp[:, -1:]
+        if ids.shape[1] > 1:
+            for kv in cache:
+                kv.length = T  # the next choice stands where the last one stood
+            seen = torch.cat((mask, asked[:, :-1]), 1)
+            logits = m(ids[:, :-1], seen, cache=cache, last=ids.shape[1] - 1)
+            next_logp = torch.cat((next_logp, model.widen(logits).log_softmax(-1)), 1)
+        columns.append(begun + of(next_logp, ids, asked.bool()))
+    return [row[:len(some)] for row, some in zip(torch.stack(columns, 1).tolist(), written, strict=True)]
+
+
+BEAMS = {"clean": 1, "paper": 4}  # by protocol
+
+
 def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, examples: Sequence[data.Example],
-                   batch_size: int = 64, num_beams: int = 1) -> Score:
-    """Accuracy of the generated answers, over all and over each part that is reported on its own."""
-    said = answers(m, t, [data.prompt(e.instruction) for e in examples], task.max_new_tokens, batch_size, num_beams)
-    right = [data.is_right(task, text, e.answer) for text, e in zip(said, examples, strict=True)]
-    groups = {p: [r for r, e in zip(right, examples, strict=True) if e.part == p] for p in {e.part for e in examples}}
-    parts = {p or "the rest": float(np.mean(g)) for p, g in sorted(groups.items())} if len(groups) > 1 else {}
-    return Score("accuracy", float(np.mean(right)), len(right), parts)
+                   batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
+    """Accuracy of the generated answers, over all and over each part that is reported on its own; beside it AQuA's by
+    the last letter, and that of the likeliest choice where the examples offer some, in all or a token.
+
+    num_beams None: as many as the protocol says."""
+    prompts = [data.prompt(e.instruction, protocol) for e in examples]
+    responses = answers(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol])
+    records, more = [], {}
+    for e, text in zip(examples, responses, strict=True):
+        records.append({"task": task.name, "gold": e.answer, "response": text, "answer": data.answer_of(task, text),
+                        "right": data.is_right(task, text, e.answer)})
+    if task.answers == data.LETTER:
+        more["last letter"] = [data.last_letter(text) for text in responses]
+    if all(e.choices for e in examples):  # written as the training files write them
+        found = likelihoods(m, t, prompts, [[f"the correct answer is {c}" for c in e.choices] for e in examples],
+                            batch_size)
+        for name, value in (("likelihood", lambda x: x[0]), ("likelihood, per token", lambda x: x[0] / x[1])):
+            more[name] = [e.choices[max(range(len(x)), key=lambda i, x=x: value(x[i]))]
+                          for e, x in zip(examples, found, strict=True)]
+    for name, given in more.items():
+        for record, answer in zip(records, given, strict=True):
+            record[name] = answer
+    right, given = np.array([r["right"] for r in records]), [r["answer"] for r in records]
+    score = float(right.mean())
+    return Score("accuracy", score, len(right), wilson(score, len(right)),
+                 by_part([e.part for e in examples], lambda mask: float(right[mask].mean())),
+                 {name: float(np.mean([r[name] == r["gold"] for r in records])) for name in more},
+                 given.count(None) / len(given), shares(given), records)
 
 
 def mean(scores: dict[str, Score]) -> Score:
-    """Of several tasks: the mean of their scores, which are its parts; one task's score is itself."""
+    """Of several tasks: the mean of their scores, which are its parts; one task's score is itself. The interval is that
+    of a mean of independent scores, each with its own (Zou and Donner 2008)."""
     if len(scores) == 1:
         return next(iter(scores.values()))
     each = list(scores.values())
-    return Score(each[0].metric, float(np.mean([s.score for s in each])), sum(s.n for s in each),
-                 {name: s.score for name, s in scores.items()})
+
+    def named(name: str) -> dict[str, float]:
+        return {f"{task} {k}": v for task, s in scores.items() for k, v in getattr(s, name).items()}
+
+    score, n = float(np.mean([s.score for s in each])), sum(s.n for s in each)
+    low, high = (math.hypot(*(s.interval[side] - s.score for s in each)) / len(each) for side in (0, 1))
+    return Score(each[0].metric, score, n, (score - low, score + high), {name: s.score for name, s in scores.items()},
+                 named("more"), sum(s.empty * s.n for s in each) / n, named("said"),
+                 [r for s in each for r in s.records])
 
 
 @torch.no_grad()
@@ -139,18 +271,27 @@ def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows:
             b.pop("labels")
             logits = m(**b).float().cpu()  # (B, n)
             found |= zip(some, (logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)).tolist(), strict=True)
-    predicted = np.array([x for _, x in sorted(parallel.union(found).items())], dtype=float)
-    return score_predictions(task, predicted, np.array([r.labels for r in rows]))
+    return score_predictions(task, [x for _, x in sorted(parallel.union(found).items())], rows)
 
 
-def score_predictions(task: data.Task, predicted: np.ndarray, labels: np.ndarray) -> Score:
-    """The task's metric, and the others that GLUE reports beside it."""
-    if task.num_labels == 1:
-        found = {"pearson": pearson(predicted, labels), "spearman": pearson(ranks(predicted), ranks(labels))}
-    else:
-        found = {"accuracy": float(np.mean(predicted == labels)), "matthews": matthews(predicted, labels),
-                 "f1": f1(predicted, labels)}
-    return Score(task.metric, found.pop(task.metric), len(labels), more=found)
+def score_predictions(task: data.Task, predicted: Sequence[float], rows: Sequence[data.Row]) -> Score:
+    """The task's metric, over all and over each part (MNLI's two), and the others that GLUE reports beside it.
+    predicted: a class number (or a score) for each row."""
+    gold = [r.labels for r in rows]
+    a, b = np.array(predicted, dtype=float), np.array(gold, dtype=float)
+    names = {1: ("pearson", "spearman"), 2: ("accuracy", "matthews", "f1")}.get(task.num_labels, ("accuracy",))
+    found, metric = {name: METRICS[name](a, b) for name in names}, METRICS[task.metric]
+    score = found.pop(task.metric)
+    interval = wilson(score, len(rows)) if metric is accuracy else bootstrap(metric, a, b)
+    return Score(task.metric, score, len(rows), interval,
+                 by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), found,
+                 said=shares([task.classes[x] for x in predicted]) if task.classes else {},
+                 records=[{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)])
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of predictions that are right."""
+    return float(np.mean(predicted == labels))
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -178,11 +319,19 @@ def ranks(a: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of the ranks."""
+    return pearson(ranks(a), ranks(b))
+
+
+METRICS = {f.__name__: f for f in (accuracy, matthews, f1, pearson, spearman)}
+
+
 def majority(task: data.Task, train: Sequence[data.Sentence], test: Sequence[data.Row]) -> Score:
     """What a BERT scores before it has a trained head: always the commonest class (or the mean) of the training set."""
-    labels = np.array([s.label for s in train], dtype=float)
-    guess = labels.mean() if task.num_labels == 1 else np.bincount(labels.astype(int)).argmax()
-    return score_predictions(task, np.full(len(test), guess, dtype=float), np.array([r.labels for r in test]))
+    labels = [s.label for s in train]
+    guess = float(np.mean(labels)) if task.num_labels == 1 else int(np.bincount(labels).argmax())
+    return score_predictions(task, [guess] * len(test), test)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -213,12 +362,13 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def similarity_rows(m: nn.Module, t: tokenizer.Tokenizer, test: Sequence, most: int = 64) -> list[data.Row]:
+def similarity_rows(m: nn.Module, t: tokenizer.Tokenizer, test: Sequence, most: int = 64,
+                    protocol: str = "clean") -> list[data.Row]:
     """The first texts of a test set as Eq. (3) sees them: an LLM's prompts, BERT's sentences."""
     texts = [data.Sentence(x.instruction, None, 0) if isinstance(x, data.Example) else x for x in test[:most]]
     if isinstance(m, model.Bert):
         return [data.encode_sentence(s, t, m.config.max_position_embeddings) for s in texts]
-    return [data.Row(t.encode(data.prompt(s.text))) for s in texts]
+    return [data.Row(t.encode(data.prompt(s.text, protocol))) for s in texts]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,7 +389,9 @@ def parser() -> argparse.ArgumentParser:
     on.add_argument("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
     how = p.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=64, help="examples at a time (default: 64)")
-    how.add_argument("--num-beams", type=int, default=1, help="beams, 1 is greedy (default: 1)")
+    how.add_argument("--protocol", choices=list(data.PROMPTS), help="prompt and beams (default: the run's; else "
+                     "clean)")
+    how.add_argument("--num-beams", type=int, help="1 is greedy (default: clean 1, paper 4)")
     how.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's; else float32")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     how.add_argument("--out", type=Path, help="the picture (default: similarity.png or table.png in the "
@@ -278,16 +430,17 @@ def main(args: argparse.Namespace) -> None:
 
     t = tokenizer.from_pretrained(backbone)
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
+    protocol = args.protocol or run.get("protocol", "clean")
     m = model.from_pretrained(backbone, dtype, args.device, head or None, run.get("base_bits"))
     if args.similarity:
-        rows = similarity_rows(m, t, examples[0])
+        rows = similarity_rows(m, t, examples[0], protocol=protocol)
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}
     if run:
         sibo.load(m, args.run)
     if args.merge:
         sibo.merge(m)
     if args.ask:
-        print(answers(m, t, [data.prompt(args.ask)], 256, 1, args.num_beams)[0])
+        print(answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, args.num_beams or BEAMS[protocol])[0])
     elif args.similarity:
         if run:
             curves[run["method"]] = layer_similarities(m, rows, t.pad_id or 0)
@@ -302,10 +455,8 @@ def main(args: argparse.Namespace) -> None:
         for of, test in zip(tests, examples, strict=True):
             score = (score_sentences(m, t, of, [data.encode_sentence(s, t, run["cutoff"]) for s in test],
                                      args.batch_size) if of.num_labels
-                     else score_examples(m, t, of, test, args.batch_size, args.num_beams))
-            more = ", ".join(f"{k} {v:.4f}" for k, v in (score.parts | score.more).items())
-            print((f"{of.name}: " if len(tests) > 1 else "") +
-                  f"{score.metric} {score.score:.4f} (n {score.n}{'; ' + more if more else ''})")
+                     else score_examples(m, t, of, test, args.batch_size, args.num_beams, protocol))
+            print((f"{of.name}: " if len(tests) > 1 else "") + str(score))
 
 
 if __name__ == "__main__":

@@ -370,12 +370,13 @@ class CausalLM(Transformer):
         self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
-                cache: list[KeyValues] | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
+                cache: list[KeyValues] | None = None, last: int = 1,
+                return_hidden: bool = False) -> Tensor | list[Tensor]:
         """Logits (B, T, V) of the next token at each position.
 
         `labels` (B, T), -100 where nothing is asked: the mean cross-entropy instead, a scalar, of the tokens that are.
         `cache` (see new_cache): input_ids continue what it holds, attention_mask (B, S) covers both; logits of the
-        last position, (B, 1, V), and the cache is extended in place. `return_hidden`: see hidden_states."""
+        `last` positions, (B, last, V), and the cache is extended in place. `return_hidden`: see hidden_states."""
         T, past = input_ids.shape[1], cache[0].length if cache else 0
         positions = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
         mask, several = None, past > 0 and T > 1
@@ -400,7 +401,7 @@ class CausalLM(Transformer):
             return [*states[:-1], self.norm(states[-1])]
         h = states[-1]
         if cache is not None:
-            return self.head(self.norm(h[:, -1:]))
+            return self.head(self.norm(h[:, -last:]))
         if labels is None:
             return self.head(self.norm(h))
         targets, weight = F.pad(labels[:, 1:], (0, 1), value=-100), torch.ones_like(labels)
@@ -652,8 +653,10 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
         return _greedy(m, input_ids, mask, max_new_tokens, eos_token_id, pad)
 
 
-def _read(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, list[KeyValues]]:
-    """Logits (B, 1, V) behind the prompts (B, T), and a cache of `capacity` tokens with the mask (B, T) over it.
+def read(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
+         last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
+    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left, and a cache of `capacity`
+    tokens with the mask (B, T) over it.
 
     What all prompts begin with is read once, for one row; in the cache the padding of the others stands behind it."""
     B, T = prompts.shape
@@ -661,20 +664,21 @@ def _read(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int) -> tuple[T
     start = T - mask.sum(1, keepdim=True)  # (B, 1)
     flush = prompts.gather(1, (start + i).clamp(max=T - 1))  # (B, T): as if padded on the right
     alike = (flush == flush[:1]).all(0).int().cumprod(0).sum()
-    common = int(torch.minimum(alike, T - start.max() - 1)) if B > 1 and bool((mask == (i >= start)).all()) else 0
+    left = B > 1 and bool((mask == (i >= start)).all())
+    common = max(int(torch.minimum(alike, T - start.max() - last)), 0) if left else 0
     if common:
         m(flush[:1, :common], cache=(frame := m.new_cache(1, common)))
         for kv, once in zip(cache, frame, strict=True):
             kv.extend(once.keys, once.values)
         mask = ((i < common) | (i >= start + common)).to(mask.dtype)
-    return m(prompts[:, common:], mask, cache=cache), mask, cache
+    return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
 def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int | None, pad: int) -> Tensor:
     B, T = prompts.shape
     out = torch.cat((prompts, prompts.new_full((B, max_new), pad)), 1)
     rows, going = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
-    logits, mask, cache = _read(m, prompts, mask, T + max_new)
+    logits, mask, cache = read(m, prompts, mask, T + max_new)
     for end in range(T, T + max_new):
         new = logits[:, -1].max(-1, keepdim=True).indices  # (rows, 1); argmax takes four times as long on a CPU
         out[rows[going], end] = new[going, 0]
@@ -704,7 +708,7 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     done_scores = torch.full((B, K), -1e9, device=device)
     is_done = torch.zeros(B, K, dtype=torch.bool, device=device)
     open_ = torch.ones(B, 1, dtype=torch.bool, device=device)  # a prompt that could still improve
-    logits, mask, cache = _read(m, prompts, mask, T + max_new)
+    logits, mask, cache = read(m, prompts, mask, T + max_new)
     rows = each.expand(B, K).flatten() // K  # each prompt is read once, then continued by its K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
     for n in range(1, max_new + 1):

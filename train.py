@@ -102,6 +102,7 @@ class Run(Recipe):
     task: str = "word-problems"  # several: joined by +
     test: tuple[str, ...] = ()  # tasks to score; none: those of `task`
     score_on: str = "test"  # or "validation"
+    protocol: str = "clean"  # or "paper": the official prompt, and beams to score with
     data_dir: str | None = None
     learn_lam: bool = False
     targets: tuple[str, ...] | None = None
@@ -247,16 +248,16 @@ class Data:
     tests: Sequence[tuple[data.Task, Sequence]]
 
 
-def measure(m: nn.Module, t: tokenizer.Tokenizer, tests: Sequence[tuple[data.Task, Sequence]], cutoff: int,
+def measure(m: nn.Module, t: tokenizer.Tokenizer, tests: Sequence[tuple[data.Task, Sequence]], run: Run,
             first: int | None = None) -> evaluation.Score:
     """The score of each test on its first examples, and of several their mean."""
     found = {}
     for task, test in tests:
         if task.num_labels:
-            rows = [data.encode_sentence(s, t, cutoff) for s in test[:first]]
+            rows = [data.encode_sentence(s, t, run.cutoff) for s in test[:first]]
             found[task.name] = evaluation.score_sentences(m, t, task, rows)
         else:
-            found[task.name] = evaluation.score_examples(m, t, task, test[:first])
+            found[task.name] = evaluation.score_examples(m, t, task, test[:first], protocol=run.protocol)
     return evaluation.mean(found)
 
 
@@ -287,20 +288,20 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
     out, task = Path(run.out), d.task
     t = tokenizer.from_pretrained(run.backbone)
     pad = t.eos_id if t.pad_id is None else t.pad_id
-    encode = data.encode_sentence if task.num_labels else data.encode
-    rows, valid = ([encode(e, t, run.cutoff, *([] if task.num_labels else [run.train_on_inputs])) for e in part]
-                   for part in (d.train, d.valid))
+    encode = data.encode_sentence if task.num_labels else partial(
+        data.encode, train_on_inputs=run.train_on_inputs, protocol=run.protocol)
+    rows, valid = ([encode(e, t, run.cutoff) for e in part] for part in (d.train, d.valid))
     cut = sum(r.cut for r in rows)
     if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
     m = load(run, task)
-    texts = evaluation.similarity_rows(m, t, d.tests[0][1])
+    texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
     if before is None:
         if run.shard:
             parallel.wrap(m, run.device, True)
         before = Frozen(evaluation.mean({of.name: evaluation.majority(
             of, d.train, [data.encode_sentence(s, t, run.cutoff) for s in test]) for of, test in d.tests})
-                        if task.num_labels else measure(m, t, d.tests, run.cutoff, 50),
+                        if task.num_labels else measure(m, t, d.tests, run, 50),
                         evaluation.layer_similarities(m, texts, pad))
         if run.shard:  # what is cut up takes no adapters: they come first
             m = load(run, task)
@@ -309,13 +310,14 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
         checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
     speed = fit(m, rows, pad, run, out / "metrics.jsonl", valid and partial(validation, t=t, d=d, rows=valid, run=run))
     sibo.save(m, out)
-    after = measure(m, t, d.tests, run.cutoff)
+    after = measure(m, t, d.tests, run)
     curve = evaluation.layer_similarities(m, texts, pad)
     trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     result = {
         "backbone": run.backbone, "method": run.method, "lambda": learned_lam(m) if run.learn_lam else run.lam,
         "task": run.task, "scored_on": run.score_on, "metric": after.metric, "score": after.score, "n": after.n,
-        "parts": after.parts, "more": after.more, "baseline_score": before.score.score, "baseline_n": before.score.n,
+        "interval": after.interval, "parts": after.parts, "more": after.more, "empty": after.empty,
+        "answers_given": after.said, "baseline_score": before.score.score, "baseline_n": before.score.n,
         "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **speed,
         "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
@@ -325,6 +327,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     if not parallel.rank():
+        checkpoint.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in after.records))
         checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result, before
 
@@ -436,6 +439,8 @@ def parser() -> cli.Parser:
                    "%(default)s)")
     g.add_argument("--test", type=listed(str), metavar="A,B", help="tasks to score (default: those of --task)")
     g.add_argument("--score-on", choices=["test", "validation"], default="test", help="(default: %(default)s)")
+    g.add_argument("--protocol", choices=list(data.PROMPTS), default="clean", help="paper: the official code's "
+                   "indented prompt, and 4 beams to score with (default: %(default)s)")
     g.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")

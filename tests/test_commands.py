@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-WRITTEN = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", "curves.png", "similarity.png"}
+WRITTEN = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", "answers.jsonl", "curves.png",
+           "similarity.png"}
 PROMISED = {"backbone", "method", "lambda", "task", "metric", "score", "baseline_score", "n", "trainable_parameters",
             "train_seconds", "tokens_per_second", "peak_memory_bytes", "similarity"}
 
