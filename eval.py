@@ -100,7 +100,7 @@ class Score:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n (Wilson 1927): unlike the normal one it stays within [0, 1] and is wide at its ends."""
+    """95 % interval of a share of n (Wilson 1927): unlike the normal one never beyond [0, 1]."""
     z = 1.959964
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)

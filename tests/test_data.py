@@ -511,14 +511,27 @@ def test_the_prompt_is_the_plain_alpaca_form():
         "### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
 
 
-def check_encoding(tokenizer, example, cutoff=10_000):
-    row = data.encode(example, tokenizer, cutoff)
-    given = tokenizer.encode(data.prompt(example.instruction))
+def test_the_papers_prompt_is_the_official_codes_string_with_its_indentation_and_its_linters_comment():
+    instruction = "Add {2} and 3."
+    official = f"""Below is an instruction that describes a task. Write a response that appropriately completes the \
+request.  # noqa: E501
+
+                ### Instruction:
+                {instruction}
+                {""}
+                ### Response:
+                """
+    assert data.prompt(instruction, "paper") == official
+
+
+def check_encoding(tokenizer, example, cutoff=10_000, protocol="clean"):
+    row = data.encode(example, tokenizer, cutoff, protocol=protocol)
+    given = tokenizer.encode(data.prompt(example.instruction, protocol))
     assert row.ids[:len(given)] == given and row.labels[:len(given)] == [-100] * len(given)
     assert row.labels[len(given):] == row.ids[len(given):]
     assert row.ids[-1] == tokenizer.eos_id and not row.cut
     assert tokenizer.decode(row.ids[:-1]) == tokenizer.decode(tokenizer.encode(
-        data.prompt(example.instruction) + example.output))
+        data.prompt(example.instruction, protocol) + example.output))
 
 
 @given(TEXT, TEXT)
@@ -660,6 +673,12 @@ def test_an_answer_is_found_as_the_official_code_finds_it(name, response, answer
     assert data.answer_of(data.task(name), response) == answer
 
 
+@pytest.mark.parametrize(("response", "letter"), [
+    ("Adding, we find (C)", "C"), ("By Bayes, (D)", "D"), ("The answer is E.", "E"), ("A or B", "B"), ("CAB", None)])
+def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
+    assert data.last_letter(response) == letter
+
+
 @pytest.mark.parametrize(("name", "response", "gold", "right"), [
     ("gsm8k", "The answer is 36.", "36.0", True),
     ("gsm8k", "The answer is 36.0009", "36", True),
@@ -724,13 +743,15 @@ def libraries():
 def test_prompt_tokens_begin_the_training_tokens_for_llamas_and_gpt2s_tokenizer(libraries, instruction, output):
     for tokenizer in libraries:
         check_encoding(tokenizer, Example(instruction, output))
+        check_encoding(tokenizer, Example(instruction, output), protocol="paper")
 
 
 @real
-def test_sentencepiece_puts_no_space_between_prompt_and_output(libraries):
+@pytest.mark.parametrize("protocol", ["clean", "paper"])  # the paper's ends in 16 spaces, one of which would merge
+def test_sentencepiece_puts_no_space_between_prompt_and_output(libraries, protocol):
     llama = libraries[0]
-    row = data.encode(Example("q", "Tom has 7."), llama, 1000)
-    assert llama.decode(row.ids[:-1]) == data.prompt("q") + "Tom has 7."
+    row = data.encode(Example("q", "Tom has 7."), llama, 1000, protocol=protocol)
+    assert llama.decode(row.ids[:-1]) == data.prompt("q", protocol) + "Tom has 7."
 
 
 @real
@@ -750,6 +771,7 @@ def test_the_built_in_problems_fit_the_default_backbones_cutoff_and_new_tokens()
     tokenizer = from_pretrained("smollm2-135m")
     for problem in word_problems("train", 500) + word_problems("test", 500):
         check_encoding(tokenizer, problem, cutoff=256)
+        check_encoding(tokenizer, problem, cutoff=256, protocol="paper")
         assert len(tokenizer.encode(problem.output)) < WORD_PROBLEMS.max_new_tokens
 
 
