@@ -246,20 +246,21 @@ def run(main, parser, monkeypatch, *args):
     cli.run(main, parser)
 
 
-def test_a_run_in_the_papers_protocol_is_trained_saved_and_scored_in_it(monkeypatch, tmp_path, tiny_llama, capsys):
-    asked = []
+def test_a_run_in_the_papers_protocol_is_trained_saved_and_scored_in_it(monkeypatch, tmp_path, tiny_llama):
+    asked, protocols, prompt = [], set(), data.prompt
 
     def answers(m, t, prompts, most, batch_size, num_beams):
         asked.append((prompts[0], num_beams))
         return ["7"] * len(prompts)
 
     monkeypatch.setattr(evaluation, "answers", answers)
+    monkeypatch.setattr(data, "prompt", lambda text, how="clean": protocols.add(how) or prompt(text, how))
     run(train.main, train.parser(), monkeypatch, "train.py", "--backbone", tiny_llama, "--protocol", "paper", "--steps",
         1, "--limit", 3, "--train-on-inputs", "--dtype", "float32", "--out", tmp_path / "run")
     examples = data.load(data.task("word-problems"), "test", None, 3)
     in_it = (data.prompt(examples[0].instruction, "paper"), 4)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["protocol"] == "paper"
-    assert asked == [in_it, in_it]  # before and after
+    assert asked == [in_it, in_it] and protocols == {"paper"}  # before and after; training and similarity
     for options, expected in (((), in_it), (("--num-beams", 2), (in_it[0], 2)),
                               (("--protocol", "clean"), (data.prompt(examples[0].instruction), 1))):
         asked.clear()

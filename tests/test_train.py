@@ -228,6 +228,7 @@ def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monke
     (["--targets", "q_porj", "--method", "lora-sibo"], "did you mean: q_proj"),
     (["--targets", "down_proj", "--method", "lora-sibo"], "cannot take h0"),
     (["--sibo-at", "attn"], "sibo_at 'attn': found []"),
+    (["--task", "rte", "--protocol", "paper"], "--protocol paper: found --task rte"),
 ])
 def test_options_that_do_not_fit_the_model_are_named(monkeypatch, capsys, tiny_llama, tiny_bert, tmp_path, args, says):
     for name in ("train.tsv", "dev.tsv"):
