@@ -30,6 +30,7 @@ from torch import nn
 import checkpoint
 import cli
 import data
+import estimate
 import model
 import sibo
 import tokenizer
@@ -272,7 +273,7 @@ def estimates() -> Iterator[Row]:
     """What `train.py --dry-run` estimates against the measured peak, with glibc told to give freed memory back."""
     said = checkpoint.config(folder())
     for method, length in (("adapter-sibo", 64), ("adapter-sibo", 128), ("lora-sibo", 64), ("lora-sibo", 128)):
-        guess = sum(train.estimate(said, estimated(method, length)).values())
+        guess = sum(estimate.memory(said, estimated(method, length)).values())
         command = [sys.executable, __file__, "--child", f"{method} {length}"]
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
         seen = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)

@@ -12,12 +12,10 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice, product
@@ -25,23 +23,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
 import cli
 import compare
 import data
+import estimate
 import eval as evaluation
-import fast
 import model
 import parallel
 import quantized
+import scoring
 import sibo
 import tokenizer
 
@@ -234,7 +229,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path
 class Frozen:
     """What the frozen backbone scores: measured once, used by a run and its plain counterpart."""
 
-    score: evaluation.Score
+    score: scoring.Score
     curve: list[float]
 
 
@@ -249,23 +244,23 @@ class Data:
 
 
 def measure(m: nn.Module, t: tokenizer.Tokenizer, tests: Sequence[tuple[data.Task, Sequence]], run: Run,
-            first: int | None = None) -> evaluation.Score:
+            first: int | None = None) -> scoring.Score:
     """The score of each test on its first examples, and of several their mean."""
     found = {}
     for task, test in tests:
         if task.num_labels:
             rows = [data.encode_sentence(s, t, run.cutoff) for s in test[:first]]
-            found[task.name] = evaluation.score_sentences(m, t, task, rows)
+            found[task.name] = scoring.score_sentences(m, t, task, rows)
         else:
-            found[task.name] = evaluation.score_examples(m, t, task, test[:first], protocol=run.protocol)
-    return evaluation.mean(found)
+            found[task.name] = scoring.score_examples(m, t, task, test[:first], protocol=run.protocol)
+    return scoring.mean(found)
 
 
 @torch.no_grad()
 def validation(m: nn.Module, t: tokenizer.Tokenizer, d: Data, rows: Sequence[data.Row], run: Run) -> float:
     """How good the model is on the validation examples: GLUE's metric, or minus the loss a labelled token."""
     if d.task.num_labels:
-        return evaluation.score_sentences(m, t, d.task, rows).score
+        return scoring.score_sentences(m, t, d.task, rows).score
     total = loss = 0.0
     for start in range(0, len(rows), run.micro_batch_size):
         b = data.batch(rows[start:start + run.micro_batch_size], 0)
@@ -299,7 +294,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
     if before is None:
         if run.shard:
             parallel.wrap(m, run.device, True)
-        before = Frozen(evaluation.mean({of.name: evaluation.majority(
+        before = Frozen(scoring.mean({of.name: scoring.majority(
             of, d.train, [data.encode_sentence(s, t, run.cutoff) for s in test]) for of, test in d.tests})
                         if task.num_labels else measure(m, t, d.tests, run, 50),
                         evaluation.layer_similarities(m, texts, pad))
@@ -319,7 +314,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
         "interval": after.interval, "parts": after.parts, "more": after.more, "empty": after.empty,
         "answers_given": after.said, "baseline_score": before.score.score, "baseline_n": before.score.n,
         "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **speed,
-        "peak_memory_bytes": peak_memory(run.device), "similarity": evaluation.last_five(curve),
+        "peak_memory_bytes": estimate.peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -335,14 +330,6 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
 def learned_lam(m: nn.Module) -> list[float]:
     return [round(float(parallel.whole(x.logit.detach()).sigmoid()), 4) for x in m.modules()
             if isinstance(x, sibo.Boosted) and x.fixed]
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator there, of the whole process on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def draw(runs: Sequence[Run], results: Sequence[dict]) -> None:
@@ -567,100 +554,6 @@ def fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def dry_run(run: Run, said: dict, task: data.Task) -> str:
-    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
-    m = model.build(said, run.backbone, task.num_labels or None)
-    lines = [f"{run.backbone}: {type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
-    frozen = sum(p.numel() for p in m.parameters()) - (
-        m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
-    if run.method == "full":
-        m.requires_grad_(True)
-        lines.append("everything is trained, nobody gets h0")
-        trained = frozen
-    else:
-        sibo.inject(m, **run.settings())
-        groups: dict[str, list] = {}
-        for name, x in m.named_modules():
-            if isinstance(x, sibo.Boosted):
-                groups.setdefault(".".join("*" if s.isdigit() else s for s in name.split(".")), []).append(x)
-        for name, found in groups.items():
-            x = found[0]
-            h0 = (f"h0, λ = {x.fixed}" + (" at first, learned" if run.learn_lam else "")) if x.fixed else "plain"
-            shapes = f"{x.down.shape[1]} → {x.down.shape[0]} → {x.up.shape[0]}"
-            lines.append(f"  {name:24} × {len(found):3}  {m.sibo.method} {shapes}: {h0}")
-        lines.append(f"h0 is the output of {m.sibo.h0!r}" if run.lam else "nobody gets h0: the plain method")
-        trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
-    total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
-                                                         if x.requires_grad and not n.startswith("classifier.")))
-    python, memory = peak_memory("cpu"), estimate(said, run, task.num_labels or None)
-    parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in memory.items())
-    flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
-    return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
-                      f"memory, estimated: {sum(memory.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
-                      f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
-                      f"beside that: {python / 1e9:.2f} GB here",
-                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
-                      "recipe: " + ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))])
-
-
-class Alive(TorchDispatchMode):
-    """Adds up the bytes of all tensors that were made while it is on and are alive: now, and at most so far."""
-
-    def __init__(self, before: Iterable[Tensor]):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = WeakIdKeyDictionary({t.untyped_storage(): True for t in before})
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if storage not in self.seen:  # views share one
-                self.seen[storage] = True
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return out
-
-    def add(self, nbytes: int) -> None:
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
-def estimate(said: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
-    """Bytes that a training step holds at most: "frozen" weights, what is "trained" with AdamW's two moments, and
-    "step": gradients, activations and whatever else a micro-batch of full length makes.
-
-    Nothing is fitted: forward and backward run on fake tensors, which have shapes and no memory, and every storage is
-    counted from its birth to its death. So the backward keeps here what it keeps there: of a frozen linear nothing, of
-    a norm its input and statistics, of attention q, k, v, the output (or the T × T weights), of the feed-forward what
-    its activation and product multiply, of a low-rank path its input, mask and W in the activations' precision; with
-    gradient checkpointing a block's input, and one block's worth of all that. The allocator's loss is not in it."""
-    with FakeTensorMode():
-        m = model.build(said, run.backbone, num_labels)
-        for name, p in list(m.named_parameters()):
-            model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
-        if getattr(m.config, "tie_word_embeddings", False):
-            m.head.weight = m.embed.weight
-        for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
-            if isinstance(x, nn.Linear):
-                m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
-        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
-        trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
-        earlier = trained if run.batch_size > run.micro_batch_size else []
-        for p in earlier:  # an earlier micro-batch left its gradients
-            p.grad = torch.empty_like(p)
-        m.train().grad_checkpoint = run.grad_checkpoint
-        ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
-        with Alive([*weights, *(p.grad for p in earlier)]) as alive:
-            if num_labels:
-                model.loss(m, ids, ids[:, 0]).backward()
-            else:
-                h, asked = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
-                fast.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
-    share = sum(p.nbytes for p in trained)
-    return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
-            "step": alive.peak + sum(p.nbytes for p in earlier)}
-
-
 def grid(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The options of each run: all combinations of the lists in GRID. An option that a method does not use is left out
     of that method's runs, and is an error where no method of the list uses it."""
@@ -702,7 +595,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
     if task.num_labels and args.protocol == "paper":
-        raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, which has a prompt "
+        raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
                          "and beams")
     made, dry = task.kind == "word-problems", args.dry_run
     train = [] if dry or made else [row for t in tasks for row in data.load(t, "train", folder)]
@@ -715,7 +608,9 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
                          + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
     runs = [folder_of(resolve(one, said, task, len(train)), args, several) for one in options]
     if dry:
-        print("\n\n".join(dry_run(run, said, task) for run in runs))
+        for run in runs:
+            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))
+            print(f"{estimate.dry_run(run, said, task)}\nrecipe: {told}")
         return
     for run in runs:  # whatever does not fit the model is said before weights are read
         if run.method != "full":

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import cli
 import data
+import estimate
 import eval as evaluation
 import model
 import quantized
@@ -186,7 +187,7 @@ def test_the_estimate_counts_quantised_weights_and_no_restored_one_stays(bits, n
     said = {"model_type": "llama", "vocab_size": 50, "hidden_size": d, "intermediate_size": ff,
             "num_attention_heads": 4}
     run = train.Run(method="lora-sibo", rank=4, micro_batch_size=2, cutoff=8, base_bits=bits)
-    found = [train.estimate(said | {"num_hidden_layers": n}, r) for n in (2, 3) for r in (
+    found = [estimate.memory(said | {"num_hidden_layers": n}, r) for n in (2, 3) for r in (
         run, train.replace(run, base_bits=None))]
     linears, norms, table = 4 * d * d + 3 * d * ff, 2 * d * 2, 7 * 1024 if bits == 8 else 0
     assert found[2]["frozen"] - found[0]["frozen"] == linears * nbytes + norms + table

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import data
 import eval as evaluation
+import scoring
 
 
 def naive_similarity(hidden, mask):
@@ -57,8 +58,8 @@ numbers = st.lists(st.tuples(st.integers(-5, 5), st.floats(-5, 5)), min_size=3, 
 @given(labels)
 def test_matthews_and_f1_are_scikit_learns(pairs):
     predicted, gold = map(np.array, zip(*pairs, strict=True))
-    assert evaluation.matthews(predicted, gold) == pytest.approx(sklearn.metrics.matthews_corrcoef(gold, predicted))
-    assert evaluation.f1(predicted, gold) == pytest.approx(sklearn.metrics.f1_score(gold, predicted, zero_division=0))
+    assert scoring.matthews(predicted, gold) == pytest.approx(sklearn.metrics.matthews_corrcoef(gold, predicted))
+    assert scoring.f1(predicted, gold) == pytest.approx(sklearn.metrics.f1_score(gold, predicted, zero_division=0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,18 +67,18 @@ def test_matthews_and_f1_are_scikit_learns(pairs):
 def test_pearson_and_spearman_are_scipys(pairs):
     a, b = (np.array(x, dtype=float) for x in zip(*pairs, strict=True))
     if np.ptp(a) < 1e-3 or np.ptp(b) < 1e-3:
-        assert abs(evaluation.pearson(a, np.zeros_like(b))) == 0  # constant: no correlation, not a NaN
+        assert abs(scoring.pearson(a, np.zeros_like(b))) == 0  # constant: no correlation, not a NaN
         return
-    assert evaluation.pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
-    assert evaluation.ranks(b) == pytest.approx(scipy.stats.rankdata(b))
-    assert evaluation.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
+    assert scoring.pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
+    assert scoring.ranks(b) == pytest.approx(scipy.stats.rankdata(b))
+    assert scoring.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
 
 
 def test_before_training_a_classifier_scores_as_the_commonest_class_and_a_regressor_as_the_mean():
     row = lambda label: data.Row([1, 2], label)  # noqa: E731
-    rte = evaluation.majority(data.task("rte"), [data.Sentence("", "", x) for x in (1, 1, 0)], [row(1), row(0), row(0)])
+    rte = scoring.majority(data.task("rte"), [data.Sentence("", "", x) for x in (1, 1, 0)], [row(1), row(0), row(0)])
     assert (rte.metric, rte.score, rte.n) == ("accuracy", pytest.approx(1 / 3), 3)
-    stsb = evaluation.majority(data.task("stsb"), [data.Sentence("", "", x) for x in (1.0, 4.0)], [row(2.0), row(3.0)])
+    stsb = scoring.majority(data.task("stsb"), [data.Sentence("", "", x) for x in (1.0, 4.0)], [row(2.0), row(3.0)])
     assert (stsb.metric, stsb.score) == ("pearson", 0.0)
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import cli
 import data
-import eval as evaluation
 import model
 import parallel
+import scoring
 import sibo
 import train
 
@@ -93,10 +93,10 @@ def fit(name, shard, folder):
 
 def scores(m, said):
     if said is BERT:
-        return evaluation.score_sentences(m, Letters(), data.task("rte"), rows(said), batch_size=2).more
+        return scoring.score_sentences(m, Letters(), data.task("rte"), rows(said), batch_size=2).more
     prompts = ["a b", "say two", "and three of them", "d", "e", "end"]
-    logps = evaluation.likelihoods(m, Letters(), prompts, [["yes", "yes, yes", "no"][i % 2:] for i in range(6)], 2)
-    return [*evaluation.answers(m, Letters(), prompts, 6, batch_size=1),
+    logps = scoring.likelihoods(m, Letters(), prompts, [["yes", "yes, yes", "no"][i % 2:] for i in range(6)], 2)
+    return [*scoring.answers(m, Letters(), prompts, 6, batch_size=1),
             *([round(logp, 6), n] for some in logps for logp, n in some)]
 
 

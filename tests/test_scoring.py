@@ -18,6 +18,7 @@ import cli
 import data
 import eval as evaluation
 import model
+import scoring
 import sibo
 import train
 
@@ -73,7 +74,7 @@ def naive_likelihood(m, prompt, choice):
 def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_the_order(family, method, order,
                                                                                           batch_size):
     m = tiny(family, method)
-    found = evaluation.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
+    found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
     with torch.no_grad():
         expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
     assert [[n for _, n in row] for row in found] == [[n for _, n in row] for row in expected]
@@ -84,10 +85,10 @@ def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_
 def test_a_prompt_is_read_once_for_all_its_choices_with_what_these_begin_with():
     m, read = tiny("llama"), []
     m.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
-    evaluation.likelihoods(m, Bytes(), ["question"], [["the answer is a", "the answer is b", "the answer is c"]])
+    scoring.likelihoods(m, Bytes(), ["question"], [["the answer is a", "the answer is b", "the answer is c"]])
     assert read == [len("question" "the answer is ")]
     read.clear()
-    evaluation.likelihoods(m, Bytes(), ["question"], [["the answer is a1", "the answer is b1", "the answer is c1"]])
+    scoring.likelihoods(m, Bytes(), ["question"], [["the answer is a1", "the answer is b1", "the answer is c1"]])
     assert read == [len("question" "the answer is "), 1, 1, 1]
 
 
@@ -107,10 +108,10 @@ def obqa(monkeypatch):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_neither_batch_size_nor_padding_nor_order_changes_an_answer_or_a_choice(family, method, beams, obqa):
     m, (task, examples) = tiny(family, method), obqa
-    alone = evaluation.score_examples(m, Bytes(), task, examples, 1, beams)
+    alone = scoring.score_examples(m, Bytes(), task, examples, 1, beams)
     assert len({r["response"] for r in alone.records}) > 1
     for batch_size, order in ((2, [0, 1, 2, 3, 4]), (5, [4, 2, 0, 1, 3]), (64, [3, 0, 1, 4, 2])):
-        found = evaluation.score_examples(m, Bytes(), task, [examples[i] for i in order], batch_size, beams)
+        found = scoring.score_examples(m, Bytes(), task, [examples[i] for i in order], batch_size, beams)
         assert found.records == [alone.records[i] for i in order]
         assert (found.score, found.interval, found.more) == (alone.score, alone.interval, alone.more)
 
@@ -124,8 +125,8 @@ def test_neither_batch_size_nor_padding_nor_order_changes_a_berts_predictions(or
     for name, labels in (("rte", 2), ("stsb", 1)):
         m, task, t = tiny("bert", num_labels=labels), data.task(name), Bytes()
         t.pad_id = 0
-        alone = evaluation.score_sentences(m, t, task, SENTENCES, 1)
-        found = evaluation.score_sentences(m, t, task, [SENTENCES[i] for i in order], batch_size)
+        alone = scoring.score_sentences(m, t, task, SENTENCES, 1)
+        found = scoring.score_sentences(m, t, task, [SENTENCES[i] for i in order], batch_size)
         predicted = [r["predicted"] for r in found.records]
         expected = [alone.records[i]["predicted"] for i in order]
         assert len(set(expected)) > 1
@@ -140,31 +141,31 @@ def test_neither_batch_size_nor_padding_nor_order_changes_a_berts_predictions(or
 def test_the_interval_of_an_accuracy_is_wilsons(pair):
     k, n = pair
     expected = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
-    assert evaluation.wilson(k / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert scoring.wilson(k / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [
-    (evaluation.matthews, lambda a, b: sklearn.metrics.matthews_corrcoef(b, a)),
-    (evaluation.f1, lambda a, b: sklearn.metrics.f1_score(b, a)),
-    (evaluation.pearson, lambda a, b: scipy.stats.pearsonr(a, b).statistic)])
+    (scoring.matthews, lambda a, b: sklearn.metrics.matthews_corrcoef(b, a)),
+    (scoring.f1, lambda a, b: sklearn.metrics.f1_score(b, a)),
+    (scoring.pearson, lambda a, b: scipy.stats.pearsonr(a, b).statistic)])
 def test_the_interval_of_any_other_metric_is_scipys_bootstrap(ours, theirs):
     g = np.random.default_rng(1)
     gold = g.integers(0, 2, 80)
     predicted = np.where(g.random(80) < 0.7, gold, 1 - gold)
     expected = scipy.stats.bootstrap((predicted, gold), theirs, paired=True, vectorized=False, n_resamples=1000,
                                      method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    assert evaluation.bootstrap(ours, predicted, gold) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert scoring.bootstrap(ours, predicted, gold) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_the_mean_of_several_tasks_counts_all_examples_and_narrows_the_interval():
-    a = evaluation.Score("accuracy", 0.5, 100, (0.4, 0.6), more={"likelihood": 0.3}, empty=0.1, said={"A": 0.9},
+    a = scoring.Score("accuracy", 0.5, 100, (0.4, 0.6), more={"likelihood": 0.3}, empty=0.1, said={"A": 0.9},
                          records=[{"task": "a"}])
-    b = evaluation.Score("accuracy", 0.7, 300, (0.6, 0.75), said={"B": 1.0}, records=[{"task": "b"}])
-    both = evaluation.mean({"a": a, "b": b})
+    b = scoring.Score("accuracy", 0.7, 300, (0.6, 0.75), said={"B": 1.0}, records=[{"task": "b"}])
+    both = scoring.mean({"a": a, "b": b})
     assert (both.score, both.n, both.parts, both.empty) == (pytest.approx(0.6), 400, {"a": 0.5, "b": 0.7}, 0.025)
     assert both.interval == pytest.approx((0.6 - 0.02**0.5 / 2, 0.6 + 0.0125**0.5 / 2))
     assert both.said == {"a A": 0.9, "b B": 1.0} and both.more == {"a likelihood": 0.3}
-    assert [r["task"] for r in both.records] == ["a", "b"] and evaluation.mean({"a": a}) is a
+    assert [r["task"] for r in both.records] == ["a", "b"] and scoring.mean({"a": a}) is a
 
 
 # --------------------------------------------------------------------------------------------------- the answers given
@@ -172,7 +173,7 @@ def test_the_mean_of_several_tasks_counts_all_examples_and_narrows_the_interval(
 
 @given(st.lists(st.none() | st.sampled_from("ABCDEFGHIJ"), min_size=1, max_size=60))
 def test_the_shares_of_the_answers_and_of_no_answer_make_one_and_the_six_commonest_are_named(answers):
-    found = evaluation.shares(answers)
+    found = scoring.shares(answers)
     assert sum(found.values()) + answers.count(None) / len(answers) == pytest.approx(1)
     named = [a for a in found if a != "other"]
     assert len(named) == min(6, len(set(answers) - {None}))
@@ -182,12 +183,12 @@ def test_the_shares_of_the_answers_and_of_no_answer_make_one_and_the_six_commone
 
 
 def test_of_a_long_answer_the_end_is_shown():
-    assert evaluation.shares(["x " * 100 + "\nThe answer is 7.", "7"]) == {"The answer is 7.": 0.5, "7": 0.5}
+    assert scoring.shares(["x " * 100 + "\nThe answer is 7.", "7"]) == {"The answer is 7.": 0.5, "7": 0.5}
 
 
 def scored(monkeypatch, task, responses, golds, **of_example):
     monkeypatch.setattr(evaluation, "answers", lambda *args: responses)
-    return evaluation.score_examples(None, None, data.task(task), [data.Example("q", "", g, **of_example)
+    return scoring.score_examples(None, None, data.task(task), [data.Example("q", "", g, **of_example)
                                                                    for g in golds])
 
 
@@ -224,11 +225,11 @@ def test_where_any_answer_may_be_given_none_is_likeliest(monkeypatch):
 def test_mnli_is_reported_matched_and_mismatched_and_by_the_names_of_its_classes():
     rows = [data.encode_sentence(data.Sentence("a", "b", label, part), Cased(), 9) for label, part in (
         (0, "matched"), (1, "matched"), (2, "mismatched"))]
-    found = evaluation.score_predictions(data.task("mnli"), [0, 2, 2], rows)
+    found = scoring.score_predictions(data.task("mnli"), [0, 2, 2], rows)
     assert found.parts == {"matched": 0.5, "mismatched": 1.0} and found.more == {}  # no F1 of three classes
     assert found.said == pytest.approx({"contradiction": 2 / 3, "entailment": 1 / 3})
     assert found.records[1] == {"task": "mnli", "gold": 1, "predicted": 2}
-    assert found.interval == evaluation.wilson(2 / 3, 3)
+    assert found.interval == scoring.wilson(2 / 3, 3)
 
 
 class Cased:
@@ -277,5 +278,5 @@ def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(monkeypatch, tm
     assert all(a.keys() == {"task", "gold", "response", "answer", "right"} for a in answers)
     assert result["score"] == np.mean([a["right"] for a in answers])
     assert result["empty"] == np.mean([a["answer"] is None for a in answers])
-    assert result["interval"] == list(evaluation.wilson(result["score"], 3))
-    assert result["answers_given"] == evaluation.shares([a["answer"] for a in answers])
+    assert result["interval"] == list(scoring.wilson(result["score"], 3))
+    assert result["answers_given"] == scoring.shares([a["answer"] for a in answers])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import checkpoint
 import cli
 import data
+import estimate
 import model
 import sibo
 import train
@@ -116,7 +117,7 @@ def test_the_papers_lambda_is_the_recipes(family, kind, method, lam):
 
 
 def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "estimate", lambda *args: {})  # see small_estimate
+    monkeypatch.setattr(estimate, "memory", lambda *args: {})  # see small_estimate
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     d, ff, layers, r = 4096, 11008, 32, 32
     base = 2 * 32000 * d + layers * (4 * d * d + 3 * d * ff + 2 * d) + d
@@ -131,7 +132,7 @@ def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, caps
 
 
 def test_dry_run_says_who_gets_h0(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "estimate", lambda *args: {"frozen": 1.5e9, "step": 2e9})
+    monkeypatch.setattr(estimate, "memory", lambda *args: {"frozen": 1.5e9, "step": 2e9})
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     _, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--dry-run")
     assert "memory, estimated: 3.50 GB (frozen 1.50, step 2.00), in " in out
@@ -151,7 +152,7 @@ def small_run(method, **changes):
 
 
 def small_estimate(layers, run):
-    return train.estimate(SMALL | {"num_hidden_layers": layers}, run)
+    return estimate.memory(SMALL | {"num_hidden_layers": layers}, run)
 
 
 def kept_for_the_backward(layers, run):

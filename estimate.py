@@ -1,0 +1,129 @@
+"""What a run would take, before it is one: `python train.py … --dry-run`, and the memory that a run did take.
+
+No weights are read: modules on meta and tensors without contents tell who gets h0, parameters, bytes and FLOPs. The
+official code has nothing of the kind; its users find out from an out-of-memory error."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+import data
+import fast
+import model
+import quantized
+import sibo
+
+if TYPE_CHECKING:
+    from train import Run
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator there, of the whole process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def dry_run(run: Run, said: dict, task: data.Task) -> str:
+    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
+    m = model.build(said, run.backbone, task.num_labels or None)
+    lines = [f"{run.backbone}: {type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
+    frozen = sum(p.numel() for p in m.parameters()) - (
+        m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
+    if run.method == "full":
+        m.requires_grad_(True)
+        lines.append("everything is trained, nobody gets h0")
+        trained = frozen
+    else:
+        sibo.inject(m, **run.settings())
+        groups: dict[str, list] = {}
+        for name, x in m.named_modules():
+            if isinstance(x, sibo.Boosted):
+                groups.setdefault(".".join("*" if s.isdigit() else s for s in name.split(".")), []).append(x)
+        for name, found in groups.items():
+            x = found[0]
+            h0 = (f"h0, λ = {x.fixed}" + (" at first, learned" if run.learn_lam else "")) if x.fixed else "plain"
+            shapes = f"{x.down.shape[1]} → {x.down.shape[0]} → {x.up.shape[0]}"
+            lines.append(f"  {name:24} × {len(found):3}  {m.sibo.method} {shapes}: {h0}")
+        lines.append(f"h0 is the output of {m.sibo.h0!r}" if run.lam else "nobody gets h0: the plain method")
+        trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
+    total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
+                                                         if x.requires_grad and not n.startswith("classifier.")))
+    python, taken = peak_memory("cpu"), memory(said, run, task.num_labels or None)
+    parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in taken.items())
+    flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
+    return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
+                      f"memory, estimated: {sum(taken.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
+                      f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
+                      f"beside that: {python / 1e9:.2f} GB here",
+                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run"])
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of all tensors that were made while it is on and are alive: now, and at most so far."""
+
+    def __init__(self, before: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakIdKeyDictionary({t.untyped_storage(): True for t in before})
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage not in self.seen:  # views share one
+                self.seen[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def memory(said: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
+    """Bytes that a training step holds at most: "frozen" weights, what is "trained" with AdamW's two moments, and
+    "step": gradients, activations and whatever else a micro-batch of full length makes.
+
+    Nothing is fitted: forward and backward run on fake tensors, which have shapes and no memory, and every storage is
+    counted from its birth to its death. So the backward keeps here what it keeps there: of a frozen linear nothing, of
+    a norm its input and statistics, of attention q, k, v, the output (or the T × T weights), of the feed-forward what
+    its activation and product multiply, of a low-rank path its input, mask and W in the activations' precision; with
+    gradient checkpointing a block's input, and one block's worth of all that. The allocator's loss is not in it."""
+    with FakeTensorMode():
+        m = model.build(said, run.backbone, num_labels)
+        for name, p in list(m.named_parameters()):
+            model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
+        if getattr(m.config, "tie_word_embeddings", False):
+            m.head.weight = m.embed.weight
+        for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
+            if isinstance(x, nn.Linear):
+                m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
+        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
+        trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
+        earlier = trained if run.batch_size > run.micro_batch_size else []
+        for p in earlier:  # an earlier micro-batch left its gradients
+            p.grad = torch.empty_like(p)
+        m.train().grad_checkpoint = run.grad_checkpoint
+        ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
+        with Alive([*weights, *(p.grad for p in earlier)]) as alive:
+            if num_labels:
+                model.loss(m, ids, ids[:, 0]).backward()
+            else:
+                h, asked = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
+                fast.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
+    share = sum(p.nbytes for p in trained)
+    return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
+            "step": alive.peak + sum(p.nbytes for p in earlier)}
