@@ -64,6 +64,268 @@ def last_five(curve: Sequence[float]) -> float:
     return float(np.mean(curve[-5:]))
 
 
+<<<<<<< HEAD
+=======
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+@dataclass
+class Score:
+    """A task's score in [−1, 1], its metric, on n examples, and all that says how far to trust it."""
+
+    metric: str
+    score: float
+    n: int
+    interval: tuple[float, float]  # 95 % of the score: Wilson's of an accuracy, else bootstrapped over the examples
+    parts: dict[str, float] = field(default_factory=dict)  # the same of each group
+    more: dict[str, float] = field(default_factory=dict)  # other metrics
+    empty: float = 0.0  # share of the responses without an answer
+    said: dict[str, float] = field(default_factory=dict)  # the answers given, with their shares: a collapse is seen
+    records: list[dict] = field(default_factory=list, repr=False)  # each example: gold, what was said, whether right
+
+    def __str__(self) -> str:
+        told = [f"n {self.n}", f"95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"]
+        told += [f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()]
+        told += [f"no answer {self.empty:.1%}"] if self.empty else []
+        said = ", ".join(f"{k} {v:.1%}" for k, v in self.said.items())
+        return f"{self.metric} {self.score:.4f} ({'; '.join(told)})" + (f"\n  said: {said}" if said else "")
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n (Wilson 1927): unlike the normal one never beyond [0, 1]."""
+    z = 1.959964
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
+
+
+def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
+              labels: np.ndarray) -> tuple[float, float]:
+    """95 % interval of any metric: its 2.5th and 97.5th percentile over 1,000 drawings of the examples, with
+    replacement and always the same (Efron 1979)."""
+    rng, n = np.random.default_rng(0), len(labels)
+    found = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def by_part(parts: Sequence[str], score: Callable[[np.ndarray], float]) -> dict[str, float]:
+    """`score` of the mask of each group that is reported on its own; nothing where all examples are one group."""
+    names = sorted(set(parts))
+    return {name or "the rest": score(np.array(parts) == name) for name in names} if len(names) > 1 else {}
+
+
+def shares(answers: Sequence[str | None]) -> dict[str, float]:
+    """The six most frequent answers and "other", each with its share of all; None is no answer and not among them. Of
+    a long one, such as a user's own data may have, the end."""
+    counts = Counter(a.splitlines()[-1][-40:] for a in answers if a is not None)
+    found = {a: n / len(answers) for a, n in counts.most_common(6)}
+    other = sum(n for _, n in counts.most_common()[6:])
+    return found | ({"other": other / len(answers)} if other else {})
+
+
+def _to(batch: dict[str, Tensor], m: nn.Module) -> dict[str, Tensor]:
+    device = next(m.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
+            num_beams: int = 1) -> list[str]:
+    """What the model writes to each prompt, greedily or with beams; prompts of like length share a batch. Of several
+    processes each asks for its share."""
+    ids = [t.encode(p) for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))[parallel.rank()::parallel.world()]
+    said, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
+    bar = tqdm(range(0, len(order), batch_size), "answers", unit="batch", leave=False, disable=parallel.rank() > 0)
+    with parallel.in_step(m):
+        for start in bar:
+            some = order[start:start + batch_size]
+            b = _to(data.batch([data.Row(ids[i]) for i in some], pad, "left"), m)
+            out = model.generate(m, **b, max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=t.eos_id,
+                                 pad_token_id=pad)
+            for i, new in zip(some, out[:, b["input_ids"].shape[1]:].tolist(), strict=True):
+                said[i] = t.decode(new[: new.index(t.eos_id)] if t.eos_id in new else new)
+    return [text for _, text in sorted(parallel.union(said).items())]
+
+
+@torch.no_grad()
+def likelihoods(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]],
+                batch_size: int = 64) -> list[list[tuple[float, int]]]:
+    """Of each prompt's choices (texts) the log-probability behind the prompt, and the number of tokens it sums over.
+
+    Each prompt is read once, together with what all its choices begin with; then the first choices of all prompts of a
+    batch are read behind it, then the second ones in their place. Of several processes each reads its share."""
+    spelled = [[data.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
+    order = sorted(range(len(spelled)), key=lambda i: len(spelled[i][0][0]))[parallel.rank()::parallel.world()]
+    found, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
+    bar = tqdm(range(0, len(order), batch_size), "choices", unit="batch", leave=False, disable=parallel.rank() > 0)
+    with parallel.in_step(m), fast.packed(m):
+        for start in bar:
+            some = order[start:start + batch_size]
+            written = [[ids for _, ids in spelled[i]] for i in some]
+            found |= zip(some, _log_probabilities(m, [spelled[i][0][0] for i in some], written, pad), strict=True)
+    return [[(logp, len(ids)) for logp, (_, ids) in zip(logps, some, strict=True)]
+            for (_, logps), some in zip(sorted(parallel.union(found).items()), spelled, strict=True)]
+
+
+def _log_probabilities(m: nn.Module, given: list[list[int]], written: list[list[list[int]]],
+                       pad: int) -> list[list[float]]:
+    """log p of each of `written`, by prompt, behind its prompt in `given`."""
+    def of(logp: Tensor, ids: Tensor, asked: Tensor) -> Tensor:  # (B, T, V), (B, T), bool (B, T) -> (B,)
+        return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
+
+    # how many tokens all choices of a prompt begin with
+    alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*some, strict=False)))) for some in written]
+    b = _to(data.batch([data.Row(g + some[0][:n]) for g, some, n in zip(given, written, alike, strict=True)], pad,
+                       "left"), m)
+    n = torch.tensor(alike, device=b["input_ids"].device)[:, None]  # (B, 1)
+    T, most, longest = b["input_ids"].shape[1], max(alike), max(len(w) for some in written for w in some)
+    logits, mask, cache = model.read(m, b["input_ids"], b["attention_mask"], T + longest, most + 1)
+    logp = model.widen(logits).log_softmax(-1)  # (B, most + 1, V)
+    i = torch.arange(most, device=n.device)
+    begun = of(logp[:, :-1], b["input_ids"][:, T - most:], i >= most - n)
+    columns = []
+    for place in range(max(map(len, written))):  # a prompt with fewer choices repeats its last, and drops it in the end
+        own = [data.Row(some[min(place, len(some) - 1)][k:]) for some, k in zip(written, alike, strict=True)]
+        ids, asked = _to(data.batch(own, pad), m).values()  # (B, T')
+        next_logp = logp[:, -1:]
+        if ids.shape[1] > 1:
+            for kv in cache:
+                kv.length = T  # the next choice stands where the last one stood
+            seen = torch.cat((mask, asked[:, :-1]), 1)
+            logits = m(ids[:, :-1], seen, cache=cache, last=ids.shape[1] - 1)
+            next_logp = torch.cat((next_logp, model.widen(logits).log_softmax(-1)), 1)
+        columns.append(begun + of(next_logp, ids, asked.bool()))
+    return [row[:len(some)] for row, some in zip(torch.stack(columns, 1).tolist(), written, strict=True)]
+
+
+BEAMS = {"clean": 1, "paper": 4}  # by protocol
+
+
+def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, examples: Sequence[data.Example],
+                   batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
+    """Accuracy of the generated answers, over all and over each part that is reported on its own; beside it AQuA's by
+    the last letter, and that of the likeliest choice where the examples offer some, in all or a token.
+
+    num_beams None: as many as the protocol says."""
+    prompts = [data.prompt(e.instruction, protocol) for e in examples]
+    responses = answers(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol])
+    records, more = [], {}
+    for e, text in zip(examples, responses, strict=True):
+        records.append({"task": task.name, "gold": e.answer, "response": text, "answer": data.answer_of(task, text),
+                        "right": data.is_right(task, text, e.answer)})
+    if task.answers == data.LETTER:
+        more["last letter"] = [data.last_letter(text) for text in responses]
+    if all(e.choices for e in examples):  # written as the training files write them
+        found = likelihoods(m, t, prompts, [[f"the correct answer is {c}" for c in e.choices] for e in examples],
+                            batch_size)
+        for name, value in (("likelihood", lambda x: x[0]), ("likelihood, per token", lambda x: x[0] / x[1])):
+            more[name] = [e.choices[max(range(len(x)), key=lambda i, x=x: value(x[i]))]
+                          for e, x in zip(examples, found, strict=True)]
+    for name, given in more.items():
+        for record, answer in zip(records, given, strict=True):
+            record[name] = answer
+    right, given = np.array([r["right"] for r in records]), [r["answer"] for r in records]
+    score = float(right.mean())
+    return Score("accuracy", score, len(right), wilson(score, len(right)),
+                 by_part([e.part for e in examples], lambda mask: float(right[mask].mean())),
+                 {name: float(np.mean([r[name] == r["gold"] for r in records])) for name in more},
+                 given.count(None) / len(given), shares(given), records)
+
+
+def mean(scores: dict[str, Score]) -> Score:
+    """Of several tasks: the mean of their scores, which are its parts; one task's score is itself. The interval is that
+    of a mean of independent scores, each with its own (Zou and Donner 2008)."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    each = list(scores.values())
+
+    def named(name: str) -> dict[str, float]:
+        return {f"{task} {k}": v for task, s in scores.items() for k, v in getattr(s, name).items()}
+
+    score, n = float(np.mean([s.score for s in each])), sum(s.n for s in each)
+    low, high = (math.hypot(*(s.interval[side] - s.score for s in each)) / len(each) for side in (0, 1))
+    return Score(each[0].metric, score, n, (score - low, score + high), {name: s.score for name, s in scores.items()},
+                 named("more"), sum(s.empty * s.n for s in each) / n, named("said"),
+                 [r for s in each for r in s.records])
+
+
+@torch.no_grad()
+def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows: Sequence[data.Row],
+                    batch_size: int = 64) -> Score:
+    """GLUE's metrics of a BERT's predictions. Of several processes each predicts its share."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[parallel.rank()::parallel.world()]
+    found = {}
+    with parallel.in_step(m):
+        for start in range(0, len(order), batch_size):
+            some = order[start:start + batch_size]
+            b = _to(data.batch([rows[i] for i in some], t.pad_id), m)
+            b.pop("labels")
+            logits = m(**b).float().cpu()  # (B, n)
+            found |= zip(some, (logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)).tolist(), strict=True)
+    return score_predictions(task, [x for _, x in sorted(parallel.union(found).items())], rows)
+
+
+def score_predictions(task: data.Task, predicted: Sequence[float], rows: Sequence[data.Row]) -> Score:
+    """The task's metric, over all and over each part (MNLI's two), and the others that GLUE reports beside it.
+    predicted: a class number (or a score) for each row."""
+    gold = [r.labels for r in rows]
+    a, b = np.array(predicted, dtype=float), np.array(gold, dtype=float)
+    names = {1: ("pearson", "spearman"), 2: ("accuracy", "matthews", "f1")}.get(task.num_labels, ("accuracy",))
+    found, metric = {name: METRICS[name](a, b) for name in names}, METRICS[task.metric]
+    score = found.pop(task.metric)
+    interval = wilson(score, len(rows)) if metric is accuracy else bootstrap(metric, a, b)
+    return Score(task.metric, score, len(rows), interval,
+                 by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), found,
+                 said=shares([task.classes[x] for x in predicted]) if task.classes else {},
+                 records=[{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)])
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of predictions that are right."""
+    return float(np.mean(predicted == labels))
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews' correlation of two classes: the Pearson correlation of their 0/1 values; 0 if either is constant."""
+    return pearson(predicted, labels)
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of class 1; 0 if it is neither predicted nor there."""
+    hits = np.sum((predicted == 1) & (labels == 1))
+    return float(2 * hits / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation coefficient; 0 if either is constant."""
+    a, b = a - a.mean(dtype=float), b - b.mean(dtype=float)
+    scale = math.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else 0.0
+
+
+def ranks(a: np.ndarray) -> np.ndarray:
+    """1 for the smallest, equal values sharing the mean of their ranks."""
+    _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of the ranks."""
+    return pearson(ranks(a), ranks(b))
+
+
+METRICS = {f.__name__: f for f in (accuracy, matthews, f1, pearson, spearman)}
+
+
+def majority(task: data.Task, train: Sequence[data.Sentence], test: Sequence[data.Row]) -> Score:
+    """What a BERT scores before it has a trained head: always the commonest class (or the mean) of the training set."""
+    labels = [s.label for s in train]
+    guess = float(np.mean(labels)) if task.num_labels == 1 else int(np.bincount(labels).argmax())
+    return score_predictions(task, [guess] * len(test), test)
+
+
+>>>>>>> scoring2
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -59,9 +59,11 @@ def test_a_plain_run_of_other_settings_is_no_counterpart(tmp_path):
     assert [compare.difference(g) for g in rows] == [None, None]
 
 
-def test_runs_of_different_tasks_stand_in_different_tables(tmp_path):
-    for task in ("mawps", "svamp"):
-        run(tmp_path, "lora", 0, task=task)
+@pytest.mark.parametrize("differs", [{"task": "svamp"}, {"test": ("svamp",)}, {"limit": 5}, {"backbone": "minilm"},
+                                     {"score_on": "validation"}])
+def test_runs_that_are_scored_on_something_else_stand_in_another_table(tmp_path, differs):
+    run(tmp_path, "lora", 0)
+    run(tmp_path, "lora", 0, **differs)
     assert [len(rows) for rows in compare.groups(compare.read([tmp_path]))] == [1, 1]
 
 

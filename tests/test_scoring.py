@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cli
@@ -54,13 +54,14 @@ def tiny(family, method=None, num_labels=None):
 LLMS = [("llama", None), ("gptj", None), ("llama", "adapter"), ("gptj", "lora")]
 llms = pytest.mark.parametrize(("family", "method"), LLMS)
 QUESTIONS = ["Is it so?", "Say a word.\n", "Which of these is the longest of all?", "x", "Is it not so?\n"]
-CHOICES = [["true", "false"], ["\n\nyes", "\nno", "\n\nyes and no"], ["the answer is 1", "the answer is 2"],
+CHOICES = [["true", "false"], ["\n\nyes", "\nno", "\n\nyes and no"], ["the one answer"],
            ["b", "the whole of it", "c", "the half"], ["answer1", "answer2", "answer10", "answer"]]
 
 
 # --------------------------------------------------------------------------------------------------------- likelihoods
 
 
+@torch.no_grad()
 def naive_likelihood(m, prompt, choice):
     """A forward pass of its own over prompt and choice: no cache, no batch, no padding."""
     given, written = data.continuation(prompt, choice, Bytes())
@@ -74,12 +75,27 @@ def naive_likelihood(m, prompt, choice):
 def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_the_order(family, method, order,
                                                                                           batch_size):
     m = tiny(family, method)
+<<<<<<< HEAD
     found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
     with torch.no_grad():
         expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
+=======
+    found = evaluation.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
+    expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
+>>>>>>> scoring2
     assert [[n for _, n in row] for row in found] == [[n for _, n in row] for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         assert [x for x, _ in row] == pytest.approx([x for x, _ in wanted], abs=1e-5, rel=1e-6)
+
+
+def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
+    m, read, choices = tiny("llama"), [], ["the answer", "the end"]
+    expected = [naive_likelihood(m, "question", choice) for choice in choices]
+    m.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))
+    found = evaluation.likelihoods(m, Bytes(), ["question"] * 2, [choices] * 2)
+    assert read[:2] == [(1, len("questio")), (2, len("n" "the "))]
+    for row in found:
+        assert [x for x, _ in row] == pytest.approx([x for x, _ in expected], abs=1e-5, rel=1e-6)
 
 
 def test_a_prompt_is_read_once_for_all_its_choices_with_what_these_begin_with():
@@ -172,6 +188,7 @@ def test_the_mean_of_several_tasks_counts_all_examples_and_narrows_the_interval(
 
 
 @given(st.lists(st.none() | st.sampled_from("ABCDEFGHIJ"), min_size=1, max_size=60))
+@example([*"ABCDEFGHIJ", *"BBC", None])
 def test_the_shares_of_the_answers_and_of_no_answer_make_one_and_the_six_commonest_are_named(answers):
     found = scoring.shares(answers)
     assert sum(found.values()) + answers.count(None) / len(answers) == pytest.approx(1)
