@@ -128,9 +128,8 @@ def _log_probabilities(m: nn.Module, given: list[list[int]], written: list[list[
     def of(logp: Tensor, ids: Tensor, asked: Tensor) -> Tensor:  # (B, T, V), (B, T), bool (B, T) -> (B,)
         return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
 
-    # what all choices begin with; each keeps a token of its own
-    alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*(w[:-1] for w in some), strict=False))))
-             for some in written]
+    # how many tokens all choices of a prompt begin with
+    alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*some, strict=False)))) for some in written]
     b = to_device(data.batch([data.Row(g + some[0][:n]) for g, some, n in zip(given, written, alike, strict=True)], pad,
                        "left"), m)
     n = torch.tensor(alike, device=b["input_ids"].device)[:, None]  # (B, 1)

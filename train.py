@@ -595,13 +595,8 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
     if task.num_labels and args.protocol == "paper":
-<<<<<<< HEAD
         raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
                          "and beams")
-=======
-        raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, which has "
-                         "a prompt and beams")
->>>>>>> scoring2
     made, dry = task.kind == "word-problems", args.dry_run
     train = [] if dry or made else [row for t in tasks for row in data.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [(t, data.load(t, "test", folder, args.limit))

@@ -226,7 +226,7 @@ def test_what_one_process_refuses_ends_all_and_is_said_once(tmp_path):
 
 def test_shard_without_torchrun_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="--shard: found one process"):
-        train.check(train.parser().parse_args(["--shard"]))
+        train.main(train.parser().parse_args(["--shard"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the command

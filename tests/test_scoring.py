@@ -75,14 +75,8 @@ def naive_likelihood(m, prompt, choice):
 def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_the_order(family, method, order,
                                                                                           batch_size):
     m = tiny(family, method)
-<<<<<<< HEAD
     found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
-    with torch.no_grad():
-        expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
-=======
-    found = evaluation.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
     expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
->>>>>>> scoring2
     assert [[n for _, n in row] for row in found] == [[n for _, n in row] for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         assert [x for x, _ in row] == pytest.approx([x for x, _ in wanted], abs=1e-5, rel=1e-6)
@@ -92,7 +86,7 @@ def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
     m, read, choices = tiny("llama"), [], ["the answer", "the end"]
     expected = [naive_likelihood(m, "question", choice) for choice in choices]
     m.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))
-    found = evaluation.likelihoods(m, Bytes(), ["question"] * 2, [choices] * 2)
+    found = scoring.likelihoods(m, Bytes(), ["question"] * 2, [choices] * 2)
     assert read[:2] == [(1, len("questio")), (2, len("n" "the "))]
     for row in found:
         assert [x for x, _ in row] == pytest.approx([x for x, _ in expected], abs=1e-5, rel=1e-6)
