@@ -198,7 +198,7 @@ def test_of_a_long_answer_the_end_is_shown():
 
 
 def scored(monkeypatch, task, responses, golds, **of_example):
-    monkeypatch.setattr(evaluation, "answers", lambda *args: responses)
+    monkeypatch.setattr(scoring, "answers", lambda *args: responses)
     return scoring.score_examples(None, None, data.task(task), [data.Example("q", "", g, **of_example)
                                                                    for g in golds])
 
@@ -220,7 +220,7 @@ def test_aqua_is_scored_officially_and_by_the_last_letter_that_stands_alone(monk
 
 def test_the_likeliest_choice_is_scored_in_all_and_a_token(monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "likelihoods", lambda m, t, prompts, choices, size: asked.extend(choices) or [
+    monkeypatch.setattr(scoring, "likelihoods", lambda m, t, prompts, choices, size: asked.extend(choices) or [
         [(-4.0, 2), (-5.0, 5)], [(-1.0, 1), (-9.0, 3)]])
     found = scored(monkeypatch, "boolq", ["true", ""], ["true", "false"], choices=("true", "false"))
     assert asked == [["the correct answer is true", "the correct answer is false"]] * 2
@@ -265,7 +265,7 @@ def test_a_run_in_the_papers_protocol_is_trained_saved_and_scored_in_it(monkeypa
         asked.append((prompts[0], num_beams))
         return ["7"] * len(prompts)
 
-    monkeypatch.setattr(evaluation, "answers", answers)
+    monkeypatch.setattr(scoring, "answers", answers)
     monkeypatch.setattr(data, "prompt", lambda text, how="clean": protocols.add(how) or prompt(text, how))
     run(train.main, train.parser(), monkeypatch, "train.py", "--backbone", tiny_llama, "--protocol", "paper", "--steps",
         1, "--limit", 3, "--train-on-inputs", "--dtype", "float32", "--out", tmp_path / "run")
