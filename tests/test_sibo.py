@@ -472,6 +472,11 @@ def test_all_modules_share_one_product_with_h0():
     assert m.h0_down.weight.shape == (2 * 3 * 3, 16)  # layers · modules · rank
 
 
+def test_a_folded_linear_says_how_wide_its_weight_is():
+    m = sibo.merge(stir(inject(tiny(), "lora-sibo")))
+    assert all(x.weight.shape == (x.out_features, x.in_features) for x in m.modules() if isinstance(x, nn.Linear))
+
+
 @pytest.mark.parametrize("name", LORAS)
 def test_folding_twice_changes_nothing(name):
     m = sibo.merge(stir(inject(tiny(), name)))

@@ -298,6 +298,17 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_llama):
     assert losses[0] == losses[1] and all(map(math.isfinite, losses[0]))
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_after_compiled_training_nothing_more_is_compiled(compile, monkeypatch, tmp_path, tiny_llama):
+    monkeypatch.setattr(train, "compiled", lambda m: m)
+    run = train.Run(backbone=str(tiny_llama), steps=1, batch_size=1, compile=compile)
+    m, made = sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.0), []
+    train.fit(m, [data.Row([1, 2, 3], [1, 2, 3])], 0, run, tmp_path / "metrics.jsonl")
+    torch.compile(torch.sin, backend=lambda graph, _: made.append(1) or graph.forward)(torch.ones(2))
+    torch.compiler.set_stance("default")
+    assert bool(made) != compile
+
+
 def test_help_names_every_option_with_its_default(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "--help")
     assert code == 0 and all(f"--{f.name.replace('_', '-')} " in out for f in train.fields(train.Run))
