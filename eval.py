@@ -157,6 +157,9 @@ def main(args: argparse.Namespace) -> None:
     head = trained[0].num_labels if run else 0
     if (bool(head) != bool(task.num_labels) and run and not args.ask) or (args.ask and head):
         raise ValueError(f"{args.run}: found a run on {run['task']}, expected one that can answer {task.name}")
+    if task.num_labels and (args.protocol or args.num_beams):
+        raise ValueError(f"--protocol, --num-beams: found with --task {task.name}, expected a text-to-text task, which "
+                         "has a prompt and beams")
 
     t = tokenizer.from_pretrained(backbone)
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))

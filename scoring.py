@@ -37,11 +37,13 @@ class Score:
     empty: float = 0.0  # share of the responses without an answer
     said: dict[str, float] = field(default_factory=dict)  # the answers given, with their shares: a collapse is seen
     records: list[dict] = field(default_factory=list, repr=False)  # each example: gold, what was said, whether right
+    cut: int = 0  # examples that the cutoff shortened before they were scored
 
     def __str__(self) -> str:
         told = [f"n {self.n}", f"95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"]
         told += [f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()]
         told += [f"no answer {self.empty:.1%}"] if self.empty else []
+        told += [f"cut off {self.cut}"] if self.cut else []
         said = ", ".join(f"{k} {v:.1%}" for k, v in self.said.items())
         return f"{self.metric} {self.score:.4f} ({'; '.join(told)})" + (f"\n  said: {said}" if said else "")
 
@@ -201,7 +203,7 @@ def mean(scores: dict[str, Score]) -> Score:
     low, high = (math.hypot(*(s.interval[side] - s.score for s in each)) / len(each) for side in (0, 1))
     return Score(each[0].metric, score, n, (score - low, score + high), {name: s.score for name, s in scores.items()},
                  named("more"), sum(s.empty * s.n for s in each) / n, named("said"),
-                 [r for s in each for r in s.records])
+                 [r for s in each for r in s.records], sum(s.cut for s in each))
 
 
 @torch.no_grad()
@@ -232,7 +234,8 @@ def score_predictions(task: data.Task, predicted: Sequence[float], rows: Sequenc
     return Score(task.metric, score, len(rows), interval,
                  by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), found,
                  said=shares([task.classes[x] for x in predicted]) if task.classes else {},
-                 records=[{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)])
+                 records=[{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)],
+                 cut=sum(r.cut for r in rows))
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -243,6 +243,13 @@ def test_mnli_is_reported_matched_and_mismatched_and_by_the_names_of_its_classes
     assert found.interval == scoring.wilson(2 / 3, 3)
 
 
+def test_sentences_that_the_cutoff_shortens_are_counted_beside_the_score():
+    rows = [data.encode_sentence(data.Sentence(text, "b", 0), Cased(), 5) for text in ("a", "long", "longer")]
+    found = scoring.score_predictions(data.task("rte"), [0, 0, 0], rows)
+    assert found.cut == 2 and "cut off 2" in str(found)
+    assert scoring.mean({"a": found, "b": found}).cut == 4
+
+
 class Cased:
     """As much of a BERT's tokenizer as a pair of one-word sentences asks for."""
 
@@ -291,3 +298,12 @@ def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(monkeypatch, tm
     assert result["empty"] == np.mean([a["answer"] is None for a in answers])
     assert result["interval"] == list(scoring.wilson(result["score"], 3))
     assert result["answers_given"] == scoring.shares([a["answer"] for a in answers])
+
+
+@pytest.mark.parametrize("option", [("--protocol", "paper"), ("--num-beams", 4)])
+def test_a_classifier_has_neither_prompt_nor_beams(monkeypatch, tmp_path, capsys, option):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "rte", "backbone": "minilm"}))
+    monkeypatch.setattr(data, "load", lambda *args: [])
+    with pytest.raises(SystemExit) as ended:
+        run(evaluation.main, evaluation.parser(), monkeypatch, "eval.py", tmp_path, *option)
+    assert ended.value.code == 2 and "found with --task rte, expected a text-to-text task" in capsys.readouterr().err
