@@ -622,7 +622,8 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
                   f"score says little; see python data.py overlap --train {task.name}", file=sys.stderr)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
-    done = parallel.in_turn(lambda: [claim(run) for run in runs], ranks=1)
+    claimed = parallel.in_turn(lambda: [claim(run) for run in runs], ranks=1)
+    done = [result for _, result in sorted(parallel.union(dict(enumerate(claimed or ()))).items())]
     if not parallel.rank() and any(done):
         print(f"{sum(map(bool, done))} of {len(runs)} runs are finished already: read, not run again", file=sys.stderr)
     frozen = None

@@ -101,7 +101,7 @@ def test_bert_learns_a_small_task_and_scores_the_same_again_and_merged(bert_run)
 def test_training_warns_of_test_questions_that_stand_in_the_training_set(bert_run):
     folder, err = bert_run
     n = result(folder / "run")["n"]
-    assert f"warning: {n} of the {n} test questions stand in the training set too" in err
+    assert f"warning: {n} of rte's {n} test questions stand in the training set too" in err
 
 
 def test_the_data_command_lists_what_there_is(tmp_path):
