@@ -181,14 +181,15 @@ def examples(args: argparse.Namespace, n: int) -> tuple[nn.Module, list[data.Row
 
 @torch.no_grad()
 def norms(args: argparse.Namespace, file: Path) -> str:
-    """Root mean square of h, where h0 is mixed into it, and of h0 itself, per module: what a λ means there."""
+    """Root mean square of h, where h0 is mixed into it, and of h0 itself, per module: what a λ means there. Of the
+    tokens' the median: the first token's activations can be a hundred times the others'."""
     m, rows, pad = examples(args, 64)
     b = data.batch(rows, pad)
     b.pop("labels", None)
     real, found = b["attention_mask"].bool(), {}
 
     def rms(h: Tensor) -> float:
-        return float(h[real].float().square().mean().sqrt())
+        return float(h[real].float().square().mean(-1).sqrt().median())
 
     hooks, lines = [], []
     for method in ("adapter", "lora"):
@@ -211,7 +212,7 @@ def norms(args: argparse.Namespace, file: Path) -> str:
         lines += [[method, n, f"{v:.5f}", f"{found['h0']:.5f}", f"{found['h0'] / v:.5f}"]
                   for n, v in zip(names, values, strict=True)]
     ax.axhline(found["h0"], color="k", ls="--", lw=1, label=f"h0 ({found['h0']:.3f})")
-    ax.set(xlabel="module that gets h0, first block to last", ylabel="root mean square", title=f"{args.backbone}, "
+    ax.set(xlabel="module that gets h0, first block to last", ylabel="root mean square, median token", title=f"{args.backbone}, "
            f"frozen, {train.name_of(args.task)}")
     ax.legend(frameon=False)
     checkpoint.write(file.with_suffix(".png"), fig.savefig)
