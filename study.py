@@ -207,13 +207,14 @@ def norms(args: argparse.Namespace, file: Path) -> str:
     for method in ("adapter", "lora"):
         names = [n for n, _ in m.named_modules() if (method, n) in found]
         values = [found[method, n] for n in names]
-        ax.semilogy(values, "o-", ms=4, label=f"h at {method} ({names[0].split('.')[-1]} "
+        blocks = [next(int(s) for s in n.split(".") if s.isdigit()) for n in names]
+        ax.semilogy(blocks, values, "o-", ms=4, label=f"h at {method} ({names[0].split('.')[-1]} "
                                               f"{'output' if method == 'adapter' else 'input'})")
         lines += [[method, n, f"{v:.5f}", f"{found['h0']:.5f}", f"{found['h0'] / v:.5f}"]
                   for n, v in zip(names, values, strict=True)]
     ax.axhline(found["h0"], color="k", ls="--", lw=1, label=f"h0 ({found['h0']:.3f})")
-    ax.set(xlabel="module that gets h0, first block to last", ylabel="root mean square, median token", title=f"{args.backbone}, "
-           f"frozen, {train.name_of(args.task)}")
+    ax.set(xlabel="block", ylabel="root mean square, median token", title=f"{args.backbone}, frozen, "
+           f"{train.name_of(args.task)}")
     ax.legend(frameon=False)
     checkpoint.write(file.with_suffix(".png"), fig.savefig)
     write_csv(file.with_suffix(".csv"), ["method", "module", "rms_h", "rms_h0", "ratio"], lines)
