@@ -31,6 +31,7 @@ import checkpoint
 import cli
 import data
 import estimate
+import loop
 import model
 import sibo
 import tokenizer
@@ -127,7 +128,7 @@ class Trainer:
 
     def step(self, rows: list[data.Row]) -> None:
         if isinstance(self.m, model.Transformer):
-            train.train_step(self.m, rows, len(rows), pad_id=2)
+            loop.train_step(self.m, rows, len(rows), pad_id=2)
         else:
             self.m(**{k: v.to(self.m.device) for k, v in data.batch(rows, 2).items()}).loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -142,7 +143,7 @@ def training() -> Iterator[Row]:
     """Tokens a second of eager and compiled steps of 8 examples, and how long the compiler takes at first."""
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # what an earlier run compiled must not be found
-        peer, eager, compiled = Trainer(theirs()), Trainer(ours()), Trainer(train.compiled(ours()))
+        peer, eager, compiled = Trainer(theirs()), Trainer(ours()), Trainer(loop.compiled(ours()))
         some = batches(8, 8, False)
         ready = seconds(lambda: [compiled.step(rows) for rows in some[:2]])
         yield Row("compiled training: ready after", "s", ready, goal=60.0, ratio=None, met=ready < 60)
@@ -389,7 +390,7 @@ def train_shape(folder: str, run: train.Run, out) -> None:
     seen |= {"trained": sum(p.numel() for p in trained), "losses": [], "step_seconds": []}
     for row in ids:
         began = time.perf_counter()
-        loss = train.train_step(m, [data.Row(row, row)], 1, 0)
+        loss = loop.train_step(m, [data.Row(row, row)], 1, 0)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -429,7 +430,7 @@ def cuda(folder: Path | None = None, device: str = "cuda", sizes: tuple = ((4, 2
     if there:
         folder = folder or checkpoint.cache() / "bench" / "llama7b"
         write_shape(SHAPES["llama7b"], folder)  # where it is not there yet
-        sides = {"ours": Trainer(train.compiled(ours(path=folder, device=device))),
+        sides = {"ours": Trainer(loop.compiled(ours(path=folder, device=device))),
                  "theirs": Trainer(theirs(path=folder, device=device))}
     for size, length in sizes:
         name = f"LLaMA-7B's shape on {device}, {size} × {length}"

@@ -24,6 +24,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import parallel
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -266,7 +268,7 @@ def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, to
             raise ValueError(f"{path}: tensor {name!r}: found {found}, expected {expected}")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(stored[name])
+            p.copy_(parallel.part(stored[name], p))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -283,16 +285,28 @@ def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def write(file: Path, fill: Callable[[Path], object] | str) -> None:
-    """Writes text, or what `fill(draft path)` writes, beside `file` and renames it: whole or not at all."""
+    """Writes text, or what `fill(draft path)` writes, beside `file`, flushes it to disk and renames it: whole or not at
+    all, whatever stops this process or its machine."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
     try:
         draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
+        flush(draft)
         os.replace(draft, file)
+        flush(file.parent)
     except SafetensorError as e:
         raise OSError(f"{file}: could not be written ({e})") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """To disk with a file's content, or with the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(file: Path) -> dict:

@@ -1,8 +1,12 @@
-"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage."""
+"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage; a signal
+ends it where nothing is lost."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import parallel
 
@@ -27,6 +31,30 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if parallel.first_to_say(line):
             print(line, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        line, code = e.args or ("stopped", 130)
+        if parallel.first_to_say(line):
+            print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """Within it, Ctrl-C and SIGTERM are noted in the list, not obeyed: the caller stops where nothing is lost. A second
+    one is obeyed at once."""
+    asked: list[int] = []
+
+    def note(number: int, _) -> None:
+        if asked:
+            raise KeyboardInterrupt("stopped", 128 + number)
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

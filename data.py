@@ -456,6 +456,14 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
         yield from epoch
 
 
+def digest(rows: Iterable) -> str:
+    """sha256 of examples or rows, in their order: what a run was trained or scored on."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 

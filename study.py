@@ -23,6 +23,7 @@ import cli
 import compare
 import data
 import eval as evaluation
+import loop
 import model
 import parallel
 import placement
@@ -234,11 +235,11 @@ def cost(args: argparse.Namespace, file: Path) -> str:
             rows = [data.Row(r.ids, 0 if task.num_labels else r.ids, r.cut, r.types) for r in rows]
             sibo.inject(m, method, lam).train()
             with FlopCounterMode(display=False) as counter:
-                train.train_step(m, rows, len(rows), pad)
+                loop.train_step(m, rows, len(rows), pad)
             width = max(len(r.ids) for r in rows)
             mixed = sum(isinstance(x, sibo.Boosted) and x.fixed > 0 for x in m.modules())
             flops[lam] = counter.get_total_flops(), 3 * len(rows) * width * m.config.hidden_size * mixed
-            step[lam] = partial(bench.seconds, partial(train.train_step, m, rows, len(rows), pad))
+            step[lam] = partial(bench.seconds, partial(loop.train_step, m, rows, len(rows), pad))
         lam = max(flops)
         step[0.0](), step[lam]()
         times = [(step[lam](), step[0.0]()) if i % 2 else (step[0.0](), step[lam]())[::-1] for i in range(30)]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import cli
 import data
+import loop
 import model
 import parallel
 import scoring
@@ -79,14 +80,14 @@ def rows(said):
 
 def fit(name, shard, folder):
     said, method, learned, micro = CASES[name]
-    run = train.Run(method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned, steps=3, batch_size=7,
-                    micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0, shard=shard,
-                    grad_checkpoint=shard)
+    run = train.Run(out=str(folder), method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned,
+                    steps=3, batch_size=7, micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0,
+                    shard=shard, grad_checkpoint=shard)
     torch.manual_seed(run.seed)
     m = random_model(said)
     m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings()).double()  # λ too
     folder.mkdir(exist_ok=True)
-    train.fit(m, rows(said), 0, run, folder / "metrics.jsonl")
+    loop.fit(m, rows(said), 0, run)
     sibo.save(m, folder)
     return m
 
