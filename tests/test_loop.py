@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import data
 import loop
 import model
+import resume
 import sibo
 import train
 
@@ -144,3 +146,168 @@ def test_the_checkpoint_that_validates_best_is_the_one_that_is_left(tmp_path, ti
     assert all(torch.equal(p, seen[1][n]) for n, p in m.named_parameters() if p.requires_grad)
     assert not all(torch.equal(seen[1][n], seen[2][n]) for n in seen[1])
 
+
+
+# ------------------------------------------------------------------------------------------------ numbers that go wrong
+
+
+def faulty(monkeypatch, wrong):
+    """model.loss, times what `wrong(call number)` says."""
+    real, calls = model.loss, []
+
+    def loss(m, *args, **kwargs):
+        calls.append(1)
+        return real(m, *args, **kwargs) * wrong(len(calls))
+
+    monkeypatch.setattr(model, "loss", loss)
+
+
+def adapted(folder, tiny_llama, **changes):
+    run = train.Run(**{"out": str(folder), "backbone": str(tiny_llama), "method": "lora-sibo", "lam": 0.2, "steps": 6,
+                       "warmup": 0, "lr": 1e-2, "batch_size": 2, "micro_batch_size": 2, "rank": 4, "dropout": 0.0}
+                    | changes)
+    torch.manual_seed(0)
+    m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+    return m, [data.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)], run
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_step_without_a_finite_loss_is_skipped_counted_and_its_examples_named(wrong, monkeypatch, tmp_path,
+                                                                                tiny_llama):
+    faulty(monkeypatch, lambda call: wrong if call == 3 else 1.0)
+    m, rows, run = adapted(tmp_path, tiny_llama)
+    seen = []
+    came = loop.fit(m, rows, 0, train.replace(run, validate_every=1), lambda m: seen.append(
+        torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad])) or 0.0)
+    lines = log(tmp_path)
+    assert came["steps_skipped"] == 1 and [i for i, x in enumerate(lines) if "skipped" in x] == [2]
+    assert lines[2]["loss"] is None and set(lines[2]["skipped"]) <= set(range(4)) and len(lines[2]["skipped"]) == 2
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3]) and seen[-1].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken_either(monkeypatch, tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama)
+    first = next(p for p in m.parameters() if p.requires_grad)
+    calls = []
+    first.register_hook(lambda g: g * math.nan if calls.append(1) or len(calls) == 2 else g)
+    assert loop.fit(m, rows, 0, run)["steps_skipped"] == 1
+    assert [math.isfinite(x["loss"] or math.nan) for x in log(tmp_path)] == [True, False, True, True, True, True]
+
+
+def test_after_ten_such_steps_in_a_row_the_run_stops_with_the_last_good_state_saved(monkeypatch, tmp_path, tiny_llama):
+    faulty(monkeypatch, lambda call: math.nan if call > 4 else 1.0)
+    m, rows, run = adapted(tmp_path, tiny_llama, steps=30)
+    with pytest.raises(ValueError, match="step 14: found no finite loss or gradient for 10 steps in a row") as e:
+        loop.fit(m, rows, 0, run)
+    assert f"examples {log(tmp_path)[-1]['skipped']}" in str(e.value) and "--lr" in str(e.value)
+    state, _ = resume.newest(tmp_path)
+    tensors, _ = checkpoint.read_tensors(state / "state.safetensors")
+    assert all(torch.equal(p, tensors[f"weight.{n}"]) for n, p in m.named_parameters() if p.requires_grad)
+    assert all(t.isfinite().all() for t in tensors.values()) and float(tensors[next(
+        n for n in tensors if n.startswith("step."))]) == 4
+
+
+def test_a_spike_of_the_loss_is_marked_in_the_log(monkeypatch, tmp_path, tiny_llama):
+    faulty(monkeypatch, lambda call: 50.0 if call == 25 else 1.0)
+    m, rows, run = adapted(tmp_path, tiny_llama, steps=30, lr=1e-5)
+    assert loop.fit(m, rows, 0, run)["loss_spikes"] == 1
+    assert [x["step"] for x in log(tmp_path) if x.get("spike")] == [25]
+
+
+def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama, steps=1)
+    loop.train_step(m.train(), rows[:2], 2, 0)
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in m.parameters() if p.requires_grad))
+    m.zero_grad()
+    loop.fit(m, rows[:2], 0, run)
+    assert log(tmp_path)[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypatch, capsys, tmp_path, tiny_llama):
+    real = model.loss
+
+    def small_memory(m, input_ids, *args, **kwargs):
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(m, input_ids, *args, **kwargs)
+
+    m, rows, run = adapted(tmp_path / "small", tiny_llama, batch_size=4, micro_batch_size=4)
+    monkeypatch.setattr(model, "loss", small_memory)
+    came = loop.fit(m, rows, 0, run)
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert came["micro_batch_size"] == 1 and len(said) == 2
+    assert said[0].endswith("step 1: out of memory with 4 examples at a time; going on with 2, and 4 a step as before")
+    monkeypatch.setattr(model, "loss", real)
+    m, rows, run = adapted(tmp_path / "large", tiny_llama, batch_size=4, micro_batch_size=4)
+    loop.fit(m, rows, 0, run)
+    assert [x["loss"] for x in log(tmp_path / "small")] == pytest.approx([x["loss"] for x in log(tmp_path / "large")],
+                                                                         rel=1e-4)
+
+
+def test_out_of_memory_with_one_example_says_what_to_change(monkeypatch, tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama, micro_batch_size=1)
+
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(model, "loss", no_memory)
+    with pytest.raises(ValueError, match="step 1: out of memory with 1 examples at a time; lower .*--grad-checkpoint"):
+        loop.fit(m, rows, 0, run)
+
+
+def test_other_errors_of_a_step_pass_as_they_are(monkeypatch, tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(model, "loss", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        loop.fit(m, rows, 0, run)
+
+
+def test_a_trained_tensor_that_gets_no_gradient_is_an_error(tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama)
+    m.forgotten = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="forgotten: found no gradient after a step"):
+        loop.fit(m, rows, 0, run)
+
+
+FAMILIES = {
+    "llama": {"model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gptj": {"model_type": "gptj", "vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8,
+             "n_positions": 64},
+    "bert": {"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+
+
+def half(family, scale):
+    """A random model in float16 whose feed-forward products grow with `scale`."""
+    torch.manual_seed(0)
+    m = model.build(FAMILIES[family], num_labels=2 if family == "bert" else None).to_empty(device="cpu")
+    for n, p in m.named_parameters():
+        torch.nn.init.normal_(p, std=scale if "mlp" in n and p.dim() > 1 else 0.1)
+    rows = [data.Row([1 + i, 2, 3, 4][:2 + i], i % 2, types=[0] * (2 + i)) if family == "bert" else
+            data.Row([1 + i, 2, 3, 4][:2 + i], [1 + i, 2, 3, 4][:2 + i]) for i in range(3)]
+    return m.half(), rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_that_overflows_stops_the_run_and_spoils_no_weight(family, tmp_path):
+    run = train.Run(method="lora-sibo", lam=0.2, steps=20, batch_size=3, micro_batch_size=2, rank=4, warmup=0,
+                    dtype="float16", out=str(tmp_path))
+    m, rows = half(family, 1e4)
+    sibo.inject(m, **run.settings())
+    with pytest.raises(ValueError, match="found no finite loss or gradient for 10 steps"):
+        loop.fit(m, rows, 0, run)
+    assert all(p.isfinite().all() for p in m.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_in_half_precision_makes_no_nan(family, tmp_path):
+    run = train.Run(method="lora-sibo", lam=0.2, steps=3, batch_size=3, micro_batch_size=3, rank=4, warmup=0,
+                    dtype="float16", out=str(tmp_path))
+    m, rows = half(family, 0.1)
+    assert loop.fit(sibo.inject(m, **run.settings()), rows, 0, run)["steps_skipped"] == 0
