@@ -313,14 +313,6 @@ def loading() -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------ billions of parameters
 
 
-SHAPES = {  # config.json of huggyllama/llama-7b and EleutherAI/gpt-j-6b, as far as it is read
-    "llama7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-                "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6},
-    "gptj6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16,
-               "rotary_dim": 64, "n_positions": 2048},
-}
-
-
 def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
     """Writes an HF folder with random bfloat16 weights of standard deviation 0.02 (norms: 1, biases: 0), shard by
     shard; nothing where it is already there. All matrices begin somewhere in the same random numbers: quick to make,
@@ -403,8 +395,8 @@ def train_shape(folder: str, run: train.Run, out) -> None:
 def big(shape: str, method: str, folder: Path, steps: int = 3, base_bits: int | None = None) -> dict:
     """Trains `shape` by `method` with the paper's recipe at micro-batch 1 × 256 tokens, gradient checkpointing on,
     bfloat16, in a process of its own; its losses, seconds and memory."""
-    write_shape(SHAPES[shape], folder)
-    r = train.recipe(SHAPES[shape]["model_type"], "arithmetic", method)
+    write_shape(checkpoint.SHAPES[shape], folder)
+    r = train.recipe(checkpoint.SHAPES[shape]["model_type"], "arithmetic", method)
     run = train.Run(**asdict(r) | {
         "backbone": str(folder), "method": method, "steps": steps, "batch_size": 1, "micro_batch_size": 1,
         "dtype": "bfloat16", "grad_checkpoint": True, "base_bits": base_bits,
@@ -429,7 +421,7 @@ def cuda(folder: Path | None = None, device: str = "cuda", sizes: tuple = ((4, 2
     sides = {}
     if there:
         folder = folder or checkpoint.cache() / "bench" / "llama7b"
-        write_shape(SHAPES["llama7b"], folder)  # where it is not there yet
+        write_shape(checkpoint.SHAPES["llama7b"], folder)  # where it is not there yet
         sides = {"ours": Trainer(loop.compiled(ours(path=folder, device=device))),
                  "theirs": Trainer(theirs(path=folder, device=device))}
     for size, length in sizes:
@@ -492,7 +484,8 @@ def table(rows: list[Row]) -> str:
 def parser() -> cli.Parser:
     p = cli.Parser("bench.py", description="Speed and memory against transformers + peft, and SIBO against plain.")
     p.add_argument("--only", metavar="GROUPS", help=f"of {','.join(GROUPS)} (default: all)")
-    p.add_argument("--big", choices=SHAPES, help="instead: train this shape, random weights, watching memory")
+    p.add_argument("--big", choices=("llama7b", "gptj6b"), help="instead: train this shape, random weights, "
+                   "watching memory")
     p.add_argument("--method", default="adapter-sibo", choices=train.METHODS[1:], help="of --big (%(default)s)")
     p.add_argument("--base-bits", type=int, choices=[8, 4], help="of --big (default: 16)")
     p.add_argument("--folder", type=Path, help="of --big: where its 13 GB of weights are, or are written to")

@@ -54,6 +54,18 @@ HUB = {
     "llama7b": "huggyllama/llama-7b",
     "llama13b": "huggyllama/llama-13b",
 }
+SHAPES = {  # their config.json, as far as it is read: what would be trained can be told without the hub
+    "bert-base": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072,
+                  "num_hidden_layers": 12, "num_attention_heads": 12},
+    "bert-large": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 1024, "intermediate_size": 4096,
+                   "num_hidden_layers": 24, "num_attention_heads": 16},
+    "gptj6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16,
+               "rotary_dim": 64, "n_positions": 2048},
+    "llama7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6},
+    "llama13b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824,
+                 "num_hidden_layers": 40, "num_attention_heads": 40, "rms_norm_eps": 1e-6},
+}
 
 
 def cache() -> Path:
@@ -173,7 +185,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
                     del tensor
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file ({e}); fetch it again") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({e}); bring it anew") from None
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

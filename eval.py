@@ -140,7 +140,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{out}")
         return
     if bool(args.run) == bool(args.backbone):
-        raise ValueError(f"found {'both' if args.run else 'neither'} a run and --backbone, expected one of them")
+        raise ValueError(f"found {'both a run and' if args.run else 'neither a run nor'} --backbone, expected one of "
+                         "them; see python eval.py --help")
     for name in ("limit", "batch_size", "num_beams"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
@@ -155,7 +156,10 @@ def main(args: argparse.Namespace) -> None:
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
     examples = [[] if args.ask else data.load(of, "test", folder, limit) for of in tests]
     head = trained[0].num_labels if run else 0
-    if (bool(head) != bool(task.num_labels) and run and not args.ask) or (args.ask and head):
+    if args.ask and head:
+        raise ValueError(f"--ask: found {args.run}, a BERT that knows the classes of {run['task']}, expected an LLM's "
+                         "run")
+    if bool(head) != bool(task.num_labels) and run and not args.ask:
         raise ValueError(f"{args.run}: found a run on {run['task']}, expected one that can answer {task.name}")
     if task.num_labels and (args.protocol or args.num_beams):
         raise ValueError(f"--protocol, --num-beams: found with --task {task.name}, expected a text-to-text task, which "

@@ -101,6 +101,12 @@ def state(path: Path, file: str) -> str:
     return "ok" if hashed == blob else f"wrong: blob SHA-1 {hashed}, expected {blob}"
 
 
+def missing(files: Iterable[str], data_dir: Path) -> list[str]:
+    """A line for each of `files` that is not there: its place, and where it is published."""
+    return [f"missing: {data_dir / file}, from https://{address(file)}" for file in dict.fromkeys(files)
+            if not (data_dir / file).is_file()]
+
+
 def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: float = 1.0) -> None:
     """Brings those of `files` (named as in data.TASKS) that are missing or wrong into `data_dir`, with a bar on stderr.
 

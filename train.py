@@ -184,6 +184,11 @@ def load(run: Run, task: data.Task) -> nn.Module:
                                  task.num_labels or None, run.base_bits)
 
 
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def git_state() -> str | None:
     """The commit of this code, and whether it was edited since; None where it is no git checkout."""
     said = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
@@ -235,7 +240,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut,
         "test_examples_cut_off": after.cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()), **trace,
     }
     if not parallel.rank():
@@ -500,7 +505,7 @@ def claim(run: Run, go_on: bool = False) -> dict | None:
     out = Path(run.out)
     if (out / "config.json").is_file():
         found, ours = checkpoint.read_json(out / "config.json"), json.loads(json.dumps(asdict(run)))
-        if other := [k for k in sorted(ours | found) if ours.get(k) != found.get(k)]:
+        if other := [k for k in sorted(ours | found) if ours.get(k) != found.get(k) and k not in ("out", "data_dir")]:
             raise ValueError(f"{out}: holds a run of other settings ({other[0]}: found {found.get(other[0])}, expected "
                              f"{ours.get(other[0])}); name a new folder with --out, or delete this one")
     if (out / "result.json").is_file():
@@ -524,10 +529,12 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
         raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
                          "and beams")
     made, dry = task.kind == "word-problems", args.dry_run
-    train = [] if dry or made else [row for t in tasks for row in data.load(t, "train", folder)]
+    there = all((folder / file).is_file() for t in tasks for file in t.train)
+    train = [] if made or dry and not there else [row for t in tasks for row in data.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [(t, data.load(t, "test", folder, args.limit))
                                                              for t in tests]
-    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=dry)))
+    said = dry and checkpoint.SHAPES.get(args.backbone) or checkpoint.config(
+        parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=dry)))
     family = model.read_config(said, args.backbone) and said["model_type"]
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
@@ -535,7 +542,8 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     runs = [folder_of(resolve(one, said, task, len(train)), args, several) for one in options]
     if dry:
         for run in runs:
-            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))
+            unknown = "epochs" if made or args.steps else "" if train else "steps"
+            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe) if f.name != unknown)
             print(f"{estimate.dry_run(run, said, task)}\nrecipe: {told}")
         return
     for run in runs:  # whatever does not fit the model is said before weights are read
