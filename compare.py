@@ -120,7 +120,8 @@ def difference(group: Group) -> tuple[float, float] | None:
     each = np.array([a.result["score"] - b.result["score"] for a, b in pairs])
     if len(each) > 1:
         return float(each.mean()), student_t(len(each) - 1) * float(each.std(ddof=1)) / math.sqrt(len(each))
-    if not (right := [(pairs[0][0].right[t], pairs[0][1].right[t]) for t in pairs[0][0].right]):
+    right = [(pairs[0][0].right[t], pairs[0][1].right[t]) for t in pairs[0][0].right]
+    if not right or min(len(a) for a, _ in right) < 2:
         return float(each[0]), math.nan
     variance = 0.0
     for a, b in right:  # of each test's mean; the score is the mean of the tests

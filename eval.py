@@ -48,6 +48,7 @@ def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 @torch.no_grad()
 def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states, over all rows: the curve of Figures 1 and 2."""
+    model.require_eval(m)
     totals, count = 0, 0
     for start in range(0, len(rows), batch_size):
         b = scoring.to_device(data.batch(rows[start:start + batch_size], pad_id), m)
@@ -165,10 +166,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--protocol, --num-beams: found with --task {task.name}, expected a text-to-text task, which "
                          "has a prompt and beams")
 
-    t = tokenizer.from_pretrained(backbone)
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
     protocol = args.protocol or run.get("protocol", "clean")
     m = model.from_pretrained(backbone, dtype, args.device, head or None, run.get("base_bits"))
+    t = tokenizer.for_model(backbone, m.config.vocab_size, "pad" if isinstance(m, model.Bert) else "eos")
     if args.similarity:
         rows = similarity_rows(m, t, examples[0], protocol=protocol)
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}

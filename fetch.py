@@ -137,6 +137,8 @@ def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: fl
 
 def _bring(url: str, place: Path, install: Callable[[Path], None], wait: float) -> None:
     """Downloads into a .part file beside `place`, going on where an earlier try stopped, and installs that."""
+    if checkpoint.offline():
+        raise OSError(f"{url}: --offline (HF_HUB_OFFLINE) forbids to fetch it; bring it by hand and put it at {place}")
     part = place.with_name(place.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.is_file()

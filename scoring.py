@@ -111,6 +111,7 @@ def likelihoods(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], ch
 
     Each prompt is read once, together with what all its choices begin with; then the first choices of all prompts of a
     batch are read behind it, then the second ones in their place. Of several processes each reads its share."""
+    model.require_eval(m)
     spelled = [[data.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
     order = sorted(range(len(spelled)), key=lambda i: len(spelled[i][0][0]))[parallel.rank()::parallel.world()]
     found, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
@@ -210,6 +211,7 @@ def mean(scores: dict[str, Score]) -> Score:
 def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows: Sequence[data.Row],
                     batch_size: int = 64) -> Score:
     """GLUE's metrics of a BERT's predictions. Of several processes each predicts its share."""
+    model.require_eval(m)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[parallel.rank()::parallel.world()]
     found = {}
     with parallel.in_step(m):

@@ -189,11 +189,13 @@ def merge(m: nn.Module) -> nn.Module:
 
 
 def save(m: nn.Module, folder: str | Path) -> None:
-    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told."""
+    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told and
+    what tells this backbone from others."""
     trained = {n: parallel.whole(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
     settings = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
+    settings["backbone"] = checkpoint.fingerprint(m)
     if parallel.rank() == 0:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
@@ -201,11 +203,13 @@ def save(m: nn.Module, folder: str | Path) -> None:
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
-    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings that do not fit."""
+    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings or a backbone that do
+    not fit."""
     path = Path(folder, "adapter.safetensors")
     stored, metadata = checkpoint.read_tensors(path)
     try:
         settings = json.loads(metadata["sibo"])
+        backbone = settings.pop("backbone", None)
         if settings["method"] == "full":
             m.requires_grad_(True)
         elif not hasattr(m, "sibo"):
@@ -214,5 +218,7 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"{path}: found settings {metadata.get('sibo')}, unfit for {type(m).__name__}: {e}") from e
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
         raise ValueError(f"{path}: found settings {settings}, expected the model's own {ours}")
+    if other := backbone and checkpoint.unlike(backbone, m):
+        raise ValueError(f"{path}: found an adapter for another backbone ({other}); load the one it was trained on")
     checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
     return m

@@ -186,7 +186,7 @@ def load(run: Run, task: data.Task) -> nn.Module:
 
 def command() -> str:
     """The command line of this process."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return cli.without_secrets(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def git_state() -> str | None:
@@ -200,7 +200,8 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
             go_on: bool = False) -> tuple[dict, Frozen]:
     """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
     out, task = Path(run.out), d.task
-    t = tokenizer.from_pretrained(run.backbone)
+    m = load(run, task)
+    t = tokenizer.for_model(run.backbone, m.config.vocab_size, "pad" if task.num_labels else "eos")
     pad = t.eos_id if t.pad_id is None else t.pad_id
     encode = data.encode_sentence if task.num_labels else partial(
         data.encode, train_on_inputs=run.train_on_inputs, protocol=run.protocol)
@@ -208,7 +209,13 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
     cut = sum(r.cut for r in rows)
     if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    m = load(run, task)
+    mute = sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in rows)
+    if mute == len(rows):
+        raise ValueError(f"--cutoff {run.cutoff}: found no labelled token in any of the {mute} training examples: "
+                         "their prompts fill it; raise it")
+    if mute and not parallel.rank():
+        print(f"{mute} of {len(rows)} training examples have no labelled token left: they teach nothing (--cutoff)",
+              file=sys.stderr)
     texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
     if before is None:
         if run.shard:
@@ -238,6 +245,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
         "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **came,
         "peak_memory_bytes": estimate.peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut,
+        "examples_without_label": mute,
         "test_examples_cut_off": after.cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
         "command": command(),
