@@ -96,11 +96,15 @@ def compiled(m: nn.Module) -> nn.Module:
     return m
 
 
-def returned(out: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-             run: Run) -> resume.Progress:
-    """Goes back to the newest whole state in the run folder, if there is one."""
+def returned(out: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: Run,
+             progress: resume.Progress) -> resume.Progress:
+    """Goes back to the newest whole state in the run folder, if there is one; else `progress`."""
     state, flaws = resume.newest(out)
-    progress = resume.restore(state, trained, optimizer, run.device) if state else resume.Progress(run.micro_batch_size)
+    if state:
+        begun, progress = progress, resume.restore(state, trained, optimizer, run.device)
+        if progress.data != begun.data:
+            raise ValueError(f"{out}: found training data of sha256 {begun.data[:9]}…, expected {progress.data[:9]}…: "
+                             "they changed since the run began; bring the old ones back, or name a new --out")
     if not parallel.rank():
         for flaw in flaws:
             print(f"passed over a saved state: {flaw}", file=sys.stderr)
@@ -128,7 +132,8 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run,
     optimizer = torch.optim.AdamW(trained.values(), run.lr, weight_decay=0.0, fused=True)
     if not first:
         torch.manual_seed(run.seed + parallel.rank())  # the weights are drawn alike, dropout is not
-    progress = returned(out, trained, optimizer, run) if go_on else resume.Progress(run.micro_batch_size)
+    progress = resume.Progress(data.digest(rows), run.micro_batch_size)
+    progress = returned(out, trained, optimizer, run, progress) if go_on else progress
     lines = log.read_text().splitlines()[:progress.step] if progress.step and first else []
     recent = [loss for line in lines[-50:] if (loss := json.loads(line)["loss"]) is not None]
     if first:

@@ -52,6 +52,7 @@ class Progress:
     """Where a run stands behind `step` steps, besides its tensors. The data's order is the seed's: `step` is the
     position in it."""
 
+    data: str  # sha256 of the training rows
     micro_batch_size: int  # halved where memory was too small
     step: int = 0
     seconds: float = 0.0

@@ -266,6 +266,12 @@ def test_a_state_is_gone_on_with_only_when_asked(stopped, tmp_path):
     assert train.claim(run, go_on=True) is None
 
 
+def test_other_data_than_the_run_began_with_are_refused(stopped):
+    m, rows, run = small(stopped)
+    with pytest.raises(ValueError, match="they changed since the run began"):
+        loop.fit(m, rows[::-1], 0, run, go_on=True)
+
+
 def test_the_state_of_several_processes_is_refused_by_one(stopped, tmp_path, monkeypatch):
     m, rows, run = small(stopped)
     monkeypatch.setattr(resume.parallel, "world", lambda: 2)
