@@ -372,7 +372,8 @@ def parser() -> cli.Parser:
                    "the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
                    help="modules to adapt, by the end of their names (default: the paper's)")
-    g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
+    g.add_argument("--side", choices=["out", "in", "parallel"], help="adapters on the output, on the input or "
+                   "beside the sub-layer (default: out)")
     g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … (Eq. 4) or h + … (default: mixed)")
     g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen W sees h̃ too (Table 6)")
     of_recipe("rank", int, "R", "LoRA's rank")
