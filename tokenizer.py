@@ -289,8 +289,8 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    fields = read_gguf(file).fields
-    said = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
+    prefix = "tokenizer.ggml."
+    said = {key.removeprefix(prefix): value for key, value in read_gguf(file)[0].items() if key.startswith(prefix)}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     named = {role: said.get(f"{key}_token_id") for role, key in roles.items()}
     vocab = {token: i for i, token in enumerate(said["tokens"])}
