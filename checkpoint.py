@@ -128,13 +128,14 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
 
 
 def check_archive(z: zipfile.ZipFile) -> None:
-    """ValueError naming a member that leads out of the folder, is a link, is encrypted, or is packed unusually."""
+    """ValueError naming a member that leads out of the folder, is a link, or is packed as no archive of ours is."""
     for info in z.infolist():
         name = info.filename
-        wrong = ("leads out of its folder" if name[:1] in "/\\" or ".." in re.split(r"[/\\]", name) else
+        wrong = ("leads out of its folder" if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) else
                  "is a link" if stat.S_ISLNK(info.external_attr >> 16) else
-                 "is encrypted" if info.flag_bits & 1 else
-                 "is packed in an unknown way" if info.compress_type not in (0, 8) else "")  # stored, deflated
+                 "lies outside of the file" if not 0 <= info.header_offset < z.start_dir else
+                 "is encrypted, or packed in an unknown way" if info.flag_bits & 0x61 or info.extract_version > 45 or
+                 info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "")
         if wrong:
             raise ValueError(f"its member {shown(name)} {wrong}")
 
@@ -194,7 +195,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
                     del tensor
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file ({e}); fetch it again") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({reason(e)}); fetch it again") from None
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -213,10 +214,10 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for _ in range(5):
                     _check_pickle(f)
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError:
-        raise
     except Exception as e:  # the unpickler meets a torn file with whatever its slices raise
-        raise ValueError(f"{file}: not a file of plain tensors ({repr(e)[:120]})") from None
+        if isinstance(e, OSError) and e.filename:
+            raise
+        raise ValueError(f"{file}: not a file of plain tensors ({type(e).__name__}: {reason(e)})") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{file}: found a {type(stored).__name__}, expected a dictionary of tensors")
     for name, tensor in stored.items():
@@ -406,7 +407,7 @@ def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, to
         found = tuple(stored[name].shape) if name in stored else "none"
         expected = tuple(parameters[name].shape) if name in parameters else "none"
         if found != expected:
-            raise ValueError(f"{path}: tensor {name!r}: found {found}, expected {expected}")
+            raise ValueError(f"{path}: tensor {shown(name)}: found {found}, expected {expected}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(stored[name])
@@ -445,23 +446,25 @@ def read_json(file: Path) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
+        raise ValueError(f"{file}: not valid JSON ({e})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: found a JSON {type(found).__name__}, expected an object")
     return found
 
 
-def parse_json(text: str, where: object) -> object:
-    """What a JSON text says; ValueError naming `where` if it is none (NaN is none) or is nested past reading."""
+def parse_json(text: str, file: object, line: int = 1) -> object:
+    """What a JSON text that begins on this line of `file` says; ValueError naming both if it is none (NaN is none)."""
     def refuse(constant: str):
         raise ValueError(f"{constant} is no number")
 
     try:
         return json.loads(text, parse_constant=refuse)
-    except ValueError as e:  # an integer of more than 4300 digits is one too
-        raise ValueError(f"{where}: not JSON ({e})") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}, line {line + e.lineno - 1}: not valid JSON ({e.msg})") from None
+    except ValueError as e:  # NaN, or an integer of more than 4300 digits
+        raise ValueError(f"{file}, line {line}: not valid JSON ({e})") from None
     except RecursionError:
-        raise ValueError(f"{where}: not JSON that can be read (nested too deeply)") from None
+        raise ValueError(f"{file}, line {line}: nested too deeply, expected flat objects") from None
 
 
 def shown(value: object) -> str:
@@ -469,3 +472,9 @@ def shown(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return short.repr(value)
+
+
+def reason(e: Exception) -> str:
+    """What another library's error says, on one line and no longer than that."""
+    said = " ".join(str(e).split())
+    return said if len(said) < 200 else f"{said[:200]}..."

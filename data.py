@@ -14,7 +14,6 @@ import argparse
 import difflib
 import hashlib
 import itertools
-import json
 import os
 import random
 import re
@@ -28,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import cli
 import fetch
-from checkpoint import cache
+from checkpoint import cache, parse_json, shown
 from word_problems import word_problems
 
 NUMBER, LETTER = r"-?\d+\.?\d*", r"[A-E]"
@@ -228,18 +227,10 @@ def _lines(text: str) -> list[str]:
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON list or of JSON lines, each with the place to name in errors."""
-    def parse(text: str, first_line: int) -> object:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
-        except RecursionError:
-            raise ValueError(f"{path}, line {first_line}: nested too deeply, expected flat objects") from None
-
     if path.suffix == ".jsonl":
-        entries = [(f"line {i}", parse(line, i)) for i, line in enumerate(_lines(text), 1) if line.strip()]
+        entries = [(f"line {i}", parse_json(line, path, i)) for i, line in enumerate(_lines(text), 1) if line.strip()]
     else:
-        if not isinstance(whole := parse(text, 1), list):
+        if not isinstance(whole := parse_json(text, path), list):
             raise ValueError(f"{path}, line 1: found a JSON {type(whole).__name__}, expected a list of objects")
         entries = [(f"entry {i}", entry) for i, entry in enumerate(whole, 1)]
     for place, entry in entries:
@@ -248,9 +239,14 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, dict]]:
         yield f"{path}, {place}", entry
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names out of a file, as an error shows them."""
+    return ", ".join(shown(name)[1:-1] for name in itertools.islice(names, 20)) or "nothing"
+
+
 def _field(where: str, entry: dict, key: str, types: tuple = (str,)) -> str:
     if key not in entry:
-        raise ValueError(f"{where}: {key!r} is missing (found: {', '.join(entry) or 'nothing'})")
+        raise ValueError(f"{where}: {key!r} is missing (found: {_listed(entry)})")
     if type(entry[key]) not in types:
         raise ValueError(f"{where}: {key!r} is {type(entry[key]).__name__}, expected {types[0].__name__}")
     if not (value := str(entry[key])).strip():
@@ -271,7 +267,7 @@ def _examples(task: Task, path: Path, text: str) -> Iterator[Example]:
         unanswered = task.kind == "own" and entry.get("answer") in (None, "")
         answer = output if unanswered else _field(where, entry, "answer")
         if task.answers and not re.fullmatch(task.answers, answer):
-            raise ValueError(f"{where}: answer {answer!r} is none of {task.name}'s, expected the form {task.answers}")
+            raise ValueError(f"{where}: answer {shown(answer)} is none of {task.name}'s, expected {task.answers}")
         yield Example(instruction, output, answer, choices=_choices(task, where, instruction, answer))
 
 
@@ -282,7 +278,7 @@ def _choices(task: Task, where: str, instruction: str, answer: str) -> tuple[str
     if task.kind == "commonsense" and task.answers and not (
             answer in choices and all(re.fullmatch(task.answers, choice) for choice in choices)):
         raise ValueError(f"{where}: 'instruction' ends in {instruction[-50:]!r}, expected 'Answer format: ' and "
-                         f"choices of the form {task.answers}, separated by /, the answer {answer!r} among them")
+                         f"choices of the form {task.answers}, separated by /, the answer {shown(answer)} in them")
     return choices
 
 
@@ -324,16 +320,16 @@ def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
     part = path.stem.partition("_")[2]  # dev_matched -> matched; dev, train -> ""
     if rows and isinstance(places[0], str):
         if missing := [name for name in places if name not in rows[0]]:
-            raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {', '.join(rows[0])})")
+            raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {_listed(rows[0])})")
         places, width, first = [rows[0].index(name) for name in places], len(rows[0]), 1
     for i, row in enumerate(rows[first:], first + 1):
         if len(row) != width:
             raise ValueError(f"{path}, line {i}: {len(row)} columns, expected {width} separated by tabs")
         written, sentence, pair = (*(row[place] for place in places), None)[:3]
         if task.classes and written not in task.classes:
-            raise ValueError(f"{path}, line {i}: label {written!r}, expected {' or '.join(task.classes)}")
+            raise ValueError(f"{path}, line {i}: label {shown(written)}, expected {' or '.join(task.classes)}")
         if not task.classes and not (re.fullmatch(r"[0-9]+\.?[0-9]*", written) and float(written) <= 5):
-            raise ValueError(f"{path}, line {i}: score {written!r}, expected a number from 0 to 5")
+            raise ValueError(f"{path}, line {i}: score {shown(written)}, expected a number from 0 to 5")
         yield Sentence(sentence, pair, task.classes.index(written) if task.classes else float(written), part)
 
 

@@ -144,7 +144,7 @@ def read_config(said: dict, path: object = "config.json") -> Config:
                          ", expected the one to be a multiple of the next")
     turning = {"llama": c.d_head, "gptj": getattr(c, "rotary_dim", None) or c.d_head, "bert": 0}[family]
     if turning % 2 or turning > c.d_head:
-        raise ValueError(f"{path}: found {turning} rotary dimensions in heads of {c.d_head}, expected an even number of "
+        raise ValueError(f"{path}: found {turning} rotary dimensions in heads of {c.d_head}, expected an even number, "
                          "no more than there are")
     return c
 
@@ -606,8 +606,6 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
     m = build(checkpoint.config(path), path, num_labels)
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
     for name, tensor in checkpoint.tensors(path):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {shown(name)}: found {tensor.dtype}, expected floating-point numbers")
         new = checkpoint.rename(old_spelling(name, m.prefix), m.names, path)
         if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not num_labels:
             continue
@@ -616,6 +614,8 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
         if tensor.shape != expected[new].shape:
             raise ValueError(f"{path}: tensor {name!r}: found shape {list(tensor.shape)}, expected "
                              f"{list(expected[new].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name!r}: found {tensor.dtype}, expected floating-point numbers")
         if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
             name = new.removesuffix(".weight")
             m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))

@@ -14,6 +14,7 @@ method), λ is stored with the weights (theirs: forgotten) and merging is exact 
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -198,21 +199,36 @@ def save(m: nn.Module, folder: str | Path) -> None:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
 
+def _check_sizes(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) -> None:
+    """Before memory is taken: a few bytes of settings can ask for any rank."""
+    found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
+    for name, width in place(m, s).widths.items():
+        expected = (s.rank if s.method == "lora" else s.bottleneck, width)
+        if (shape := found.get(f"{name}.down".replace(".base.", "."), "none")) != expected:
+            raise ValueError(f"tensor '{name}.down': found {shape}, expected {expected}")
+
+
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
     Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings that do not fit."""
     path = Path(folder, "adapter.safetensors")
     stored, metadata = checkpoint.read_tensors(path)
-    try:
-        settings = json.loads(metadata["sibo"])
-        if settings["method"] == "full":
-            m.requires_grad_(True)
-        elif not hasattr(m, "sibo"):
+    settings = checkpoint.parse_json(metadata.get("sibo", "null"), f"{path}, its settings")
+    if not isinstance(settings, dict) or not {"method"} <= settings.keys() <= Settings.__dataclass_fields__.keys():
+        raise ValueError(f"{path}: found settings {checkpoint.shown(settings)}, expected those of sibo.inject")
+    if settings["method"] == "full":
+        m.requires_grad_(True)
+    elif not hasattr(m, "sibo"):
+        try:
+            _check_sizes(m, Settings(**settings), stored)
             inject(m, **settings)
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: found settings {metadata.get('sibo')}, unfit for {type(m).__name__}: {e}") from e
+        except ValueError as e:
+            said = checkpoint.shown(settings)
+            raise ValueError(f"{path}: found settings {said}, unfit for {type(m).__name__}: {e}") from e
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
-        raise ValueError(f"{path}: found settings {settings}, expected the model's own {ours}")
+        key = next(k for k, v in ours.items() if settings.get(k) != v)
+        said = checkpoint.shown(settings.get(key))
+        raise ValueError(f"{path}: found settings {key}={said}, expected the model's own {key}={ours[key]!r}")
     checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
     return m
