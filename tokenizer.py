@@ -56,8 +56,8 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
         for token in added:
             if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
-                raise ValueError(f"unsupported added token {shown(token['content'])}: single_word, or another id than in "
-                                 "the vocabulary")
+                raise ValueError(f"unsupported added token {shown(token['content'])}: single_word, or another id than "
+                                 "in the vocabulary")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
         if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
             raise ValueError("expected a vocabulary of tokens with non-negative integers below 2^31 as ids")
@@ -454,8 +454,8 @@ def _steps(step: dict | None) -> list[dict]:
 
 
 def _checked(found: object, key: str, kind: type | list[type], *default: object) -> object:
-    """found[key] of this type, or a list ([type]) of it, or the default, also where there is none; else ValueError. So a
-    part of a file is used as what it was taken for, and in no other way."""
+    """found[key] of this type, or a list ([type]) of it, or the default, also where there is none; else ValueError. So
+    a part of a file is used as what it was taken for, and in no other way."""
     value = found.get(key, *default) if isinstance(found, dict) else None
     several, each = isinstance(kind, list), kind[0] if isinstance(kind, list) else kind
     values = (value if isinstance(value, list) else [None]) if several else [value]

@@ -58,7 +58,7 @@ NUMBERS = (0, 1, -1, 2, 7, 255, 1 << 15, (1 << 31) - 1, 1 << 31, 1 << 40, (1 << 
 def bytes_of(draw: Random, valid: bytes) -> bytes:
     """One to three of: a byte flipped, a cut, an insertion, a slice twice or gone, a binary or written number huge."""
     spoiled = bytearray(valid)
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 1, 2, 3))):
         at = draw.randint(0, max(len(spoiled) - 1, 0))
         match draw.randint(0, 7):
             case 0:
@@ -100,9 +100,9 @@ def nested(depth: int) -> object:
 
 
 def json_of(draw: Random, valid: object, depth: int = 12) -> object:
-    """One to three of: a node becomes something hostile or another node's copy, goes, is renamed, or is repeated."""
+    """One to three times: a node becomes something hostile or another node's copy, goes, is renamed, or is repeated."""
     spoiled = {"": json.loads(json.dumps(valid))}
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 1, 2, 3))):
         place, key = spoiled, ""
         for _ in range(draw.randint(0, depth)):
             if not isinstance(place[key], dict | list) or not place[key]:
@@ -122,9 +122,8 @@ def json_of(draw: Random, valid: object, depth: int = 12) -> object:
                 while isinstance(other, dict | list) and other and draw.random() < 0.5:
                     other = draw.choice(list(other.values() if isinstance(other, dict) else other))
                 place[key] = json.loads(json.dumps(other))
-            case 4 if type(place[key]) in (int, float):
-                place[key] = draw.choice([-place[key], place[key] + 1, place[key] * 2, place[key] - 1,
-                                                   float(place[key]), str(place[key])])
+            case 4 if type(n := place[key]) in (int, float) and abs(n) < 1 << 64:
+                place[key] = draw.choice([-n, n + 1, n * 2, n - 1, float(n), str(n)])
             case 5:
                 place[key] = nested(draw.choice([3, 100, 400]))
             case _:
@@ -447,7 +446,7 @@ GLOBALS = [b"cbuiltins\nbytearray\n", b"cbuiltins\nset\n", b"ctorch\nTensor\n", 
 def pickle_of(draw: Random, valid: bytes) -> bytes:
     """Its numbers, names, and operations changed."""
     spoiled = bytearray(valid)
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 1, 2, 3))):
         at = draw.randint(2, len(spoiled) - 1)
         match draw.randint(0, 4):
             case 0 if numbers := list(re.finditer(rb"K[\0-\xff]", spoiled)):
@@ -474,7 +473,7 @@ def bin_cases() -> list[Case]:
     with zipfile.ZipFile(io.BytesIO(whole)) as z:
         inner = z.read(next(n for n in z.namelist() if n.endswith("data.pkl")))
     odd = [w.expand(1 << 20, 8), w.to_sparse(), w.to(torch.complex64), w.bool(), w[:0], w.to("meta"), w.int(), None, 1,
-           "a", [w], {"a": w}, torch.nn.Parameter(w), w[::2], torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)]
+           "a", [w], {"a": w}, torch.nn.Parameter(w), w[::2]]
 
     def spoilt(draw: Random) -> bytes:
         match draw.randrange(5):
@@ -560,7 +559,7 @@ def data_jsonl_cases() -> list[Case]:
 def table_of(draw: Random, lines: list[str]) -> bytes:
     """A cell becomes something else, or columns and lines come and go."""
     rows = [line.split("\t") for line in lines]
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.choice((1, 1, 2, 3))):
         row = draw.choice(rows)
         match draw.randint(0, 3):
             case 0 if row:
@@ -596,7 +595,7 @@ def zip_of(draw: Random, members: dict[str, bytes]) -> bytes:
                 [name, name, name, "../" + name, "/" + name, "a/../../" + name, "..\\a", "C:\\a", "\0", name + "\0x"]))
             info.external_attr = draw.choice([0o100644, 0o120777, 0]) << 16
             info.compress_type = draw.choice([0, 8, 8, 12, 14])
-            z.writestr(info, content if draw.random() < 0.5 else bytes(5_000_000))
+            z.writestr(info, content if draw.random() < 0.5 else bytes(500_000))
     spoilt = file.getvalue()
     for _ in range(draw.randint(0, 2)):  # numbers of a header
         at = draw.choice([x.start() for x in re.finditer(rb"PK..", spoilt, re.S)] or [0])
@@ -648,13 +647,17 @@ class Seen:
     memory: int = 0
 
 
-def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> None:
-    """Reads `folder`; AssertionError unless it is accepted or refused as it ought to be."""
-    start, accepted = time.process_time(), False
+def peak() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> str:
+    """Reads `folder`: "" where it is accepted, else what is said; AssertionError if that is not as it ought to be."""
+    start, said = time.process_time(), ""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the counts of examples that are not the published ones
             read(folder)
-        accepted = True
     except (ValueError, OSError) as e:
         said = str(e)
         one_line = str(folder) in said and "\n" not in said and len(said) < 1500
@@ -663,27 +666,34 @@ def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> 
         if isinstance(e, KeyboardInterrupt):
             raise
         raise AssertionError(f"{type(e).__name__}: {e!s:.300}") from e
-    took, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    seen.inputs, seen.accepted = seen.inputs + 1, seen.accepted + accepted
-    seen.slowest, seen.memory = max(seen.slowest, took), max(seen.memory, peak)
+    took, more = time.process_time() - start, peak() - before
+    seen.inputs, seen.accepted = seen.inputs + 1, seen.accepted + (not said)
+    seen.slowest, seen.memory = max(seen.slowest, took), max(seen.memory, more)
     assert took <= MOST_SECONDS, f"{took:.1f} s"
-    assert peak <= MOST_BYTES, f"{peak >> 20} MiB"
+    assert more <= MOST_BYTES, f"{more >> 20} MiB"
+    return said
+
+
+def lay(folder: Path, name: str, i: int = 0, **changed: bytes) -> Path:
+    """The valid files of a format's i-th case, in a folder of their own; changed: others, with __ for the dot."""
+    files = FORMATS[name][0]()[i].files | {file.replace("__", "."): content for file, content in changed.items()}
+    place = folder / f"{name}-{'bert' if b'pooler' in files.get('model.safetensors', b'') else i}"
+    for file, content in files.items():
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_bytes(content)
+    return place
 
 
 def fuzz(name: str, inputs: int, folder: Path, limit: bool = False, start: int = 0) -> Seen:
     """Reads `inputs` mutations in `folder`, where the failing one stays. limit: end this process after 10 s of one."""
     made, read = FORMATS[name]
     cases, seen = made(), Seen()
-    places = []
-    for i, case in enumerate(cases):
-        place = folder / f"{name}-{'bert' if b'pooler' in case.files.get('model.safetensors', b'') else i}"
-        for file, content in case.files.items():
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            (place / file).write_bytes(content)
-        places.append(place)
-        read(place)  # what is whole is accepted
+    places = [lay(folder, name, i) for i in range(len(cases))]
+    for place in places:
+        with contextlib.redirect_stderr(io.StringIO()):
+            read(place)  # what is whole is accepted
     ways = [(i, file, how) for i, case in enumerate(cases) for file, how in case.spoilt.items()]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
 
     @seed(start)
     @settings(max_examples=inputs, database=None, deadline=None, print_blob=False, phases=[Phase.generate],
