@@ -296,6 +296,8 @@ def _mawps(task: Task, path: Path, text: str) -> Iterator[Example]:
     """The equation is the worked answer: "X=((22.0-14.0)/4.0)" and 2.0 become "x = ((22 - 14) / 4)" and the closing."""
     for where, entry in _entries(path, text):
         answer = _field(where, entry, "ans", (float, int, str)).removesuffix(".0")
+        if not re.fullmatch(NUMBER, answer):  # 1e999 is infinite
+            raise ValueError(f"{where}: 'ans' is {shown(answer)}, expected a number")
         equation = re.sub(r"\.0\b", "", _field(where, entry, "equation")).replace("X", "x")
         equation = " ".join(part.strip() for part in re.split(r"([-+*/=])", equation))
         yield Example(_field(where, entry, "original_text"), f"{equation}\nThe answer is {answer}.", answer)

@@ -749,8 +749,9 @@ def main() -> None:
         FORMATS[args.formats[0]][1](args.repeat)
         return
     failed = False
+    memory = Path("/dev/shm")  # a folder there takes half the time of one on a disk
     for name in args.formats or FORMATS:
-        folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+        folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-", dir=memory if memory.is_dir() else None))
         child = multiprocessing.get_context("fork").Process(target=run, args=(name, args.inputs, folder))
         child.start()
         child.join()

@@ -168,7 +168,7 @@ def test_an_index_leads_to_files_beside_it_and_no_others(tmp_path, shards, named
     refused("index", folder, "index.json", named, "expected the names of files beside it")
 
 
-# -------------------------------------------------------------------------------------------------------------- archives
+# ------------------------------------------------------------------------------------------------------------- archives
 
 
 def with_member(name: str = "a", mode: int = 0, kind: int = zipfile.ZIP_STORED) -> bytes:
@@ -208,7 +208,7 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["RTE.zip"]
 
 
-# -------------------------------------------------------------------------------------------------------------- adapters
+# ------------------------------------------------------------------------------------------------------------- adapters
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -242,7 +242,7 @@ def test_an_adapter_on_a_module_within_an_adapted_one_still_loads(tmp_path):
     assert sibo.load(blank(), tmp_path).sibo.targets == ("mlp", "down_proj")
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizers, data
+# ----------------------------------------------------------------------------------------------------- tokenizers, data
 
 
 def test_a_word_of_a_million_letters_is_unknown_at_once(tmp_path):
