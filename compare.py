@@ -54,13 +54,26 @@ def read(places: Sequence[str | Path]) -> list[Done]:
     found = []
     for place in map(Path, places):
         if place.suffix == ".jsonl":
-            found += [Done(**json.loads(line)) for line in place.read_text(encoding="utf-8").splitlines()]
+            found += [_saved(place, i, line)
+                      for i, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1)]
+        elif not place.is_dir():
+            raise FileNotFoundError(f"{place}: no such folder, expected one with runs in it, or a .jsonl of saved runs")
         for folder in sorted(f.parent for f in place.rglob("result.json")):
             found.append(Done(checkpoint.read_json(folder / "config.json"),
                               checkpoint.read_json(folder / "result.json"), _right(folder / "answers.jsonl")))
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: found no finished run (a folder with result.json)")
     return found
+
+
+def _saved(file: Path, number: int, line: str) -> Done:
+    try:
+        run = Done(**json.loads(line))
+        if {"seed", "method", "lam"} <= run.config.keys() and "score" in run.result:
+            return run
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{file}, line {number}: found {line[:40]!r}…, expected a run that eval.py --table --save wrote")
 
 
 def _right(file: Path) -> dict[str, str]:
@@ -107,7 +120,8 @@ def difference(group: Group) -> tuple[float, float] | None:
     each = np.array([a.result["score"] - b.result["score"] for a, b in pairs])
     if len(each) > 1:
         return float(each.mean()), student_t(len(each) - 1) * float(each.std(ddof=1)) / math.sqrt(len(each))
-    if not (right := [(pairs[0][0].right[t], pairs[0][1].right[t]) for t in pairs[0][0].right]):
+    right = [(pairs[0][0].right[t], pairs[0][1].right[t]) for t in pairs[0][0].right]
+    if not right or min(len(a) for a, _ in right) < 2:
         return float(each[0]), math.nan
     variance = 0.0
     for a, b in right:  # of each test's mean; the score is the mean of the tests
@@ -137,12 +151,12 @@ def _table(rows: Sequence[Group], markdown: bool) -> str:
     parts = list(first.result["parts"])
     on = " (validation)" if first.config["score_on"] == "validation" else ""
     cells = [[*shown, "seeds", metric + (" %" if scale == 100 else "") + on, "against plain (95 %)", *parts,
-              "similarity", "trained"]]
+              "similarity", "trained parameters"]]
     for g in rows:
         score, d = g.over_seeds(lambda r: scale * r["score"]), difference(g)
         spread = f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""
         against = "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
-            "" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}")
+            " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}")
         cells.append([*("" if g.config[k] is None else f"{g.config[k]:g}" if isinstance(g.config[k], float)
                         else str(g.config[k]) for k in shown), str(len(score)), f"{score.mean():.{digits}f}{spread}",
                       against, *(f"{g.over_seeds(lambda r, p=p: scale * r['parts'][p]).mean():.{digits}f}"
@@ -183,5 +197,6 @@ def draw(runs: Sequence[Done], path: Path) -> None:
         ax.grid(alpha=0.3, axis="x")
         ax.spines[["top", "right"]].set_visible(False)
         result = rows[0].first
-        ax.set(xlabel=result["metric"], title=f"{result['backbone']} on {result['task']}")
+        ax.set(xlabel=result["metric"] + (" (validation)" if result["scored_on"] == "validation" else "")
+               + "; a dot a seed, a bar their mean", title=f"{result['backbone']} on {result['task']}")
     checkpoint.write(path, fig.savefig)

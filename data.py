@@ -454,6 +454,14 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
         yield from epoch
 
 
+def digest(rows: Iterable) -> str:
+    """sha256 of examples or rows, in their order: what a run was trained or scored on."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -507,6 +515,9 @@ def chosen(names: list[str]) -> list[Task]:
         if not group and task(name).kind in ("own", "word-problems"):
             raise ValueError(f"{name}: found no published file of it, expected a task of `python data.py list` or a "
                              f"group: {', '.join(GROUPS)}")
+        if not group and name not in TASKS:
+            raise ValueError(f"{name}: found no such task, expected one of `python data.py list` or a group: "
+                             f"{', '.join(GROUPS)}")
         tasks += group or [task(name)]
     return list(dict.fromkeys(tasks))
 
@@ -568,8 +579,13 @@ def main(args: argparse.Namespace) -> None:
         print(listing(TASKS.values(), directory))
     elif args.command == "fetch":
         tasks = chosen(args.tasks)
-        for t in tasks:
-            fetch.fetch(t.train + t.test, directory)
+        for i, t in enumerate(tasks):
+            try:
+                fetch.fetch(t.train + t.test, directory)
+            except OSError:
+                left = [file for later in tasks[i:] for file in later.train + later.test]
+                print("\n".join(fetch.missing(left, directory)), file=sys.stderr)
+                raise
             for split, files in (("train", t.train), ("test", t.test)):
                 if any(file not in fetch.BLOBS for file in files):
                     load(t, split, directory)  # no hash is known: the published count is what can be compared

@@ -48,6 +48,7 @@ def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 @torch.no_grad()
 def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states, over all rows: the curve of Figures 1 and 2."""
+    model.require_eval(m)
     totals, count = 0, 0
     for start in range(0, len(rows), batch_size):
         b = scoring.to_device(data.batch(rows[start:start + batch_size], pad_id), m)
@@ -140,7 +141,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{out}")
         return
     if bool(args.run) == bool(args.backbone):
-        raise ValueError(f"found {'both' if args.run else 'neither'} a run and --backbone, expected one of them")
+        raise ValueError(f"found {'both a run and' if args.run else 'neither a run nor'} --backbone, expected one of "
+                         "them; see python eval.py --help")
     for name in ("limit", "batch_size", "num_beams"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
@@ -155,16 +157,19 @@ def main(args: argparse.Namespace) -> None:
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
     examples = [[] if args.ask else data.load(of, "test", folder, limit) for of in tests]
     head = trained[0].num_labels if run else 0
-    if (bool(head) != bool(task.num_labels) and run and not args.ask) or (args.ask and head):
+    if args.ask and head:
+        raise ValueError(f"--ask: found {args.run}, a BERT that knows the classes of {run['task']}, expected an LLM's "
+                         "run")
+    if bool(head) != bool(task.num_labels) and run and not args.ask:
         raise ValueError(f"{args.run}: found a run on {run['task']}, expected one that can answer {task.name}")
     if task.num_labels and (args.protocol or args.num_beams):
         raise ValueError(f"--protocol, --num-beams: found with --task {task.name}, expected a text-to-text task, which "
                          "has a prompt and beams")
 
-    t = tokenizer.from_pretrained(backbone)
     dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
     protocol = args.protocol or run.get("protocol", "clean")
     m = model.from_pretrained(backbone, dtype, args.device, head or None, run.get("base_bits"))
+    t = tokenizer.for_model(backbone, m.config.vocab_size, "pad" if isinstance(m, model.Bert) else "eos")
     if args.similarity:
         rows = similarity_rows(m, t, examples[0], protocol=protocol)
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}

@@ -102,6 +102,12 @@ def state(path: Path, file: str) -> str:
     return "ok" if hashed == blob else f"wrong: blob SHA-1 {hashed}, expected {blob}"
 
 
+def missing(files: Iterable[str], data_dir: Path) -> list[str]:
+    """A line for each of `files` that is not there: its place, and where it is published."""
+    return [f"missing: {data_dir / file}, from https://{address(file)}" for file in dict.fromkeys(files)
+            if not (data_dir / file).is_file()]
+
+
 def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: float = 1.0) -> None:
     """Brings those of `files` (named as in data.TASKS) that are missing or wrong into `data_dir`, with a bar on stderr.
 
@@ -132,6 +138,8 @@ def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: fl
 
 def _bring(url: str, place: Path, install: Callable[[Path], None], wait: float) -> None:
     """Downloads into a .part file beside `place`, going on where an earlier try stopped, and installs that."""
+    if checkpoint.offline():
+        raise OSError(f"{url}: --offline (HF_HUB_OFFLINE) forbids to fetch it; bring it by hand and put it at {place}")
     part = place.with_name(place.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.is_file()

@@ -670,6 +670,13 @@ def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor
     return m(input_ids, attention_mask, labels=labels, **inputs)
 
 
+def require_eval(m: nn.Module) -> None:
+    """ValueError where dropout is on: what is measured then is another number each time."""
+    if m.training:
+        raise ValueError(f"{type(m).__name__}: found it in training mode (dropout on), expected m.eval() before it is "
+                         "scored, asked or measured")
+
+
 @torch.no_grad()
 def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
              num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
@@ -678,8 +685,7 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns the prompts and the new ids,
     (B, T + at most max_new_tokens), filled up with pad_token_id (else eos_token_id) behind an EOS. Without
     eos_token_id it never stops early."""
-    if m.training:
-        raise ValueError("generate: found the model in training mode (dropout on), expected m.eval()")
+    require_eval(m)
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"generate: found {max_new_tokens} new tokens and {num_beams} beams, expected 1 or more")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

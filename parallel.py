@@ -117,6 +117,15 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def part(x: Tensor, like: Tensor) -> Tensor:
+    """The slice of a whole tensor `x` that this process holds of a tensor of that shape, where it is one of slices."""
+    if x.shape != like.shape or not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+
+
 def union(mine: dict) -> dict:
     """What all processes found, each for keys of its own."""
     if not dist.is_initialized():

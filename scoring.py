@@ -74,7 +74,7 @@ def by_part(parts: Sequence[str], score: Callable[[np.ndarray], float]) -> dict[
 def shares(answers: Sequence[str | None]) -> dict[str, float]:
     """The six most frequent answers and "other", each with its share of all; None is no answer and not among them. Of
     a long one, such as a user's own data may have, the end."""
-    counts = Counter(a.splitlines()[-1][-40:] for a in answers if a is not None)
+    counts = Counter(a.splitlines()[-1][-40:].rstrip(" .") for a in answers if a is not None)
     found = {a: n / len(answers) for a, n in counts.most_common(6)}
     other = sum(n for _, n in counts.most_common()[6:])
     return found | ({"other": other / len(answers)} if other else {})
@@ -86,13 +86,13 @@ def to_device(batch: dict[str, Tensor], m: nn.Module) -> dict[str, Tensor]:
 
 
 def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
-            num_beams: int = 1) -> list[str]:
+            num_beams: int = 1, name: str = "answers") -> list[str]:
     """What the model writes to each prompt, greedily or with beams; prompts of like length share a batch. Of several
-    processes each asks for its share."""
+    processes each asks for its share. `name` stands beside the progress bar."""
     ids = [t.encode(p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))[parallel.rank()::parallel.world()]
     said, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
-    bar = tqdm(range(0, len(order), batch_size), "answers", unit="batch", leave=False, disable=parallel.rank() > 0)
+    bar = tqdm(range(0, len(order), batch_size), name, unit="batch", leave=False, disable=parallel.rank() > 0)
     with parallel.in_step(m):
         for start in bar:
             some = order[start:start + batch_size]
@@ -111,6 +111,7 @@ def likelihoods(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], ch
 
     Each prompt is read once, together with what all its choices begin with; then the first choices of all prompts of a
     batch are read behind it, then the second ones in their place. Of several processes each reads its share."""
+    model.require_eval(m)
     spelled = [[data.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
     order = sorted(range(len(spelled)), key=lambda i: len(spelled[i][0][0]))[parallel.rank()::parallel.world()]
     found, pad = {}, t.eos_id if t.pad_id is None else t.pad_id
@@ -165,7 +166,7 @@ def score_examples(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, exampl
 
     num_beams None: as many as the protocol says."""
     prompts = [data.prompt(e.instruction, protocol) for e in examples]
-    responses = answers(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol])
+    responses = answers(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     records, more = [], {}
     for e, text in zip(examples, responses, strict=True):
         records.append({"task": task.name, "gold": e.answer, "response": text, "answer": data.answer_of(task, text),
@@ -210,6 +211,7 @@ def mean(scores: dict[str, Score]) -> Score:
 def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows: Sequence[data.Row],
                     batch_size: int = 64) -> Score:
     """GLUE's metrics of a BERT's predictions. Of several processes each predicts its share."""
+    model.require_eval(m)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[parallel.rank()::parallel.world()]
     found = {}
     with parallel.in_step(m):

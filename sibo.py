@@ -190,11 +190,13 @@ def merge(m: nn.Module) -> nn.Module:
 
 
 def save(m: nn.Module, folder: str | Path) -> None:
-    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told."""
+    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told and
+    what tells this backbone from others."""
     trained = {n: parallel.whole(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
     settings = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
+    settings["backbone"] = checkpoint.fingerprint(m)
     if parallel.rank() == 0:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
@@ -211,12 +213,15 @@ def _check_sizes(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
-    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings that do not fit."""
+    Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings or a backbone that do
+    not fit."""
     path = Path(folder, "adapter.safetensors")
     stored, metadata = checkpoint.read_tensors(path)
     settings = checkpoint.parse_json(metadata.get("sibo", "null"), f"{path}, its settings")
-    if not isinstance(settings, dict) or not {"method"} <= settings.keys() <= Settings.__dataclass_fields__.keys():
+    known = {"backbone", *Settings.__dataclass_fields__}
+    if not isinstance(settings, dict) or not {"method"} <= settings.keys() <= known:
         raise ValueError(f"{path}: found settings {checkpoint.shown(settings)}, expected those of sibo.inject")
+    backbone = settings.pop("backbone", None)
     if settings["method"] == "full":
         m.requires_grad_(True)
     elif not hasattr(m, "sibo"):
@@ -230,5 +235,7 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
         key = next(k for k, v in ours.items() if settings.get(k) != v)
         said = checkpoint.shown(settings.get(key))
         raise ValueError(f"{path}: found settings {key}={said}, expected the model's own {key}={ours[key]!r}")
+    if other := backbone and checkpoint.unlike(backbone, m):
+        raise ValueError(f"{path}: found an adapter for another backbone ({other}); load the one it was trained on")
     checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
     return m

@@ -1,5 +1,6 @@
 """The paper's analyses, a command each: `python study.py NAME [options of train.py]` trains what is missing, writes
-results/NAME-BACKBONE-TASK.csv and .png, prints a line for a table of results.
+results/NAME-BACKBONE-TASK.csv and .png, prints a line for a table of results. A study sets what it varies (the methods,
+λ, the places) unless an option of yours does.
 
 `norms` and `cost` train nothing. Where we depart from the paper: its figures stand on one seed each; here every point
 is a mean over --seeds, with its standard deviation, and `--score-on validation` keeps the test set out of choices."""
@@ -23,6 +24,7 @@ import cli
 import compare
 import data
 import eval as evaluation
+import loop
 import model
 import parallel
 import placement
@@ -30,15 +32,16 @@ import sibo
 import tokenizer
 import train
 
-PLAIN, SIBO = "adapter,lora", "adapter,lora,adapter-sibo,lora-sibo"
+ALL = ("adapter", "lora", "adapter-sibo", "lora-sibo")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained (train.py's options, a list a call), and how it is drawn and summed up in one line."""
+    """What is trained (options of train.py that hold where the user gives none), and how it is drawn and summed up in
+    one line."""
 
     where: str  # in the paper
-    runs: tuple[tuple[str, ...], ...]
+    runs: tuple[dict, ...]
     draw: Callable[[list[compare.Group], Path], None]
     says: Callable[[list[compare.Group]], str]
 
@@ -128,29 +131,26 @@ def learned(rows: list[compare.Group]) -> str:
 
 
 STUDIES = {
-    "lambda": Study("Figure 4", (("--method", SIBO, "--lam", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"),), draw_lam, best),
-    "placement": Study("Table 5", (("--method", "adapter,adapter-sibo", "--sibo-at", "attn,ffn,both"),),
+    "lambda": Study("Figure 4", ({"method": ALL, "lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},), draw_lam, best),
+    "placement": Study("Table 5", ({"method": ("adapter", "adapter-sibo"), "sibo_at": ("attn", "ffn", "both")},),
                        draw_groups, all_of),
-    "low-rank": Study("Table 6", (("--method", "lora,lora-sibo"), ("--method", "lora-sibo", "--frozen-too")),
+    "low-rank": Study("Table 6", ({"method": ("lora", "lora-sibo")}, {"method": ("lora-sibo",), "frozen_too": True}),
                       draw_groups, all_of),
-    "similarity": Study("Figures 1, 2, 5, 6", (("--method", SIBO),), draw_curves, last_five),
-    "learned": Study("Section 7", (("--method", SIBO), ("--method", "adapter-sibo,lora-sibo", "--learn-lam")),
+    "similarity": Study("Figures 1, 2, 5, 6", ({"method": ALL},), draw_curves, last_five),
+    "learned": Study("Section 7", ({"method": ALL}, {"method": ("adapter-sibo", "lora-sibo"), "learn_lam": True}),
                      draw_learned, learned),
 }
 
 
-def trained(name: str, options: Sequence[str], results: Path) -> str:
-    """Runs what is missing of a study, writes its CSV and picture; its line for a table."""
-    study = STUDIES[name]
-    for more in study.runs:
-        args = train.parser().parse_args([*options, *more])
-        folder = Path(args.out or f"runs/{name}-{train.name_of(args.backbone)}-{train.name_of(args.task)}")
-        args.out = str(folder)
-        train.main(args, several=True)
+def trained(study: Study, args: argparse.Namespace, file: Path) -> str:
+    """Runs what is missing of a study, writes its CSV and picture; says what came of it."""
+    folder = Path(args.out or f"runs/{file.name}")
+    for own in study.runs:
+        given = {k: v for k, v in vars(args).items() if v is not None}
+        train.main(argparse.Namespace(**vars(args) | own | given | {"out": str(folder)}), several=True)
     tables = compare.groups(compare.read([folder]))
     if len(tables) > 1:
         raise ValueError(f"{folder}: found runs of {len(tables)} tasks or backbones, expected one; name a new --out")
-    file = results / f"{name}-{train.name_of(args.backbone)}-{train.name_of(args.task)}"
     columns = ("method", "lam", "sibo_at", "frozen_too", "learn_lam", "lr", "steps", "seed")
     lines = [[run.config[c] for c in columns] + [run.result[k] for k in ("metric", "score", "n", "similarity", "date")]
              + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run.result[k])) for k in ("lambda", "similarity_per_layer")]
@@ -158,7 +158,7 @@ def trained(name: str, options: Sequence[str], results: Path) -> str:
     write_csv(file.with_suffix(".csv"), [*columns, "metric", "score", "n", "similarity", "date", "lambda",
                                          "similarity_per_layer"], lines)
     study.draw(tables[0], file.with_suffix(".png"))
-    return f"| {study.where} | `python study.py {name} {' '.join(options)}` | {study.says(tables[0])} |"
+    return study.says(tables[0])
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
@@ -234,11 +234,11 @@ def cost(args: argparse.Namespace, file: Path) -> str:
             rows = [data.Row(r.ids, 0 if task.num_labels else r.ids, r.cut, r.types) for r in rows]
             sibo.inject(m, method, lam).train()
             with FlopCounterMode(display=False) as counter:
-                train.train_step(m, rows, len(rows), pad)
+                loop.train_step(m, rows, len(rows), pad)
             width = max(len(r.ids) for r in rows)
             mixed = sum(isinstance(x, sibo.Boosted) and x.fixed > 0 for x in m.modules())
             flops[lam] = counter.get_total_flops(), 3 * len(rows) * width * m.config.hidden_size * mixed
-            step[lam] = partial(bench.seconds, partial(train.train_step, m, rows, len(rows), pad))
+            step[lam] = partial(bench.seconds, partial(loop.train_step, m, rows, len(rows), pad))
         lam = max(flops)
         step[0.0](), step[lam]()
         times = [(step[lam](), step[0.0]()) if i % 2 else (step[0.0](), step[lam]())[::-1] for i in range(30)]
@@ -270,23 +270,20 @@ FROZEN = {"norms": ("–", norms), "cost": ("Table 9", cost)}
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("study.py", description="The paper's analyses; all further options are train.py's.")
+    p = train.parser()
+    p.prog, p.description = "study.py", "The paper's analyses; what is not said here is train.py's."
     p.add_argument("study", choices=[*STUDIES, *FROZEN])
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: %(default)s)")
-    p.add_argument("options", nargs=argparse.REMAINDER, help="of train.py: --backbone, --task, --seeds, …")
+    p.set_defaults(method=None)
     return p
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.study in STUDIES:
-        line = trained(args.study, args.options, args.results)
-    else:
-        where, study = FROZEN[args.study]
-        said = train.parser().parse_args(args.options)
-        file = args.results / f"{args.study}-{train.name_of(said.backbone)}-{train.name_of(said.task)}"
-        line = f"| {where} | `python study.py {args.study} {' '.join(args.options)}` | {study(said, file)} |"
+    file = args.results / f"{args.study}-{train.name_of(args.backbone)}-{train.name_of(args.task)}"
+    where, says = FROZEN.get(args.study) or (STUDIES[args.study].where, partial(trained, STUDIES[args.study]))
+    said = says(args, file)
     if not parallel.rank():
-        print(line)
+        print(f"| {where} | `{train.command()}` | {said} |")
 
 
 if __name__ == "__main__":

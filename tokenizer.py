@@ -49,6 +49,20 @@ def from_pretrained(name_or_dir: str | Path) -> "Tokenizer":
         raise ValueError(f"{file}: {reason(e).removeprefix(f'{file}: ')}") from e  # read_gguf names it too
 
 
+def for_model(name_or_dir: str | Path, vocab_size: int, *roles: str) -> "Tokenizer":
+    """from_pretrained, checked against the model: ValueError where an id has no row among its `vocab_size` embeddings,
+    or a special token is missing that its work needs (`roles`: eos to end an answer, pad to fill a batch)."""
+    t = from_pretrained(name_or_dir)
+    if t.vocab_size > vocab_size:
+        raise ValueError(f"{name_or_dir}: found a tokenizer of {t.vocab_size} ids, and {vocab_size} embeddings, which "
+                         "must be as many or more; bring the tokenizer that belongs to these weights")
+    for role in roles:
+        if getattr(t, f"{role}_id") is None:
+            raise ValueError(f"{name_or_dir}: found a tokenizer without {role} token, expected one; name it in "
+                             "special_tokens_map.json or tokenizer_config.json")
+    return t
+
+
 class Tokenizer:
     """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
     vocab_size is 1 + the largest id. added: as in tokenizer.json."""

@@ -1,9 +1,8 @@
-"""Fine-tunes a backbone with adapters or LoRA, plain or SIBO: options, recipes, the loop, and what a run leaves behind.
+"""Fine-tunes a backbone with adapters or LoRA, plain or SIBO: options, recipes, runs, and what they leave behind.
 
 `python train.py` is the whole main job. Recipes: the paper's Section 4.2 and the official scripts (LLM-Adapters); what
-they do not publish is chosen here and marked. Departures from the official code: the loss is normalised by the labelled
-tokens of the whole effective batch, so that micro-batches change nothing; the frozen model is scored too; the plain
-method is the same code with λ = 0; examples that the cutoff shortens are counted and reported."""
+they do not publish is chosen here and marked. Departures from the official code: the frozen model is scored too; the
+plain method is the same code with λ = 0; examples that the cutoff shortens are counted and reported."""
 
 from __future__ import annotations
 
@@ -13,19 +12,21 @@ import math
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -33,9 +34,11 @@ import compare
 import data
 import estimate
 import eval as evaluation
+import loop
 import model
 import parallel
 import quantized
+import resume
 import scoring
 import sibo
 import tokenizer
@@ -125,103 +128,6 @@ class Run(Recipe):
         return replace(self, method=self.method.removesuffix("-sibo"), **compare.PLAIN, out=f"{self.out}-plain")
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(run: Run, step: int) -> float:
-    """Linear warm-up from 0, then linear decay to 0 at the end; `step` counts from 0."""
-    warmup = run.warmup if run.warmup >= 1 else math.ceil(run.warmup * run.steps)
-    return run.lr * min((step + 1) / max(warmup, 1), (run.steps - step) / max(run.steps - warmup, 1), 1.0)
-
-
-def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pad_id: int) -> float:
-    """Adds the gradient of one effective batch's mean loss to the parameters, and returns that loss.
-
-    The mean is over the labelled tokens (BERT: the examples) of the whole batch, so each micro-batch weighs what it
-    holds of them, on whichever process: each takes its part of `rows`, in as many micro-batches as all others, for
-    they meet in each. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
-    counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
-    total, loss, device = sum(counts), 0.0, next(m.parameters()).device
-    if not total:
-        raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
-                         "which their prompts fill")
-    rank, world = parallel.rank(), parallel.world()
-    spare = rows[counts.index(max(counts))]  # where there is nothing to learn from, this row, times 0
-    micro_batches = math.ceil(len(rows) / (world * micro_batch_size))
-    for i in range(micro_batches):
-        part = slice(rank + i * micro_batch_size * world, (i + 1) * micro_batch_size * world, world)
-        share = sum(counts[part]) / total
-        b = {k: v.to(device) for k, v in data.batch(rows[part] if share else [spare], pad_id).items()}
-        if "token_type_ids" not in b:
-            del b["attention_mask"]
-        with parallel.accumulating(m, last=i == micro_batches - 1):
-            part_loss = model.loss(m, **b) * share
-            (part_loss * world).backward()  # the processes' mean is to be the sum of their parts
-        loss += part_loss.detach()
-    return float(parallel.total(loss))
-
-
-def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled, in place: they differ in their tensors only, so one's code serves all. The first
-    stays as it is: its input often needs no gradient, which would take another minute to compile."""
-    for block in m.blocks[1:]:
-        block.compile(dynamic=True)
-    return m
-
-
-def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run, log: Path,
-        validate: Callable[[nn.Module], float] | None = None) -> dict[str, float]:
-    """Trains for run.steps steps of AdamW on shuffled rows, writing a line a step to `log`; seconds and tokens/s.
-
-    `validate`, called every run.validate_every steps and at the end, says how good the model is: it is left as it was
-    when that was highest (the official code: by validation loss, among its evaluations)."""
-    m.grad_checkpoint = run.grad_checkpoint
-    if run.compile:
-        torch.compiler.set_stance("default")
-        compiled(m)
-    m.train()
-    engine = parallel.wrap(m, run.device, run.shard)
-    trained = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, run.lr, weight_decay=0.0, fused=True)
-    rank = parallel.rank()
-    if rank:
-        torch.manual_seed(run.seed + rank)  # the weights are drawn alike, dropout is not
-    began, tokens, best, kept = time.perf_counter(), 0, None, []
-    batches = islice(data.batches([len(r.ids) for r in rows], run.batch_size, run.seed), run.steps)
-    bar = tqdm(batches, run.method, run.steps, unit="step", disable=rank > 0)
-    with open(os.devnull if rank else log, "w") as f:
-        for step, some in enumerate(bar):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run, step)
-            loss = train_step(engine, [rows[i] for i in some], run.micro_batch_size, pad_id)
-            if not math.isfinite(loss):
-                raise ValueError(f"step {step + 1}: found a loss of {loss}; lower --lr (now {run.lr}) or use "
-                                 "--dtype float32")
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens += sum(len(rows[i].ids) for i in some)
-            speed = tokens / (time.perf_counter() - began)
-            line = {"step": step + 1, "loss": loss, "lr": learning_rate(run, step),
-                    "tokens_per_second": round(speed, 1)}
-            if validate and ((step + 1) % run.validate_every == 0 or step + 1 == run.steps):
-                line["validation"] = found = validate(m.eval())
-                m.train()
-                if best is None or found > best["validation"]:
-                    best, kept = {"step": step + 1, "validation": found}, [p.detach().clone() for p in trained]
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate(run, step):.1e}, {speed:.0f} tokens/s")
-    m.eval()
-    with torch.no_grad():
-        for p, value in zip(trained if best else (), kept, strict=True):
-            p.copy_(value)
-    if run.compile:
-        torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
-    seconds = time.perf_counter() - began
-    return {"train_seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1), "best": best}
-
-
 # -------------------------------------------------------------------------------------------------------------- one run
 
 
@@ -278,10 +184,24 @@ def load(run: Run, task: data.Task) -> nn.Module:
                                  task.num_labels or None, run.base_bits)
 
 
-def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Frozen]:
+def command() -> str:
+    """The command line of this process."""
+    return cli.without_secrets(shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def git_state() -> str | None:
+    """The commit of this code, and whether it was edited since; None where it is no git checkout."""
+    said = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
+                          text=True)
+    return said.stdout.strip() or None
+
+
+def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every | None = None,
+            go_on: bool = False) -> tuple[dict, Frozen]:
     """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
     out, task = Path(run.out), d.task
-    t = tokenizer.from_pretrained(run.backbone)
+    m = load(run, task)
+    t = tokenizer.for_model(run.backbone, m.config.vocab_size, "pad" if task.num_labels else "eos")
     pad = t.eos_id if t.pad_id is None else t.pad_id
     encode = data.encode_sentence if task.num_labels else partial(
         data.encode, train_on_inputs=run.train_on_inputs, protocol=run.protocol)
@@ -289,7 +209,13 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
     cut = sum(r.cut for r in rows)
     if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    m = load(run, task)
+    mute = sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in rows)
+    if mute == len(rows):
+        raise ValueError(f"--cutoff {run.cutoff}: found no labelled token in any of the {mute} training examples: "
+                         "their prompts fill it; raise it")
+    if mute and not parallel.rank():
+        print(f"{mute} of {len(rows)} training examples have no labelled token left: they teach nothing (--cutoff)",
+              file=sys.stderr)
     texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
     if before is None:
         if run.shard:
@@ -303,7 +229,10 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
     m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
     if not parallel.rank():
         checkpoint.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
-    speed = fit(m, rows, pad, run, out / "metrics.jsonl", valid and partial(validation, t=t, d=d, rows=valid, run=run))
+    trace = {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+             "git": git_state(), "sha256": {"train": data.digest(rows), "validation": data.digest(valid)}
+             | {of.name: data.digest(test) for of, test in d.tests}}
+    came = loop.fit(m, rows, pad, run, valid and partial(validation, t=t, d=d, rows=valid, run=run), every, go_on)
     sibo.save(m, out)
     after = measure(m, t, d.tests, run)
     curve = evaluation.layer_similarities(m, texts, pad)
@@ -313,18 +242,19 @@ def execute(run: Run, d: Data, before: Frozen | None = None) -> tuple[dict, Froz
         "task": run.task, "scored_on": run.score_on, "metric": after.metric, "score": after.score, "n": after.n,
         "interval": after.interval, "parts": after.parts, "more": after.more, "empty": after.empty,
         "answers_given": after.said, "baseline_score": before.score.score, "baseline_n": before.score.n,
-        "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **speed,
+        "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **came,
         "peak_memory_bytes": estimate.peak_memory(run.device), "similarity": evaluation.last_five(curve),
         "baseline_similarity": evaluation.last_five(before.curve), "examples_cut_off": cut,
+        "examples_without_label": mute,
         "test_examples_cut_off": after.cut, "seed": run.seed,
         "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "command": command(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()), **trace,
     }
     if not parallel.rank():
         checkpoint.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in after.records))
         checkpoint.write(out / "result.json", json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
     return result, before
 
 
@@ -338,7 +268,7 @@ def draw(runs: Sequence[Run], results: Sequence[dict]) -> None:
     title = f"{runs[0].backbone} on {name_of(runs[0].task)}"
     fig, ax = evaluation.figure()
     for run in runs:
-        loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))])
+        loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))], float)
         mean = [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
         line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)")
         ax.plot(range(1, len(loss) + 1), loss, color=line.get_color(), alpha=0.3, lw=0.8)
@@ -475,6 +405,10 @@ def parser() -> cli.Parser:
                    "(default: as --dtype says; 8 and 4 need bitsandbytes)")
     g = p.add_argument_group("what comes of it")
     g.add_argument("--limit", type=int, metavar="N", help="score the first N test examples (default: all)")
+    g.add_argument("--save-every", type=resume.Every.read, default=resume.Every(), metavar="N|Nm", help="save the "
+                   "state of the training each N steps or minutes; the last two and the best by validation are kept "
+                   "until the run is finished (default: 10m)")
+    g.add_argument("--resume", action="store_true", help="go on from the newest saved state, where there is one")
     g.add_argument("--out", metavar="DIR", help="run folder (default: runs/BACKBONE-METHOD-TASK)")
     return p
 
@@ -573,15 +507,19 @@ def grid(args: argparse.Namespace) -> list[argparse.Namespace]:
     return found
 
 
-def claim(run: Run) -> dict | None:
-    """The result of a run that is done, else None. A folder of another run is never written into."""
+def claim(run: Run, go_on: bool = False) -> dict | None:
+    """The result of a run that is done, else None. A folder of another run is never written into, and one with a saved
+    state only to go on."""
     out = Path(run.out)
-    if (out / "config.json").is_file() and \
-            checkpoint.read_json(out / "config.json") != json.loads(json.dumps(asdict(run))):
-        raise ValueError(f"{out}: holds a run of other settings; name a new folder with --out, or delete this one")
+    if (out / "config.json").is_file():
+        found, ours = checkpoint.read_json(out / "config.json"), json.loads(json.dumps(asdict(run)))
+        if other := [k for k in sorted(ours | found) if ours.get(k) != found.get(k) and k not in ("out", "data_dir")]:
+            raise ValueError(f"{out}: holds a run of other settings ({other[0]}: found {found.get(other[0])}, expected "
+                             f"{ours.get(other[0])}); name a new folder with --out, or delete this one")
     if (out / "result.json").is_file():
         return checkpoint.read_json(out / "result.json")
-    out.mkdir(parents=True, exist_ok=True)
+    if resume.states(out) and not go_on:
+        raise ValueError(f"{out}: holds the state of a run that was stopped; go on with --resume, or delete the folder")
     return None
 
 
@@ -599,10 +537,12 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
         raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
                          "and beams")
     made, dry = task.kind == "word-problems", args.dry_run
-    train = [] if dry or made else [row for t in tasks for row in data.load(t, "train", folder)]
+    there = all((folder / file).is_file() for t in tasks for file in t.train)
+    train = [] if made or dry and not there else [row for t in tasks for row in data.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [(t, data.load(t, "test", folder, args.limit))
                                                              for t in tests]
-    said = checkpoint.config(parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=dry)))
+    said = dry and checkpoint.SHAPES.get(args.backbone) or checkpoint.config(
+        parallel.in_turn(lambda: checkpoint.locate(args.backbone, config_only=dry)))
     family = model.read_config(said, args.backbone) and said["model_type"]
     if (family == "bert") != bool(task.num_labels):
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
@@ -610,7 +550,8 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     runs = [folder_of(resolve(one, said, task, len(train)), args, several) for one in options]
     if dry:
         for run in runs:
-            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe))
+            unknown = "epochs" if made or args.steps else "" if train else "steps"
+            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe) if f.name != unknown)
             print(f"{estimate.dry_run(run, said, task)}\nrecipe: {told}")
         return
     for run in runs:  # whatever does not fit the model is said before weights are read
@@ -622,7 +563,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
                   f"score says little; see python data.py overlap --train {task.name}", file=sys.stderr)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
-    claimed = parallel.in_turn(lambda: [claim(run) for run in runs], ranks=1)
+    claimed = parallel.in_turn(lambda: [claim(run, args.resume) for run in runs], ranks=1)
     done = [result for _, result in sorted(parallel.union(dict(enumerate(claimed or ()))).items())]
     if not parallel.rank() and any(done):
         print(f"{sum(map(bool, done))} of {len(runs)} runs are finished already: read, not run again", file=sys.stderr)
@@ -633,9 +574,10 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
         rows = data.load(task, "train", folder, run.steps * run.batch_size, run.seed) if made else train
         rows, valid = data.hold_out(rows, run.validate) if run.validate else (rows, [])
         d = Data(task, rows, valid, tests or [(task, valid)])
-        done[i], frozen = execute(run, d, frozen)
-        if not parallel.rank():
-            draw([run], [done[i]])
+        with parallel.in_turn(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
+            done[i], frozen = execute(run, d, frozen, args.save_every, args.resume)
+            if not parallel.rank():
+                draw([run], [done[i]])
     if parallel.rank():
         return
     if args.compare:

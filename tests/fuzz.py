@@ -320,11 +320,16 @@ def read_gguf(folder: Path) -> None:
     read_tokenizer(folder)
 
 
+def blank() -> torch.nn.Module:
+    """A LLaMA of zeros."""
+    m = model.build(LLAMA | {"rope_scaling": None}).to_empty(device="cpu")
+    for p in m.parameters():
+        torch.nn.init.zeros_(p)
+    return m
+
+
 def read_adapter(folder: Path) -> None:
-    m = model.build(LLAMA | {"rope_scaling": None})
-    m.to_empty(device="cpu")
-    sibo.load(m, folder)
-    m(torch.tensor([[1, 2, 3]]))
+    sibo.load(blank(), folder)(torch.tensor([[1, 2, 3]]))
 
 
 def read_data(folder: Path) -> None:
@@ -512,10 +517,7 @@ def gguf_cases() -> list[Case]:
 def adapter_cases() -> list[Case]:
     cases = []
     for method, more in (("lora", {"learn_lam": True}), ("adapter", {})):
-        m = model.build(LLAMA | {"rope_scaling": None}).to_empty(device="cpu")
-        for p in m.parameters():
-            torch.nn.init.zeros_(p)
-        sibo.inject(m, method, 0.2, rank=2, bottleneck=2, **more)
+        m = sibo.inject(blank(), method, 0.2, rank=2, bottleneck=2, **more)
         with tempfile.TemporaryDirectory() as folder:
             sibo.save(m, folder)
             whole = Path(folder, "adapter.safetensors").read_bytes()
@@ -524,7 +526,7 @@ def adapter_cases() -> list[Case]:
 
         def spoilt(draw: Random, said=said, stored=stored, whole=whole) -> bytes:
             if draw.randrange(3):
-                return save(stored, {"sibo": written(json_of(draw, said, 2)).decode()})
+                return save(stored, {"sibo": written(json_of(draw, said, 4)).decode()})
             return safetensors_file(draw, whole)
 
         cases.append(Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt}))

@@ -12,6 +12,7 @@ import cli
 import data
 import estimate
 import eval as evaluation
+import loop
 import model
 import quantized
 import sibo
@@ -196,10 +197,10 @@ def test_the_estimate_counts_quantised_weights_and_no_restored_one_stays(bits, n
 
 
 def test_training_a_quantised_backbone_lowers_the_loss(tiny_llama, tmp_path):
-    run = train.Run(backbone=str(tiny_llama), method="lora-sibo", steps=12, warmup=2, lr=1e-2, batch_size=8,
-                    micro_batch_size=2, lam=0.2, rank=4, dropout=0.0)
+    run = train.Run(out=str(tmp_path), backbone=str(tiny_llama), method="lora-sibo", steps=12, warmup=2, lr=1e-2,
+                    batch_size=8, micro_batch_size=2, lam=0.2, rank=4, dropout=0.0)
     m = sibo.inject(quantised(tiny_llama, 4), **run.settings())
     rows = [data.Row(list(range(i, i + 9)), [-100] * 4 + list(range(i + 4, i + 9))) for i in range(8)]
-    train.fit(m, rows, 0, run, tmp_path / "log")
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log").read_text().splitlines()]
+    loop.fit(m, rows, 0, run)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]

@@ -99,3 +99,16 @@ def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
 def test_no_finished_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         compare.read([tmp_path])
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"instruction": "a", "output": "b"}',
+                                  '{"config": {}, "result": {}, "right": {}}'])
+def test_a_line_that_is_no_saved_run_is_named(tmp_path, line):
+    (tmp_path / "runs.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="runs.jsonl, line 1: found .* expected a run that eval.py --table --save"):
+        compare.read([tmp_path / "runs.jsonl"])
+
+
+def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        compare.read([tmp_path / "nowhere"])

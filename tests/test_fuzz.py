@@ -216,7 +216,9 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     ({"rank": 2.5}, "rank: found 2.5"), ({"rank": True}, "rank: found True"), ({"lam": "0.2"}, "lam: found '0.2'"),
     ({"alpha": 10**400}, "alpha: found 1000"), ({"targets": [1]}, "targets: found [1]"),
     ({"targets": {"q_proj": 1}}, "targets: found {"), ({"learn_lam": 1}, "learn_lam: found 1"),
-    ({"method": ["lora"]}, "method: found"), ({"h0": 5}, "h0: found 5")], ids=str)
+    ({"method": ["lora"]}, "method: found"), ({"h0": 5}, "h0: found 5"), ({"backbone": [1]}, "described as [1]"),
+    ({"backbone": {"config": {}, "values": {"norm.weight": ["a"]}}}, "the values of norm.weight are others"),
+    ({"backbone": {"config": {}, "values": {"norm.weight": [10**400] * 8}}}, "the values of norm.weight")], ids=str)
 def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp_path, changes, named):
     folder = fuzz.lay(tmp_path, "adapter")
     stored, metadata = checkpoint.read_tensors(folder / "adapter.safetensors")
@@ -234,12 +236,9 @@ def test_an_adapter_whose_settings_are_none_is_refused(tmp_path, said):
 
 
 def test_an_adapter_on_a_module_within_an_adapted_one_still_loads(tmp_path):
-    def blank() -> torch.nn.Module:
-        return model.build(fuzz.LLAMA).to_empty(device="cpu")
-
     how = {"method": "adapter", "lam": 0.0, "targets": ["mlp", "down_proj"], "bottleneck": 2}
-    sibo.save(sibo.inject(blank(), **how), tmp_path)
-    assert sibo.load(blank(), tmp_path).sibo.targets == ("mlp", "down_proj")
+    sibo.save(sibo.inject(fuzz.blank(), **how), tmp_path)
+    assert sibo.load(fuzz.blank(), tmp_path).sibo.targets == ("mlp", "down_proj")
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers, data

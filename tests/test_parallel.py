@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import cli
 import data
+import loop
 import model
 import parallel
 import scoring
@@ -79,14 +80,14 @@ def rows(said):
 
 def fit(name, shard, folder):
     said, method, learned, micro = CASES[name]
-    run = train.Run(method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned, steps=3, batch_size=7,
-                    micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0, shard=shard,
-                    grad_checkpoint=shard)
+    run = train.Run(out=str(folder), method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned,
+                    steps=3, batch_size=7, micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0,
+                    shard=shard, grad_checkpoint=shard)
     torch.manual_seed(run.seed)
     m = random_model(said)
     m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings()).double()  # λ too
     folder.mkdir(exist_ok=True)
-    train.fit(m, rows(said), 0, run, folder / "metrics.jsonl")
+    loop.fit(m, rows(said), 0, run)
     sibo.save(m, folder)
     return m
 
@@ -109,7 +110,28 @@ def work(rank, world, folder):
             m = fit(name, shard, folder / f"{name}-{SHARDED[shard]}-{world}")
             found = {"scores": scores(m, CASES[name][0]), "seed": torch.initial_seed()}
             (folder / f"{name}-{SHARDED[shard]}-{world}" / f"rank{rank}.json").write_text(json.dumps(found))
+    for shard in SHARDED:
+        stop_and_go_on(folder / f"stopped-{SHARDED[shard]}-{world}", shard)
     dist.destroy_process_group()
+
+
+def stop_and_go_on(folder, shard):
+    """A run of four steps with dropout; the same, stopped by a signal to the last process alone, and gone on with."""
+    def validate(m):
+        if parallel.rank() == parallel.world() - 1 and len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(1)
+        return 0.0
+
+    for name, go_on in (("whole", False), ("parts", False), ("parts", True)):
+        run = train.Run(method="lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,
+                        dropout=0.1, validate_every=1, shard=shard, out=str(folder / name))
+        torch.manual_seed(0)
+        m = sibo.inject(random_model(LLAMA), **run.settings()).double()
+        seen = [1, 1] if go_on or name == "whole" else []  # after two it is never stopped
+        with contextlib.suppress(KeyboardInterrupt):
+            loop.fit(m, rows(LLAMA), 0, run, validate, go_on=go_on)
+            sibo.save(m, folder / name)
 
 
 def start(work, *args, processes, join=True):
@@ -162,6 +184,14 @@ def test_each_process_scores_its_share_and_all_know_the_whole_in_order(folder, n
     for rank in range(world):
         many = json.loads((folder / f"{name}-{how}-{world}" / f"rank{rank}.json").read_text())
         assert many["scores"] == (pytest.approx(one) if isinstance(one, dict) else one)
+
+
+@everywhere
+@whole_or_sharded
+def test_processes_stopped_by_a_signal_to_one_of_them_go_on_bit_for_bit(folder, how, world):
+    whole, parts = (folder / f"stopped-{how}-{world}" / name for name in ("whole", "parts"))
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 4
+    assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
 
 
 @everywhere

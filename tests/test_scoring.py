@@ -193,8 +193,8 @@ def test_the_shares_of_the_answers_and_of_no_answer_make_one_and_the_six_commone
     assert max(rest, default=0) <= min((answers.count(a) for a in named), default=0)
 
 
-def test_of_a_long_answer_the_end_is_shown():
-    assert scoring.shares(["x " * 100 + "\nThe answer is 7.", "7"]) == {"The answer is 7.": 0.5, "7": 0.5}
+def test_of_a_long_answer_the_end_is_shown_without_its_full_stop():
+    assert scoring.shares(["x " * 100 + "\nThe answer is 7.", "7"]) == {"The answer is 7": 0.5, "7": 0.5}
 
 
 def scored(monkeypatch, task, responses, golds, **of_example):
@@ -268,7 +268,7 @@ def run(main, parser, monkeypatch, *args):
 def test_a_run_in_the_papers_protocol_is_trained_saved_and_scored_in_it(monkeypatch, tmp_path, tiny_llama):
     asked, protocols, prompt = [], set(), data.prompt
 
-    def answers(m, t, prompts, most, batch_size, num_beams):
+    def answers(m, t, prompts, most, batch_size, num_beams, name):
         asked.append((prompts[0], num_beams))
         return ["7"] * len(prompts)
 

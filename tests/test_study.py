@@ -71,3 +71,10 @@ def test_the_mixing_costs_three_operations_an_element_and_no_product(monkeypatch
     for r in rows:
         assert int(r["flops_sibo"]) - int(r["flops_plain"]) == 3 * elements * 2  # two blocks, one module each
         assert float(r["low"]) <= float(r["time_ratio"]) <= float(r["high"])
+
+
+def test_an_option_of_the_users_wins_over_the_studys_own(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    said, rows = command(monkeypatch, capsys, tmp_path, "lambda", "--backbone", tiny_llama, "--task", mine, "--steps",
+                         1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs", "--method",
+                         "lora,lora-sibo", "--lam", 0.4)
+    assert [(r["method"], float(r["lam"])) for r in rows] == [("lora", 0.0), ("lora-sibo", 0.4)] and "--lam 0.4" in said
