@@ -201,13 +201,14 @@ def save(m: nn.Module, folder: str | Path) -> None:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
 
-def _check_sizes(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) -> None:
-    """Before memory is taken: a few bytes of settings can ask for any rank."""
+def _misfit(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that is not as `inject` would make it; before it does, as a few bytes can ask for any rank."""
     found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
     for name, width in place(m, s).widths.items():
         expected = (s.rank if s.method == "lora" else s.bottleneck, width)
         if (shape := found.get(f"{name}.down".replace(".base.", "."), "none")) != expected:
-            raise ValueError(f"tensor '{name}.down': found {shape}, expected {expected}")
+            return f"tensor '{name}.down': found {shape}, expected {expected}"
+    return None
 
 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
@@ -226,11 +227,13 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
         m.requires_grad_(True)
     elif not hasattr(m, "sibo"):
         try:
-            _check_sizes(m, Settings(**settings), stored)
-            inject(m, **settings)
+            if not (misfit := _misfit(m, Settings(**settings), stored)):
+                inject(m, **settings)
         except ValueError as e:
             said = checkpoint.shown(settings)
             raise ValueError(f"{path}: found settings {said}, unfit for {type(m).__name__}: {e}") from e
+        if misfit:
+            raise ValueError(f"{path}: {misfit}")
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
         key = next(k for k, v in ours.items() if settings.get(k) != v)
         said = checkpoint.shown(settings.get(key))
