@@ -200,7 +200,8 @@ def _unzip(archive: Path, data_dir: Path, files: list[str]) -> None:
                 with z.open(info) as member:
                     _write(member, data_dir, file)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as e:
-        raise ValueError(f"not a whole zip archive of {' and '.join(files)}: {e.args[0]}") from None
+        why = checkpoint.reason(e) or "it ends too early"
+        raise ValueError(f"not a whole zip archive of {' and '.join(files)}: {why}") from None
 
 
 def _split_mrpc(source: Path, data_dir: Path, files: list[str]) -> None:

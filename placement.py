@@ -37,8 +37,8 @@ class Settings:
             value, (kind, *others) = getattr(self, f.name), f.type.split(" | ")
             types = {"str": str, "float": (int, float), "int": int, "bool": bool}[kind]
             fits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
-            several = others and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-            if not fits and not several and not (others and value is None):
+            names = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+            if not (fits or value is None and "None" in others or names and "tuple[str, ...]" in others):
                 raise ValueError(f"{f.name}: found {shown(value)}, expected {f.type}")
         for name, ok, expected in (
             ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),

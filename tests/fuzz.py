@@ -653,20 +653,29 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def too_long(*_) -> None:
+    raise TimeoutError(f"over {2 * MOST_SECONDS:.0f} s")
+
+
 def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> str:
     """Reads `folder`: "" where it is accepted, else what is said; AssertionError if that is not as it ought to be."""
     start, said = time.process_time(), ""
+    signal.signal(signal.SIGVTALRM, too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * MOST_SECONDS)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the counts of examples that are not the published ones
             read(folder)
     except (ValueError, OSError) as e:
         said = str(e)
+        assert not isinstance(e, TimeoutError), said
         one_line = str(folder) in said and "\n" not in said and len(said) < 1500
         assert one_line, f"not one line naming the file: {type(e).__name__} {said[:500]!r}"
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
         raise AssertionError(f"{type(e).__name__}: {e!s:.300}") from e
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     took, more = time.process_time() - start, peak() - before
     seen.inputs, seen.accepted = seen.inputs + 1, seen.accepted + (not said)
     seen.slowest, seen.memory = max(seen.slowest, took), max(seen.memory, more)
@@ -700,11 +709,7 @@ def fuzzer(name: str, folder: Path) -> tuple[Callable[[Random], None], Seen]:
         i, file, spoilt = draw.choice(ways)
         place, valid = places[i], cases[i].files.get(file)
         (place / file).write_bytes(spoilt(draw))
-        signal.setitimer(signal.ITIMER_VIRTUAL, 10)  # the end of a process that hangs where Python cannot end it
-        try:
-            one(read, place, seen, before)
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        one(read, place, seen, before)
         if valid is None:  # else: left, where it failed
             (place / file).unlink()
         elif len(cases[i].spoilt) > 1:
@@ -721,6 +726,7 @@ def run(name: str, inputs: int, folder: Path) -> None:
     check, seen = fuzzer(name, folder)
     try:
         for n in range(inputs):
+            signal.setitimer(signal.ITIMER_PROF, 10)  # the end of a process that hangs where no Python runs
             check(Random(n))
     except AssertionError as e:
         print(f"{name:16} input {n}: {e}", flush=True)

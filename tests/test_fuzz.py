@@ -35,7 +35,7 @@ def refused(name: str, folder: Path, *named: str) -> None:
 @pytest.mark.parametrize("name", fuzz.FORMATS)
 def test_150_mutations_of_each_format_are_accepted_or_end_in_one_line(tmp_path, name):
     check, seen = fuzz.fuzzer(name, tmp_path)
-    how = settings(max_examples=150, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    how = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     how(given(st.randoms(use_true_random=False))(check))()
     assert seen.inputs >= 100 and 0 < seen.accepted < seen.inputs
 
@@ -204,6 +204,17 @@ def test_nothing_is_taken_out_of_an_archive_with_a_member_that_leads_elsewhere(t
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [wheel.file]
 
 
+@pytest.mark.parametrize("size, named", [(1 << 16, "it ends too early"), (1 << 30, "it ends too early"),
+                                         ((1 << 30) + 1, "1073741825 bytes, expected 1073741824")])
+def test_a_member_that_claims_more_than_the_archive_holds_is_refused(tmp_path, size, named):
+    (tmp_path / "glue").mkdir()
+    archive = with_member("SST-2/dev.tsv")
+    at = archive.index(b"PK\1\2") + 20  # the sizes of the first member, in the list at the end
+    (tmp_path / "glue/SST-2.zip").write_bytes(archive[:at] + 2 * size.to_bytes(4, "little") + archive[at + 8:])
+    refused("zip", tmp_path, "SST-2.zip", named)
+    assert not (tmp_path / "glue/SST-2/train.tsv").exists()
+
+
 def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "RTE.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("RTE/train.tsv", bytes(900_000))
@@ -220,7 +231,8 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     ({"rank": 2.5}, "rank: found 2.5"), ({"rank": True}, "rank: found True"), ({"lam": "0.2"}, "lam: found '0.2'"),
     ({"alpha": 10**400}, "alpha: found 1000"), ({"targets": [1]}, "targets: found [1]"),
     ({"targets": {"q_proj": 1}}, "targets: found {"), ({"learn_lam": 1}, "learn_lam: found 1"),
-    ({"method": ["lora"]}, "method: found"), ({"h0": 5}, "h0: found 5"), ({"backbone": [1]}, "described as [1]"),
+    ({"method": ["lora"]}, "method: found"), ({"h0": ["embed"]}, "h0: found ['embed']"),
+    ({"backbone": [1]}, "described as [1]"),
     ({"backbone": {"config": {}, "values": {"norm.weight": ["a"]}}}, "the values of norm.weight are others"),
     ({"backbone": {"config": {}, "values": {"norm.weight": [10**400] * 8}}}, "the values of norm.weight")], ids=str)
 def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp_path, changes, named):
@@ -267,7 +279,7 @@ LONG = 200_000
     ("raw/gsm8k/train.jsonl", json.dumps({"question": "q", "answer": "a\n#### " + "1" * LONG + "x"})),
     ("llm_adapters/mawps/trainset.json", json.dumps([{"original_text": "q", "ans": 1, "equation": " " * LONG + "a"}])),
     ("llm_adapters/AddSub/test.json", json.dumps([{"instruction": "q", "output": "", "answer": "1" * LONG + "x"}])),
-    ("own.json", json.dumps([{"instruction": "q", "output": "." * LONG + "x"}] * 2)),
+    ("own.json", json.dumps([{"instruction": str(i), "output": "." * LONG + "x"} for i in range(2)])),
     ("own.json", json.dumps([{"instruction": str(i), "output": "1" * LONG + "x"} for i in range(2)])),
     ("glue/STS-B/dev.tsv", "score\tsentence1\tsentence2\n" + "1" * LONG + "x\ta\tb"),
     ("llm_adapters/openbookqa/test.json", json.dumps([
