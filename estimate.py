@@ -36,6 +36,45 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def explain(m: nn.Module) -> str:
+    """An injected model as a tree, a line a module: where h0 comes from and where it goes. Blocks that are alike stand
+    there once."""
+    lines = [f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
+
+    def told(name: str, x: nn.Module) -> str:
+        base = x.base if isinstance(x, sibo.Boosted) else x
+        shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
+        if name == m.sibo.h0 and m.sibo.lam:
+            return f"{shape:14} ══► h0"
+        if not isinstance(x, sibo.Boosted):
+            return shape
+        mixed = "h̃" if x.fixed else "h"
+        if isinstance(x, sibo.LoRA):
+            seen = mixed if x.s.frozen_too else "h"
+            formula = f"{seen}W + s·{mixed}AB, rank {x.s.rank}, Eq. ({5 if x.fixed else 2})"
+        else:
+            skip = "sub-layer" if x.s.side == "parallel" else mixed if x.s.skip == "mixed" else "h"
+            where = {"out": "output", "in": "input", "parallel": "beside it"}[x.s.side]
+            formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {x.s.bottleneck}, Eq. ({4 if x.fixed else 1})"
+        lam = f"   ◄══ h0, λ = {x.fixed}{', learned' if x.logit is not None else ''}" if x.fixed else ""
+        return f"{shape:14} {formula}{lam}"
+
+    def walk(x: nn.Module, path: str, indent: str) -> None:
+        inside = x.base if isinstance(x, sibo.Boosted) else x
+        shown = [(n, c) for n, c in inside.named_children() if not isinstance(c, (nn.Identity, nn.Dropout))]
+        for i, (name, child) in enumerate(shown):
+            last, full = i == len(shown) - 1, f"{path}{name}"
+            if isinstance(child, nn.ModuleList):
+                lines.append(f"{indent}{'└' if last else '├'}─ {name}.0 … {len(child) - 1}")
+                full, child = f"{full}.0", child[0]
+            else:
+                lines.append(f"{indent + ('└' if last else '├') + '─ ' + name:26} {told(full, child)}".rstrip())
+            walk(child, f"{full}.", indent + ("   " if last else "│  "))
+
+    walk(m, "", "")
+    return "\n".join(lines)
+
+
 def dry_run(run: Run, said: dict, task: data.Task) -> str:
     """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
     m = model.build(said, run.backbone, task.num_labels or None)

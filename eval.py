@@ -17,6 +17,7 @@ import checkpoint
 import cli
 import compare
 import data
+import export
 import model
 import scoring
 import sibo
@@ -111,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--save", type=Path, metavar="FILE.jsonl", help="of --table: the runs as lines of JSON, which "
                       "--table reads too")
     what.add_argument("--markdown", action="store_true", help="of --table: as Markdown")
+    what.add_argument("--peft", type=Path, metavar="DIR", help="with --backbone: a LoRA that peft saved, put onto it")
     what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first")
     on = p.add_argument_group("on what")
     on.add_argument("--task", help="short name or a .json/.jsonl file (default: the run's; else word-problems)")
@@ -118,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
     on.add_argument("--limit", type=int, help="score the first N examples (default: the run's; else all)")
     on.add_argument("--ask", metavar="QUESTION", help="answer one question instead")
     on.add_argument("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
+    on.add_argument("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write the run as peft's adapter (a "
+                    "plain LoRA), or folded as a Hugging Face checkpoint")
     how = p.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=64, help="examples at a time (default: 64)")
     how.add_argument("--protocol", choices=list(data.PROMPTS), help="prompt and beams (default: the run's; else "
@@ -155,8 +159,13 @@ def main(args: argparse.Namespace) -> None:
     task = tests[0]
     folder = data.data_dir(args.data_dir or run.get("data_dir"))
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
-    examples = [[] if args.ask else data.load(of, "test", folder, limit) for of in tests]
+    examples = [[] if args.ask or args.export else data.load(of, "test", folder, limit) for of in tests]
     head = trained[0].num_labels if run else 0
+    if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
+        raise ValueError(f"--export {args.export[0]}: expected peft or hf, with a run, without --merge, on a backbone "
+                         "of 16 bits or more")
+    if args.peft and args.run:
+        raise ValueError(f"--peft {args.peft}: found with a run, expected with --backbone")
     if args.ask and head:
         raise ValueError(f"--ask: found {args.run}, a BERT that knows the classes of {run['task']}, expected an LLM's "
                          "run")
@@ -175,9 +184,18 @@ def main(args: argparse.Namespace) -> None:
         curves = {backbone: layer_similarities(m, rows, t.pad_id or 0)}
     if run:
         sibo.load(m, args.run)
+    if args.peft:
+        export.from_peft(m, args.peft)
     if args.merge:
         sibo.merge(m)
-    if args.ask:
+    if args.export:
+        kind, out = args.export[0], Path(args.export[1])
+        if kind == "peft":
+            export.to_peft(m, out, backbone)
+        else:
+            export.to_hugging_face(m, out, checkpoint.locate(backbone))
+        print(f"{out}/")
+    elif args.ask:
         beams = args.num_beams or scoring.BEAMS[protocol]
         print(scoring.answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, beams)[0])
     elif args.similarity:

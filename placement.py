@@ -27,7 +27,7 @@ class Settings:
     alpha: float = 64.0  # s = alpha / rank
     dropout: float = 0.0  # on the input of the low-rank path
     bottleneck: int = 256
-    side: str = "out"  # an adapter on the module's output, or "in": on its input
+    side: str = "out"  # an adapter on the module's output; "in": on its input; "parallel": beside it (He et al. 2022)
     skip: str = "mixed"  # h̃ + …, Eq. (4), or "plain": h + …
     learn_lam: bool = False  # λ = sigmoid of a number a module, starting at lam (Section 7)
     frozen_too: bool = False  # the frozen weight sees h̃ as well (Table 6)
@@ -44,7 +44,8 @@ class Settings:
             ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
             ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
             ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("bottleneck", self.bottleneck > 0, "positive"), ("side", self.side in ("out", "in"), "out or in"),
+            ("bottleneck", self.bottleneck > 0, "positive"),
+            ("side", self.side in ("out", "in", "parallel"), "out, in or parallel"),
             ("alpha", abs(self.alpha) < 1e9, "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
         ):
             if not ok:
@@ -62,17 +63,19 @@ class Layout:
     lora: dict[str, tuple[str, ...]]
     out: dict[str, tuple[str, ...]]  # an adapter on the output of ...
     into: dict[str, tuple[str, ...]]  # an adapter on the input of ...
+    beside: dict[str, tuple[str, ...]]  # an adapter in parallel to ...
     sibo_at: str
 
 
 LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names
     Layout(("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)},
-           {"ffn": ("mlp",)}, {"ffn": ("gate_proj", "up_proj")}, "ffn"),
+           {"ffn": ("mlp",)}, {"ffn": ("gate_proj", "up_proj")}, {"ffn": ("mlp",)}, "ffn"),
     Layout(("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)},
-           {"ffn": ("mlp",)}, {"ffn": ("fc_in",)}, "ffn"),
-    Layout(("embeddings",), {"attn": ("q_proj", "v_proj")}, {"attn": ("attn",), "ffn": ("mlp",)}, {}, "attn"),
+           {"ffn": ("mlp",)}, {"ffn": ("fc_in",)}, {"ffn": ("mlp",)}, "ffn"),
+    Layout(("embeddings",), {"attn": ("q_proj", "v_proj")}, {"attn": ("attn",), "ffn": ("mlp",)}, {},
+           {"attn": ("attn",), "ffn": ("mlp",)}, "attn"),
     Layout(("embeddings",), {"attn": ("query", "value")},
-           {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}, {}, "attn"),
+           {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}, {}, {}, "attn"),
 )
 
 
@@ -109,8 +112,9 @@ def find_all(m: nn.Module, targets: Sequence[str]) -> list[str]:
 def place(m: nn.Module, s: Settings) -> Placement:
     """Resolves the settings against the model `m`. Raises ValueError naming whatever does not fit."""
     layout = next((y for y in LAYOUTS if all(find(m, t) for ts in y.lora.values() for t in ts)
-                   and any(find(m, name) for name in y.h0)), Layout((), {}, {}, {}, "both"))
-    places = layout.lora if s.method == "lora" else layout.out if s.side == "out" else layout.into
+                   and any(find(m, name) for name in y.h0)), Layout((), {}, {}, {}, {}, "both"))
+    places = layout.lora if s.method == "lora" else {"out": layout.out, "in": layout.into,
+                                                     "parallel": layout.beside}[s.side]
     own = (s.targets,) if isinstance(s.targets, str) else s.targets
     targets = tuple(own or (t for ts in places.values() for t in ts))
     if not targets:
@@ -153,7 +157,8 @@ def _width(base: nn.Module, name: str, s: Settings, d: int | None) -> int:
     on_output = s.method == "adapter" and s.side == "out"
     if isinstance(base, nn.Linear):
         return base.out_features if on_output else base.in_features
-    if not on_output or d is None:
+    whole = on_output or s.method == "adapter" and s.side == "parallel"  # a sub-layer, as wide as h0 at both ends
+    if not whole or d is None:
         raise ValueError(f"{name}: found {type(base).__name__}, expected a nn.Linear"
-                         + (", or h0= to tell how wide its output is" if on_output else ""))
+                         + (", or h0= to tell how wide its output is" if whole else ""))
     return d

@@ -106,6 +106,8 @@ class Adapter(Boosted):
     def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.s.side == "in":
             return self.base(self.adapt(h), *args, **kwargs)
+        if self.s.side == "parallel":  # He et al. 2022; the paper calls its idea general
+            return self.base(h, *args, **kwargs) + times(torch.tanh(times(self.mix(h), self.down)), self.up)
         return self.adapt(self.base(h, *args, **kwargs))
 
 
@@ -148,6 +150,7 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     for name, width in where.widths.items():
         base, (owner, _, leaf) = modules[name], name.rpartition(".")
         kind, d_out = (LoRA, base.out_features) if method == "lora" else (Adapter, width)
+        d_out = base.out_features if s.side == "parallel" and isinstance(base, nn.Linear) else d_out
         like = next(base.parameters(), next(m.parameters()))
         new = kind(name, base, width, d_out, lam if name in where.mixed else 0.0, s, residual, like)
         setattr(modules[owner], leaf, new)

@@ -108,14 +108,18 @@ def best(rows: list[compare.Group]) -> str:
     for method in sorted({g.config["method"] for g in rows}):
         same = [g for g in rows if g.config["method"] == method]
         top = max(same, key=lambda g: g.over_seeds(score).mean())
-        said.append(f"{compare.name(top, rows)} {top.over_seeds(score).mean():.3f} ± "
-                    f"{deviation(top.over_seeds(score)):.3f}")
+        said.append(shown(top, rows))
     return "; ".join(said)
 
 
 def all_of(rows: list[compare.Group]) -> str:
-    return "; ".join(f"{compare.name(g, rows)} {g.over_seeds(score).mean():.3f} ± {deviation(g.over_seeds(score)):.3f}"
-                     for g in rows)
+    return "; ".join(shown(g, rows) for g in rows)
+
+
+def shown(g: compare.Group, rows: list[compare.Group]) -> str:
+    scores = g.over_seeds(score)
+    return f"{compare.name(g, rows)} {scores.mean():.3f}" + (
+        f" ± {deviation(scores):.3f}" if len(scores) > 1 else " (one seed)")
 
 
 def last_five(rows: list[compare.Group]) -> str:

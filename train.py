@@ -361,6 +361,7 @@ def parser() -> cli.Parser:
                    "indented prompt, and 4 beams to score with (default: %(default)s)")
     g.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     g.add_argument("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
+    g.add_argument("--explain", action="store_true", help="draw where h0 enters this backbone, as a tree, and stop")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained, its memory and FLOPs, and stop")
     def of_recipe(name: str, kind: type, metavar: str, told: str) -> None:
         g.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{told} {default(name.replace('-', '_'))}")
@@ -372,7 +373,8 @@ def parser() -> cli.Parser:
                    "the paper's)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
                    help="modules to adapt, by the end of their names (default: the paper's)")
-    g.add_argument("--side", choices=["out", "in"], help="adapters on the output or the input (default: out)")
+    g.add_argument("--side", choices=["out", "in", "parallel"], help="adapters on the output, on the input or "
+                   "beside the sub-layer (default: out)")
     g.add_argument("--skip", choices=["mixed", "plain"], help="adapters: h̃ + … (Eq. 4) or h + … (default: mixed)")
     g.add_argument("--frozen-too", action="store_true", default=None, help="LoRA: the frozen W sees h̃ too (Table 6)")
     of_recipe("rank", int, "R", "LoRA's rank")
@@ -536,7 +538,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     if task.num_labels and args.protocol == "paper":
         raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
                          "and beams")
-    made, dry = task.kind == "word-problems", args.dry_run
+    made, dry = task.kind == "word-problems", args.dry_run or args.explain
     there = all((folder / file).is_file() for t in tasks for file in t.train)
     train = [] if made or dry and not there else [row for t in tasks for row in data.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [(t, data.load(t, "test", folder, args.limit))
@@ -548,6 +550,13 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
         raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
                          + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
     runs = [folder_of(resolve(one, said, task, len(train)), args, several) for one in options]
+    if args.explain:
+        for run in runs:
+            if run.method == "full":
+                raise ValueError("--explain: found --method full, which adapts no module; expected an adapter or LoRA")
+            m = model.build(said, run.backbone, task.num_labels or None)
+            print(estimate.explain(sibo.inject(m, **run.settings())))
+        return
     if dry:
         for run in runs:
             unknown = "epochs" if made or args.steps else "" if train else "steps"

@@ -603,3 +603,12 @@ def test_rename_maps_a_layers_number_through_the_template():
     assert found == ["blocks.12.b", "end", None]
     with pytest.raises(ValueError, match=re.escape("f: found tensor 'h.1.z'")):
         checkpoint.rename("h.1.z", names, Path("f"))
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_write_returns(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(checkpoint.os, name)
+        monkeypatch.setattr(checkpoint.os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    checkpoint.write(tmp_path / "file", "λ = 0.2")
+    assert calls == ["fsync", "replace", "fsync"]

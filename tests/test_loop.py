@@ -214,13 +214,20 @@ def test_a_spike_of_the_loss_is_marked_in_the_log(monkeypatch, tmp_path, tiny_ll
     assert [x["step"] for x in log(tmp_path) if x.get("spike")] == [25]
 
 
-def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(tmp_path, tiny_llama):
+def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(monkeypatch, tmp_path, tiny_llama):
+    faulty(monkeypatch, lambda call: 1000.0)
     m, rows, run = adapted(tmp_path, tiny_llama, steps=1)
+
+    def norm():
+        return math.sqrt(sum(float(p.grad.double().square().sum()) for p in m.parameters() if p.requires_grad))
+
     loop.train_step(m.train(), rows[:2], 2, 0)
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in m.parameters() if p.requires_grad))
+    whole, taken = norm(), []
     m.zero_grad()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(norm()))
     loop.fit(m, rows[:2], 0, run)
-    assert log(tmp_path)[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert log(tmp_path)[0]["grad_norm"] == pytest.approx(whole, rel=1e-5) and whole > 10
+    assert taken == [pytest.approx(1.0, rel=1e-4)]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypatch, capsys, tmp_path, tiny_llama):
@@ -242,6 +249,25 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypat
     loop.fit(m, rows, 0, run)
     assert [x["loss"] for x in log(tmp_path / "small")] == pytest.approx([x["loss"] for x in log(tmp_path / "large")],
                                                                          rel=1e-4)
+
+
+def test_what_a_step_added_before_it_was_out_of_memory_is_forgotten(monkeypatch, tmp_path, tiny_llama):
+    m, rows, run = adapted(tmp_path, tiny_llama)
+    real, calls = model.loss, []
+
+    def late(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model, "loss", late)
+    progress = resume.Progress("", 2)
+    loss = loop.fitting_step(m.train(), rows, 0, progress)
+    found = [p.grad.clone() for p in m.parameters() if p.requires_grad]
+    m.zero_grad()
+    assert progress.micro_batch_size == 1 and loss == pytest.approx(loop.train_step(m, rows, 1, 0))
+    assert all(map(torch.equal, found, (p.grad for p in m.parameters() if p.requires_grad)))
 
 
 def test_out_of_memory_with_one_example_says_what_to_change(monkeypatch, tmp_path, tiny_llama):

@@ -44,6 +44,8 @@ METHODS = {  # the command line's four, then the variants
     "adapter, learned λ": {"method": "adapter", "lam": 0.3, "learn_lam": True},
     "adapter, learned λ, plain skip": {"method": "adapter", "lam": 0.3, "learn_lam": True, "skip": "plain"},
     "adapter on the input": {"method": "adapter", "lam": 0.3, "side": "in"},  # BERT has no such place
+    "parallel adapter": {"method": "adapter", "lam": 0.3, "side": "parallel"},
+    "parallel adapter, learned λ": {"method": "adapter", "lam": 0.3, "side": "parallel", "learn_lam": True},
     "lora, learned λ": {"method": "lora", "lam": 0.3, "learn_lam": True},
     "lora, frozen too": {"method": "lora", "lam": 0.3, "frozen_too": True},
     "lora, frozen too, learned λ": {"method": "lora", "lam": 0.3, "frozen_too": True, "learn_lam": True},
@@ -223,6 +225,20 @@ def test_adapter_sibo_is_eq_4_for_all_shapes(d, out, r, T, seed, lam, learned, s
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if learned else 1e-11)
 
 
+@HYPOTHESIS
+@given(lam=st.one_of(st.just(0.0), lams), learned=st.booleans(), **sizes)
+def test_a_parallel_adapter_reads_what_its_sub_layer_reads_and_adds_to_its_output(d, out, r, T, seed, lam, learned):
+    first, W, A, B = drawn(seed, (d, d), (d, out), (d, r), (r, out))
+    m = sibo.inject(Toy(d=d, out=out).double(), "adapter", lam, targets="sub", h0="embed", bottleneck=r,
+                    side="parallel", learn_lam=learned and lam > 0)
+    x = torch.arange(T)[None] % 5
+    h0 = m.embed(x).detach().numpy()
+    h = h0 @ first
+    expected = h @ W + np.tanh(((1 - lam) * h + lam * h0) @ A) @ B  # He et al. 2022; with h0 as in Eq. (4)
+    found = with_weights(m, first, W, A, B)(x).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if learned else 1e-11)
+
+
 # --------------------------------------------------------------------------------------------------- λ = 0, and λ → 0
 
 
@@ -281,9 +297,10 @@ def test_as_lambda_goes_to_0_the_plain_method_is_met_at_least_linearly(case, lam
 
 
 @pytest.mark.parametrize("family,name", CASES)
-def test_plain_methods_lora_sibo_and_the_plain_skip_start_as_the_frozen_model_and_the_rest_does_not(family, name):
+def test_only_a_mixed_skip_and_a_mixed_frozen_weight_move_the_model_before_it_is_trained(family, name):
     s = METHODS[name]
-    moved_at_once = s["lam"] and (s["method"] == "adapter" and s.get("skip") != "plain" or s.get("frozen_too", False))
+    mixed_skip = s["method"] == "adapter" and s.get("skip") != "plain" and s.get("side") != "parallel"
+    moved_at_once = s["lam"] and (mixed_skip or s.get("frozen_too", False))
     assert torch.equal(inject(tiny(family), name)(ids()), tiny(family)(ids())) == (not moved_at_once)
 
 
@@ -375,7 +392,8 @@ def test_plain_lora_is_pefts_in_outputs_and_gradients():
         assert a.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("family,name,head", [(*c, False) for c in CASES] + [
+@pytest.mark.parametrize("family,name,head", [
+    (f, name, False) for f, name in CASES if f != "bert" or "parallel" not in name] + [
     ("bert", name, True) for name in ("adapter-sibo", "lora-sibo")])
 def test_on_transformers_models_it_computes_what_it_does_on_ours(family, name, head, tmp_path):
     theirs, ours = twins(family, tmp_path, head)
@@ -558,8 +576,9 @@ def test_only_adapters_lambdas_and_the_classifier_learn_and_all_of_them_do(famil
     now = dict(m.named_parameters())
     assert {n for n, p in now.items() if p.requires_grad} == start.keys()
     assert {n for n, p in now.items() if p.grad is not None} == start.keys()
-    # the first block of BERT gets h0 itself as h: a λ on its W_q and W_v has nothing to choose, its gradient is 0
-    idle = {n for n in start if family == "bert" and re.fullmatch(r"blocks\.0\.attn\.[qv]_proj\.logit", n)}
+    # the first block of BERT gets h0 itself as h: a λ on what its attention reads has nothing to choose: gradient 0
+    reads = METHODS[name]["method"] == "lora" or METHODS[name].get("side") == "parallel"
+    idle = {n for n in start if family == "bert" and reads and re.fullmatch(r"blocks\.0\.attn\.(._proj\.)?logit", n)}
     assert {n for n in start if not now[n].grad.count_nonzero()} == idle
     assert not any(torch.equal(now[n], p) for n, p in start.items() if n not in idle)
     assert all(torch.equal(now[n], p) for n, p in frozen.items())

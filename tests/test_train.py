@@ -74,6 +74,45 @@ def test_dry_run_says_who_gets_h0(monkeypatch, capsys, tmp_path):
         f"blocks.*.attn.{x}_proj" for x in "qkv"} | {"blocks.*.mlp.down_proj"}
 
 
+def test_explain_draws_who_is_adapted_and_where_h0_goes(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | {"tie_word_embeddings": True}))
+    code, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--lam", "0.3",
+                           "--explain")
+    assert code == 0 and out == """\
+Llama, 32 blocks, d = 4096
+├─ embed                                  ══► h0
+├─ blocks.0 … 31
+│  ├─ attn_norm
+│  ├─ attn
+│  │  ├─ q_proj            4096 → 4096    hW + s·hAB, rank 32, Eq. (2)
+│  │  ├─ k_proj            4096 → 4096    hW + s·hAB, rank 32, Eq. (2)
+│  │  ├─ v_proj            4096 → 4096    hW + s·hAB, rank 32, Eq. (2)
+│  │  └─ o_proj            4096 → 4096
+│  ├─ mlp_norm
+│  └─ mlp
+│     ├─ gate_proj         4096 → 11008
+│     ├─ up_proj           4096 → 11008   hW + s·h̃AB, rank 32, Eq. (5)   ◄══ h0, λ = 0.3
+│     └─ down_proj         11008 → 4096   hW + s·hAB, rank 32, Eq. (2)
+├─ norm
+└─ head                    4096 → 32000
+"""
+
+
+@pytest.mark.parametrize(("args", "line"), [
+    (["--method", "adapter-sibo", "--learn-lam"],
+     "output: h̃ + f(h̃A)B, bottleneck 256, Eq. (4)   ◄══ h0, λ = 0.1, learned"),
+    (["--method", "adapter"], "output: h + f(hA)B, bottleneck 256, Eq. (1)"),
+    (["--method", "adapter-sibo", "--skip", "plain"],
+     "output: h + f(h̃A)B, bottleneck 256, Eq. (4)   ◄══ h0, λ = 0.1"),
+    (["--method", "adapter", "--side", "parallel"], "beside it: sub-layer + f(hA)B, bottleneck 256, Eq. (1)"),
+    (["--method", "lora-sibo", "--frozen-too"], "h̃W + s·h̃AB, rank 32, Eq. (5)   ◄══ h0, λ = 0.1"),
+])
+def test_explain_writes_each_modules_formula(monkeypatch, capsys, tmp_path, args, line):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    code, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, *args, "--explain")
+    assert code == 0 and any(x.endswith(" " + line) for x in out.splitlines())
+
+
 SMALL = {"model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 128,
          "num_attention_heads": 4, "num_key_value_heads": 2}
 

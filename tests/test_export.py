@@ -1,0 +1,149 @@
+"""What leaves for peft and transformers computes there what it does here, and what comes from peft here what there."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_sibo import boosted, hugging_face, ids, inject, output, stir, twins
+
+import cli
+import eval as evaluation
+import export
+import model
+import sibo
+import train
+
+FAMILIES = ("llama", "gptj", "bert")
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
+def test_peft_loads_a_plain_lora_and_computes_the_same(family, head, tmp_path):
+    import peft
+
+    theirs, ours = twins(family, tmp_path / "base", head)
+    stir(inject(ours, "lora"))
+    if head:
+        with torch.no_grad():
+            for p in ours.classifier.parameters():
+                p.add_(0.1)
+    export.to_peft(ours, tmp_path / "peft", "base")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    torch.testing.assert_close(output(loaded, ids()), output(ours, ids()), rtol=0, atol=2e-5)
+
+
+def test_only_the_adapted_modules_are_adapted_there_not_all_of_their_name(tmp_path):
+    import peft
+
+    theirs, ours = twins("llama", tmp_path / "base")
+    stir(inject(ours, "lora", targets=("blocks.1.attn.q_proj",)))
+    export.to_peft(ours, tmp_path / "peft", "base")
+    said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert said["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    torch.testing.assert_close(output(loaded, ids()), output(ours, ids()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_that_peft_saved_loads_here_and_computes_the_same(family, tmp_path):
+    import peft
+
+    theirs, ours = twins(family, tmp_path / "base")
+    targets = {"bert": ["query", "value"]}.get(family, ["q_proj", "v_proj"])
+    loaded = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets)).eval()
+    with torch.no_grad():
+        for n, p in loaded.named_parameters():
+            if "lora_" in n:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.4)
+    loaded.save_pretrained(tmp_path / "peft")
+    export.from_peft(ours, tmp_path / "peft")
+    assert ours.sibo.rank == 3 and ours.sibo.alpha == 7 and len(boosted(ours)) == 4
+    torch.testing.assert_close(output(ours, ids()), output(loaded, ids()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"use_dora": True}, "found use_dora True, expected False"), ({"peft_type": "IA3"}, "found peft_type 'IA3'"),
+    ({"rank_pattern": {"q_proj": 8}}, "found rank_pattern"), ({"use_rslora": True}, "found use_rslora True"),
+])
+def test_what_is_not_plain_lora_is_refused_by_name(change, says, tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6} | change))
+    with pytest.raises(ValueError, match=says):
+        export.from_peft(ours, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("lora-sibo", "found λ = 0.3, expected a plain LoRA: peft's modules never see h0"),
+    ("adapter", "found adapters"), ("adapter-sibo", "found adapters"),
+])
+def test_what_peft_cannot_express_is_refused_with_the_reason(name, says, tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    with pytest.raises(ValueError, match=says):
+        export.to_peft(inject(ours, name), tmp_path / "peft", "base")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
+def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, tmp_path):
+    theirs, ours = twins(family, tmp_path / "base", head)
+    expected = output(stir(inject(ours, "lora")), ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    loaded = type(theirs).from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(output(loaded, ids()), expected, rtol=0, atol=2e-5)
+    again = model.from_pretrained(tmp_path / "hf", num_labels=3 if head else None)
+    torch.testing.assert_close(output(again, ids()), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["lora-sibo", "lora, learned λ"])
+@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", True)])
+def test_a_folded_lora_sibo_computes_the_same_in_transformers_own_model_once_its_branch_is_attached(family, head, name,
+                                                                                                 tmp_path):
+    theirs, ours = twins(family, tmp_path / "base", head)
+    expected = output(stir(inject(ours, name)), ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    with pytest.raises(OSError):  # and not another model, in silence
+        type(theirs).from_pretrained(tmp_path / "hf")
+    attached = export.attach(hugging_face(family, head), tmp_path / "hf").eval()
+    torch.testing.assert_close(output(attached, ids()), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "says"), [("adapter", "only LoRA folds"), ("lora, frozen too", "found frozen_too")])
+def test_what_no_weight_holds_is_refused_with_the_reason(name, says, tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    with pytest.raises(ValueError, match=says):
+        export.to_hugging_face(inject(ours, name), tmp_path / "hf", tmp_path / "base")
+    assert not (tmp_path / "hf").exists() and hasattr(sibo, "merge")
+
+
+def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_path, tiny_llama, monkeypatch, capsys):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, args)])
+        cli.run(module.main, module.parser())
+        return capsys.readouterr().out
+
+    run(train, "--backbone", tiny_llama, "--method", "lora", "--rank", 4, "--steps", 2, "--batch-size", 2, "--lr", 0.1,
+        "--limit", 2, "--dtype", "float32", "--out", tmp_path / "run")
+    for kind in ("peft", "hf"):
+        assert run(evaluation, tmp_path / "run", "--export", kind, tmp_path / kind) == f"{tmp_path / kind}/\n"
+    ours = sibo.load(model.from_pretrained(tiny_llama), tmp_path / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for other in (peft.PeftModel.from_pretrained(theirs, tmp_path / "peft"),
+                  AutoModelForCausalLM.from_pretrained(tmp_path / "hf")):
+        torch.testing.assert_close(output(other.eval(), ids()), ours(ids()), rtol=0, atol=2e-5)
+    same = run(evaluation, tmp_path / "run", "--limit", 2)
+    assert run(evaluation, "--backbone", tiny_llama, "--peft", tmp_path / "peft", "--limit", 2) == same
+    assert run(evaluation, "--backbone", tmp_path / "hf", "--limit", 2) == same
+
+
+@pytest.mark.parametrize("args", [["--export", "onnx"], ["--merge", "--export", "hf"]])
+def test_an_export_that_is_none_is_refused_in_one_line(args, tmp_path, monkeypatch, capsys, tiny_llama):
+    sibo.save(sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.0, rank=4), tmp_path)
+    config = {"backbone": str(tiny_llama), "method": "lora", "task": "word-problems"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *args, str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        cli.run(evaluation.main, evaluation.parser())
+    assert "expected peft or hf, with a run" in capsys.readouterr().err
