@@ -44,6 +44,7 @@ class Settings:
             ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
             ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
             ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("dropout", not 0 < self.dropout < 1e-6, "0, or at least 1e-6 (below, 1 − p is 1)"),
             ("bottleneck", self.bottleneck > 0, "positive"),
             ("side", self.side in ("out", "in", "parallel"), "out, in or parallel"),
             ("alpha", abs(self.alpha) < 1e9, "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
