@@ -544,10 +544,13 @@ def shown(value: object) -> str:
     """A value out of a file as an error shows it: its repr, and of one that is long or deep the ends of it."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
-    return short.repr(value)
+    return clipped(short.repr(value))
 
 
 def reason(e: Exception) -> str:
     """What another library's error says, on one line and no longer than that."""
-    said = " ".join(str(e).split())
-    return said if len(said) < 200 else f"{said[:200]}..."
+    return clipped(" ".join(str(e).split()))
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= 250 else f"{text[:250]}..."

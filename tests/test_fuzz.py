@@ -231,7 +231,8 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     ({"rank": 2.5}, "rank: found 2.5"), ({"rank": True}, "rank: found True"), ({"lam": "0.2"}, "lam: found '0.2'"),
     ({"alpha": 10**400}, "alpha: found 1000"), ({"targets": [1]}, "targets: found [1]"),
     ({"targets": {"q_proj": 1}}, "targets: found {"), ({"learn_lam": 1}, "learn_lam: found 1"),
-    ({"dropout": 1e-300}, "dropout: found 1e-300"), ({"method": ["lora"]}, "method: found"), ({"h0": ["embed"]}, "h0: found ['embed']"),
+    ({"dropout": 1e-300}, "dropout: found 1e-300"),
+    ({"method": ["lora"]}, "method: found"), ({"h0": ["embed"]}, "h0: found ['embed']"),
     ({"backbone": [1]}, "described as [1]"),
     ({"backbone": {"config": {}, "values": {"norm.weight": ["a"]}}}, "the values of norm.weight are others"),
     ({"backbone": {"config": {}, "values": {"norm.weight": [10**400] * 8}}}, "the values of norm.weight")], ids=str)
