@@ -468,7 +468,8 @@ def unlike(expected: dict, m: torch.nn.Module) -> str | None:
         return f"described as {shown(expected)}"
     for key, found in ours["config"].items() if expected["config"] else ():
         value = expected["config"].get(key)
-        if found != value and not (isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)):
+        numbers = isinstance(value, float) and isinstance(found, float)
+        if found != value and not (numbers and math.isclose(found, value, rel_tol=1e-6)):
             return f"{key} is {found}, not {shown(value)}"
     parameters = {n.replace(".base.", "."): p for n, p in m.named_parameters()}
     rtol = 0.0 if expected.get("dtype") == ours["dtype"] else 2.0**-7

@@ -234,6 +234,7 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     ({"dropout": 1e-300}, "dropout: found 1e-300"),
     ({"method": ["lora"]}, "method: found"), ({"h0": ["embed"]}, "h0: found ['embed']"),
     ({"backbone": [1]}, "described as [1]"),
+    ({"backbone": {"config": fuzz.LLAMA | {"rope_scaling": 1.5}, "values": {}}}, "is None, not 1.5"),
     ({"backbone": {"config": {}, "values": {"norm.weight": ["a"]}}}, "the values of norm.weight are others"),
     ({"backbone": {"config": {}, "values": {"norm.weight": [10**400] * 8}}}, "the values of norm.weight")], ids=str)
 def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp_path, changes, named):
