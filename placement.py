@@ -6,11 +6,12 @@ module that cannot take h0, is an error, where the official code skips it and tr
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
+
+from checkpoint import shown
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,24 @@ class Settings:
     frozen_too: bool = False  # the frozen weight sees h̃ as well (Table 6)
 
     def __post_init__(self):
+        for f in fields(self):  # they may come out of a file
+            value, (kind, *others) = getattr(self, f.name), f.type.split(" | ")
+            types = {"str": str, "float": (int, float), "int": int, "bool": bool}[kind]
+            fits = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+            names = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+            if not (fits or value is None and "None" in others or names and "tuple[str, ...]" in others):
+                raise ValueError(f"{f.name}: found {shown(value)}, expected {f.type}")
         for name, ok, expected in (
             ("method", self.method in ("adapter", "lora"), "adapter or lora"), ("lam", 0 <= self.lam < 1, "in [0, 1)"),
             ("lam", self.lam or not self.learn_lam, "above 0 when λ is learned (a sigmoid never starts at 0)"),
             ("rank", self.rank > 0, "positive"), ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("dropout", not 0 < self.dropout < 1e-6, "0, or at least 1e-6 (below, 1 − p is 1)"),
             ("bottleneck", self.bottleneck > 0, "positive"),
             ("side", self.side in ("out", "in", "parallel"), "out, in or parallel"),
-            ("alpha", math.isfinite(self.alpha), "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
+            ("alpha", abs(self.alpha) < 1e9, "finite"), ("skip", self.skip in ("mixed", "plain"), "mixed or plain"),
         ):
             if not ok:
-                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+                raise ValueError(f"{name}: found {shown(getattr(self, name))}, expected {expected}")
 
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -96,7 +105,7 @@ def find_all(m: nn.Module, targets: Sequence[str]) -> list[str]:
         if not (names := find(m, target)):
             known = {".".join(n.split(".")[-k:]) for n, _ in m.named_modules() for k in (1, 2)} - {""}
             near = ", ".join(difflib.get_close_matches(target, sorted(known), 4, 0.4)) or "no name is near"
-            raise ValueError(f"target {target!r} matches no module of {type(m).__name__}; did you mean: {near}?")
+            raise ValueError(f"target {shown(target)} matches no module of {type(m).__name__}; did you mean: {near}?")
         found.update(names)
     return [name for name, _ in m.named_modules() if name in found]
 
@@ -119,13 +128,13 @@ def place(m: nn.Module, s: Settings) -> Placement:
     sibo_at = ((sibo_at,) if isinstance(sibo_at, str) else tuple(sibo_at)) if s.lam else ()
     mixed = frozenset(find_all(m, sibo_at))
     if s.lam and not (mixed and mixed <= set(names)):
-        raise ValueError(f"sibo_at {s.sibo_at!r}: found {list(sibo_at)}, expected some of the adapted {list(targets)}; "
-                         "name the modules that get h0, or use lam=0 for the plain method")
+        raise ValueError(f"sibo_at {shown(s.sibo_at)}: found {shown(list(sibo_at))}, expected some of the adapted "
+                         f"{shown(list(targets))}; name the modules that get h0, or use lam=0 for the plain method")
 
     sources = sorted({n for name in ((s.h0,) if s.h0 else layout.h0) for n in find(m, name)})
     if len(sources) != 1 and (s.lam or s.h0):
-        raise ValueError(f"h0 {s.h0!r}: found {sources}, expected the one module whose output enters the first block; "
-                         "name it with h0=")
+        raise ValueError(f"h0 {shown(s.h0)}: found {sources}, expected the one module whose output enters the first "
+                         "block; name it with h0=")
     d = _width_of_h0(m.get_submodule(sources[0]), sources[0]) if len(sources) == 1 else None
     widths = {name: _width(m.get_submodule(name), name, s, d) for name in names}
     for name in names:  # not over the set: the first one named is then always the same

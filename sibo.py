@@ -14,6 +14,7 @@ method), λ is stored with the weights (theirs: forgotten) and merging is exact 
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -203,6 +204,16 @@ def save(m: nn.Module, folder: str | Path) -> None:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
 
+def _misfit(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that is not as `inject` would make it; before it does, as a few bytes can ask for any rank."""
+    found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
+    for name, width in place(m, s).widths.items():
+        expected = (s.rank if s.method == "lora" else s.bottleneck, width)
+        if (shape := found.get(f"{name}.down".replace(".base.", "."), "none")) != expected:
+            return f"tensor '{name}.down': found {shape}, expected {expected}"
+    return None
+
+
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
@@ -210,17 +221,26 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
     not fit."""
     path = Path(folder, "adapter.safetensors")
     stored, metadata = checkpoint.read_tensors(path)
-    try:
-        settings = json.loads(metadata["sibo"])
-        backbone = settings.pop("backbone", None)
-        if settings["method"] == "full":
-            m.requires_grad_(True)
-        elif not hasattr(m, "sibo"):
-            inject(m, **settings)
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: found settings {metadata.get('sibo')}, unfit for {type(m).__name__}: {e}") from e
+    settings = checkpoint.parse_json(metadata.get("sibo", "null"), f"{path}, its settings")
+    known = {"backbone", *Settings.__dataclass_fields__}
+    if not isinstance(settings, dict) or not {"method"} <= settings.keys() <= known:
+        raise ValueError(f"{path}: found settings {checkpoint.shown(settings)}, expected those of sibo.inject")
+    backbone = settings.pop("backbone", None)
+    if settings["method"] == "full":
+        m.requires_grad_(True)
+    elif not hasattr(m, "sibo"):
+        try:
+            if not (misfit := _misfit(m, Settings(**settings), stored)):
+                inject(m, **settings)
+        except ValueError as e:
+            said = checkpoint.shown(settings)
+            raise ValueError(f"{path}: found settings {said}, unfit for {type(m).__name__}: {e}") from e
+        if misfit:
+            raise ValueError(f"{path}: {misfit}")
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
-        raise ValueError(f"{path}: found settings {settings}, expected the model's own {ours}")
+        key = next(k for k, v in ours.items() if settings.get(k) != v)
+        said = checkpoint.shown(settings.get(key))
+        raise ValueError(f"{path}: found settings {key}={said}, expected the model's own {key}={ours[key]!r}")
     if other := backbone and checkpoint.unlike(backbone, m):
         raise ValueError(f"{path}: found an adapter for another backbone ({other}); load the one it was trained on")
     checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)

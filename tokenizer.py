@@ -10,7 +10,6 @@ merge priorities, and a table leads from ranks to ids.
 Departs from the official code, which takes transformers' LlamaTokenizer: that one differs from sentencepiece on leading
 and double spaces. Whatever a file asks for and is not known here is refused by name."""
 
-import json
 import re
 import struct
 import unicodedata
@@ -20,7 +19,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from checkpoint import locate, read_gguf
+from checkpoint import locate, read_gguf, read_json, reason, shown
 
 Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
 SPACE = "▁"  # how SentencePiece spells a space
@@ -46,10 +45,8 @@ def from_pretrained(name_or_dir: str | Path) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: found no tokenizer, expected one of {', '.join(readers)}")
     try:
         return readers.get(file.name, _from_gguf)(file)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as e:
-        reason = str(e) if isinstance(e, ValueError) else f"malformed ({type(e).__name__}: {e})"
-        reason = reason.removeprefix(f"{file}: ")  # read_gguf names it too
-        raise ValueError(f"{file}: {' '.join(reason.split())}") from e
+    except ValueError as e:
+        raise ValueError(f"{file}: {reason(e).removeprefix(f'{file}: ')}") from e  # read_gguf names it too
 
 
 def for_model(name_or_dir: str | Path, vocab_size: int, *roles: str) -> "Tokenizer":
@@ -73,10 +70,11 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
         for token in added:
             if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
-                raise ValueError(f"unsupported added token {token}: single_word, or another id than in the vocabulary")
+                raise ValueError(f"unsupported added token {shown(token['content'])}: single_word, or another id than "
+                                 "in the vocabulary")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
-        if not self.vocab or any(type(i) is not int or i < 0 for i in self.vocab.values()):
-            raise ValueError("expected a vocabulary of tokens with non-negative integers as ids")
+        if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
+            raise ValueError("expected a vocabulary of tokens with non-negative integers below 2^31 as ids")
         self.vocab_size = 1 + max(self.vocab.values())
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
         self.templates = templates
@@ -117,6 +115,7 @@ class WordPiece(Tokenizer):
         if self.unk_id is None:
             raise ValueError("expected an unknown token such as [UNK] in the vocabulary")
         self.spelled = {i: piece for piece, i in self.vocab.items()}
+        self.longest = max(map(len, self.vocab))
 
     def _normalize(self, text: str) -> str:
         text = regex.sub(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]", "", text)  # Cn, unassigned characters, are kept
@@ -134,10 +133,13 @@ class WordPiece(Tokenizer):
 
     def _longest_first(self, word: str) -> list[int]:
         ids, start = [], 0
+        if len(word) > self.max_chars:
+            return [self.unk_id]
         while start < len(word):
-            pieces = (("##" * (start > 0) + word[start:end], end) for end in range(len(word), start, -1))
+            last = min(len(word), start + self.longest)
+            pieces = (("##" * (start > 0) + word[start:end], end) for end in range(last, start, -1))
             piece, start = next(((p, end) for p, end in pieces if p in self.vocab), (None, 0))
-            if piece is None or len(word) > self.max_chars:
+            if piece is None:
                 return [self.unk_id]
             ids.append(self.vocab[piece])
         return ids
@@ -190,7 +192,10 @@ def _byte_level(vocab: dict, added: list, named: dict, templates: Templates, mer
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
     ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
-    ranks |= {bytes(byte[c] for c in token): [vocab[token]] for token in _merged(merges, vocab)}
+    order = _merged(merges, vocab)
+    if strange := next((token for token in order if not byte.keys() >= set(token)), None):
+        raise ValueError(f"malformed merge to {shown(strange)}, expected letters that stand for bytes")
+    ranks |= {bytes(byte[c] for c in token): [vocab[token]] for token in order}
     spelled = {i: bytes(byte[c] for c in token) for token, i in vocab.items() if byte.keys() >= set(token)}
     return BPE(vocab, added, named, templates, ranks=ranks, spelled=spelled,
                words=WORDS_DIGITS_APART if digits_apart else WORDS)
@@ -218,13 +223,14 @@ def _sentencepiece(vocab: dict, added: list, named: dict, templates: Templates, 
 
 def _from_tokenizer_json(file: Path) -> Tokenizer:
     # Its "truncation" and "padding" are conveniences of whoever saved it (MiniLM: to 128 tokens) and are not applied.
-    spec = json.loads(file.read_text("utf-8"))
-    model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
+    spec = read_json(file)
+    model, added = _checked(spec, "model", dict), _added(spec)
+    vocab, unk = _ids(model.get("vocab")), _checked(model, "unk_token", str, None)
     listed = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
     names = [step["type"] for step in listed]
     steps = dict(zip(names, listed, strict=True))
-    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")  # older files leave it out
-    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": model.get("unk_token")}), _post_processor(spec))
+    kind = _checked(model, "type", str, "BPE" if "merges" in model else "WordPiece")  # older files leave it out
+    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": unk}), _post_processor(spec))
     if kind == "BPE":
         _require("model", model, dropout=(None, 0), continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""),
                  ignore_merges=(None, False))
@@ -233,25 +239,28 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
             _require("model", model, continuing_subword_prefix=("##",))
             settings = steps["BertNormalizer"]
             _require("BertNormalizer", settings, clean_text=(True,))
-            return WordPiece(*shared, lowercase=settings["lowercase"], strip_accents=settings["strip_accents"],
-                             split_cjk=settings["handle_chinese_chars"], max_chars=model["max_input_chars_per_word"])
+            return WordPiece(*shared, lowercase=_checked(settings, "lowercase", bool),
+                             strip_accents=_checked(settings, "strip_accents", bool, None),
+                             split_cjk=_checked(settings, "handle_chinese_chars", bool),
+                             max_chars=_checked(model, "max_input_chars_per_word", int))
         case ("BPE", False, "ByteLevel") | ("BPE", False, "Digits", "ByteLevel"):
             _require("ByteLevel", steps["ByteLevel"], add_prefix_space=(False,), use_regex=(None, True))
             _require("Digits", steps.get("Digits"), individual_digits=(True,))
-            tokenizer = _byte_level(*shared, model["merges"], "Digits" in steps)
-            if tokenizer.missing and model.get("unk_token"):
+            tokenizer = _byte_level(*shared, _checked(model, "merges", list), "Digits" in steps)
+            if tokenizer.missing and unk:
                 raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
             return tokenizer
         case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace"):
             _require("Prepend", steps.get("Prepend"), prepend=(SPACE,))
             _require("Replace", steps["Replace"], pattern=({"String": " "},), content=(SPACE,))
             space = "prefix" if "Prepend" in steps else "replace"
-            return _sentencepiece(*shared, _merged(model["merges"], vocab), space)
+            return _sentencepiece(*shared, _merged(_checked(model, "merges", list), vocab), space)
         case ("BPE", True, "Metaspace"):
             _require("Metaspace", steps["Metaspace"], replacement=(SPACE,), split=(None, True, False),
                      prepend_scheme=(None, "always", "first", "never"))
             space, by_word = steps["Metaspace"].get("prepend_scheme"), steps["Metaspace"].get("split")
-            return _sentencepiece(*shared, _merged(model["merges"], vocab), space or "always", by_word is not False)
+            return _sentencepiece(*shared, _merged(_checked(model, "merges", list), vocab), space or "always",
+                                  by_word is not False)
     raise ValueError(f"unsupported model {kind} after {', '.join(names) or 'no steps'}, expected WordPiece after "
                      "BertNormalizer, BertPreTokenizer; BPE after (Digits,) ByteLevel; or BPE with byte_fallback after "
                      "(Prepend,) Replace or Metaspace")
@@ -266,15 +275,16 @@ def _from_vocab(file: Path) -> Tokenizer:
     if cls is None or sep is None:
         raise ValueError("expected [CLS] and [SEP] in the vocabulary")
     return WordPiece(vocab, _special(vocab, named.values()) + late, named, ([cls, "A", sep], [cls, "A", sep, "B", sep]),
-                     lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
-                     split_cjk=config.get("tokenize_chinese_chars", True))
+                     lowercase=_checked(config, "do_lower_case", bool, True),
+                     strip_accents=_checked(config, "strip_accents", bool, None),
+                     split_cjk=_checked(config, "tokenize_chinese_chars", bool, True))
 
 
 def _from_merges(file: Path) -> Tokenizer:
     merges = file.with_name("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
     if not merges.is_file():
         raise FileNotFoundError(f"{merges}: not found, expected beside {file.name}")
-    vocab, config = json.loads(file.read_text("utf-8")), _json(file.parent / "tokenizer_config.json")
+    vocab, config = _ids(read_json(file)), _json(file.parent / "tokenizer_config.json")
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
     late = _late_tokens(file.parent, vocab)
     named = _named(file.parent, vocab, late, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
@@ -285,14 +295,20 @@ def _from_merges(file: Path) -> Tokenizer:
 def _from_sentencepiece(file: Path) -> Tokenizer:
     # Numbers of fields and types are those of sentencepiece_model.proto.
     messages = list(_protobuf(file.read_bytes()))
+    if strange := [field for field, message in messages if field in (1, 2, 3) and isinstance(message, int)]:
+        raise ValueError(f"not a SentencePiece model: field {strange[0]} is a number, expected a message")
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
     if trainer.get(3, 1) != 2:
         raise ValueError(f"not a SentencePiece model of type BPE: model_type is {trainer.get(3, 1)}, expected 2")
-    pieces = [dict(_protobuf(message)) for field, message in messages if field == 1]
+    pieces = [{2: bytes(4), 3: 1} | dict(_protobuf(message)) for field, message in messages if field == 1]
+    for i, piece in enumerate(pieces):
+        if not (isinstance(piece.get(1), bytes) and isinstance(piece[3], int) and isinstance(piece[2], bytes)
+                and len(piece[2]) == 4):
+            raise ValueError(f"malformed piece {i}: found {shown(piece)}, expected its text, score and type")
     vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
     said = _json(file.parent / "tokenizer_config.json") | {
-        "scores": [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces],
-        "token_type": [piece.get(3, 1) for piece in pieces],
+        "scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
+        "token_type": [piece[3] for piece in pieces],
         "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
         "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
         "add_space_prefix": normalizer.get(3, 1)}
@@ -303,28 +319,29 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    fields = read_gguf(file).fields
-    said = {key.removeprefix("tokenizer.ggml."): fields[key].contents() for key in fields if ".ggml." in key}
+    prefix = "tokenizer.ggml."
+    said = {key.removeprefix(prefix): value for key, value in read_gguf(file)[0].items() if key.startswith(prefix)}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    named = {role: said.get(f"{key}_token_id") for role, key in roles.items()}
-    vocab = {token: i for i, token in enumerate(said["tokens"])}
-    if said["model"] == "llama":
+    named = {role: _checked(said, f"{key}_token_id", int, None) for role, key in roles.items()}
+    vocab = {token: i for i, token in enumerate(_checked(said, "tokens", [str]))}
+    kind, pre = _checked(said, "model", str), said.get("pre")
+    if kind == "llama":
         return _from_pieces(vocab, [], named, said)
     # llama.cpp's "default" splits in its own way, it is not GPT-2's.
-    if said["model"] != "gpt2" or said.get("pre") not in ("smollm", "gpt-2"):
-        raise ValueError(f"unsupported tokenizer {said['model']!r} with pre-tokenizer {said.get('pre')!r}, expected "
+    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
+        raise ValueError(f"unsupported tokenizer {shown(kind)} with pre-tokenizer {shown(pre)}, expected "
                          "'llama', or 'gpt2' with 'smollm' or 'gpt-2'")
-    control, user = ({i for i, kind in enumerate(said["token_type"]) if kind == k} for k in (3, 4))
+    control, user = ({i for i, kind in enumerate(_checked(said, "token_type", [int])) if kind == k} for k in (3, 4))
     added = _special(vocab, control) + _special(vocab, user, special=False)
-    return _byte_level(vocab, added, named, _around(named, said), said["merges"], said["pre"] == "smollm")
+    return _byte_level(vocab, added, named, _around(named, said), _checked(said, "merges", [str]), pre == "smollm")
 
 
 def _from_pieces(vocab: dict, added: list, named: dict, said: dict) -> BPE:
     """A SentencePiece model by what is said of it in a .gguf file's words."""
     if said.get("precompiled_charsmap") or said.get("remove_extra_whitespaces"):
         raise ValueError("unsupported normalisation of characters or spaces, expected a model that asks for none")
-    scores, kinds = said["scores"], said["token_type"]
-    if len(vocab) < len(kinds) or set(kinds) != {1, 2, 3, 6}:
+    scores, kinds = _checked(said, "scores", [float]), _checked(said, "token_type", [int])
+    if not len(vocab) == len(kinds) == len(scores) or set(kinds) != {1, 2, 3, 6}:
         raise ValueError("unsupported pieces, expected each once and of the types normal, unknown, control and byte")
     best_first = sorted((-score, i, piece) for (piece, i), score, kind in zip(vocab.items(), scores, kinds, strict=True)
                         if kind == 1 and len(piece) > 1)
@@ -380,8 +397,10 @@ def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
     """What the merges make, in their order."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for pair in pairs:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"malformed merge {' '.join(pair)!r}, expected two tokens that make a third")
+        texts = isinstance(pair, list) and all(isinstance(token, str) and token for token in pair)
+        if not texts or len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            found = shown(" ".join(pair) if texts else pair)
+            raise ValueError(f"malformed merge {found}, expected two tokens that make a third")
     return list(dict.fromkeys(map("".join, pairs)))
 
 
@@ -394,8 +413,8 @@ def _special(vocab: dict[str, int], ids: Iterable[int | None], special: bool = T
 
 def _late_tokens(folder: Path, vocab: dict[str, int]) -> list[dict]:
     """Tokens that were added after the vocabulary was made: these two files alone know them."""
-    listed = _json(folder / "added_tokens.json")
-    tokens = _special(listed, listed.values()) + _json(folder / "tokenizer.json").get("added_tokens", [])
+    listed = _ids(_json(folder / "added_tokens.json"))
+    tokens = _special(listed, listed.values()) + _added({"added_tokens": []} | _json(folder / "tokenizer.json"))
     return list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
 
 
@@ -406,19 +425,21 @@ def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, 
     by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
     for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"):
         name = next(filter(None, (config.get(f"{role}_token") for config in by_name)), None)
-        name = name["content"] if isinstance(name, dict) else name
-        if name is not None and name not in table:
-            raise ValueError(f"{role}_token is {name!r}, expected a token of the vocabulary")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and not (isinstance(name, str) and name in table):
+            raise ValueError(f"{role}_token is {shown(name)}, expected a token of the vocabulary")
         ids = [config.get(f"{role}_token_id") for config in by_id]
-        ids = [i[0] if isinstance(i, list) else i for i in ids]  # of several, the first
-        models = next((i for i in ids if i in table.values()), None)  # old configs have pad_token_id -1 for none
+        ids = [i[0] if isinstance(i, list) and i else i for i in ids]  # of several, the first
+        # old configs have pad_token_id -1 for none
+        models = next((i for i in ids if type(i) is int and i in table.values()), None)
         named[role] = vocab.get(defaults.get(role), models) if name is None else table[name]
     return named
 
 
 def _around(named: dict, config: dict) -> Templates:
     """bos before and eos after each text, where add_bos_token and add_eos_token say so."""
-    before, after = ([named[role]] if config.get(f"add_{role}_token") else [] for role in ("bos", "eos"))
+    before, after = ([named[role]] if _checked(config, f"add_{role}_token", bool, None) else []
+                     for role in ("bos", "eos"))
     if None in before + after:
         raise ValueError("expected the name of the bos or eos token that is to be added")
     return [*before, "A", *after], [*before, "A", *after, *before, "B", *after]
@@ -430,26 +451,59 @@ def _post_processor(spec: dict) -> Templates:
         return ["A"], ["A", "B"]
     if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
         raise ValueError(f"unsupported post_processor {', '.join(names)}, expected TemplateProcessing")
-    ids = {"A": ["A"], "B": ["B"]} | {name: token["ids"] for name, token in steps[0]["special_tokens"].items()}
-    single, pair = ([i for item in steps[0][form] for part in item.values() for i in ids[part["id"]]]
-                    for form in ("single", "pair"))
+    ids = {"A": ["A"], "B": ["B"]}
+    for name, token in _checked(steps[0], "special_tokens", dict).items():
+        ids[name] = _checked(token, "ids", [int])
+    single, pair = ([i for item in _checked(steps[0], form, [dict]) for part in item.values()
+                     for i in _checked(ids, _checked(part, "id", str), list)] for form in ("single", "pair"))
     return single, pair
 
 
 def _steps(step: dict | None) -> list[dict]:
     """The members of a Sequence, or the one step there is."""
-    if step is None or step["type"] != "Sequence":
+    if step is None or _checked(step, "type", str) != "Sequence":
         return [step] if step else []
-    return next(value for key, value in step.items() if key != "type")
+    members = next((key for key in step if key != "type"), "its members")
+    return [member for member in _checked(step, members, [dict]) if _checked(member, "type", str)]
+
+
+def _checked(found: object, key: str, kind: type | list[type], *default: object) -> object:
+    """found[key] of this type, or a list ([type]) of it, or the default, also where there is none; else ValueError. So
+    a part of a file is used as what it was taken for, and in no other way."""
+    value = found.get(key, *default) if isinstance(found, dict) else None
+    several, each = isinstance(kind, list), kind[0] if isinstance(kind, list) else kind
+    values = (value if isinstance(value, list) else [None]) if several else [value]
+    if not (default and value is default[0]) and not all(type(v) is each for v in values):
+        expected = f"a list of {each.__name__}" if several else each.__name__
+        raise ValueError(f"malformed {shown(key)[1:-1]}: found {shown(value)}, expected {expected}")
+    return value
+
+
+def _ids(vocab: object) -> dict[str, int]:
+    """A vocabulary out of a file."""
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise ValueError(f"malformed vocabulary: found {shown(vocab)}, expected tokens with integers as ids")
+    return vocab
+
+
+def _added(spec: dict) -> list[dict]:
+    """The added tokens of a tokenizer.json."""
+    tokens = _checked(spec, "added_tokens", [dict])
+    for token in tokens:
+        _checked(token, "id", int)
+        _checked(token, "content", str)
+        for flag in ("special", "single_word", "lstrip", "rstrip", "normalized"):
+            _checked(token, flag, bool)
+    return tokens
 
 
 def _require(part: str, found: dict | None, **known: tuple) -> None:
     for key, values in known.items():
         if found is not None and found.get(key) not in values:
             expected = " or ".join(map(repr, values))
-            raise ValueError(f"unsupported {key} {found.get(key)!r} in {part}, expected {expected}")
+            raise ValueError(f"unsupported {key} {shown(found.get(key))} in {part}, expected {expected}")
 
 
 def _json(file: Path) -> dict:
     """The contents of an optional JSON file."""
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

@@ -351,8 +351,8 @@ def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, named", [
-    ("", "not JSON"), ('{"model_type": "llama",\n oops}', "line 2"), ("[1]", "found a JSON list, expected an object"),
-    ('{"\udcff": 1}', "not JSON")])
+    ("", "not valid JSON"), ('{"model_type": "llama",\n oops}', "line 2"), ('{"\udcff": 1}', "not valid JSON"),
+    ("[1]", "found a JSON list, expected an object")])
 def test_a_config_that_is_no_json_object_is_refused_with_its_line(tmp_path, content, named):
     (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with refused(str(tmp_path / "config.json"), named):
