@@ -136,7 +136,7 @@ def test_real_rte_trains_and_scores(tmp_path):
 
 @pytest.mark.parametrize(("args", "says"), [
     (["train.py", "--lam", "2"], "lam: found 2.0"),
-    (["eval.py"], "found neither a run and --backbone"),
+    (["eval.py"], "found neither a run nor --backbone"),
     (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
     (["data.py", "fetch", "gsm9k"], "unknown task 'gsm9k': did you mean gsm8k"),
 ])
