@@ -108,7 +108,8 @@ def returned(out: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim
     if not parallel.rank():
         for flaw in flaws:
             print(f"passed over a saved state: {flaw}", file=sys.stderr)
-        print(f"{out}: going on behind step {progress.step} of {run.steps}", file=sys.stderr)
+        where = f"going on behind step {progress.step} of {run.steps}" if state else "found no saved state, begins anew"
+        print(f"{out}: {where}", file=sys.stderr)
     return progress
 
 

@@ -283,3 +283,9 @@ def test_the_state_of_several_processes_is_refused_by_one(stopped, tmp_path, mon
 def test_how_often_to_save_is_read_as_steps_or_minutes(text, every):
     assert resume.Every.read(text) == every
     assert every.due(200, 599.0) == (text == "200") and every.due(199, 600.0) == (text == "10m")
+
+
+def test_resume_without_a_state_begins_and_says_so(tmp_path, capsys):
+    m, rows, run = small(tmp_path, steps=2)
+    loop.fit(m, rows, 0, run, go_on=True)
+    assert "found no saved state, begins anew" in capsys.readouterr().err and len(log(tmp_path)) == 2
