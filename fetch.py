@@ -185,7 +185,9 @@ def _receive(url: str, part: Path) -> None:
 
 def _move(part: Path, data_dir: Path, files: list[str]) -> None:
     _check(part, files[0])
+    checkpoint.flush(part)
     os.replace(part, data_dir / files[0])
+    checkpoint.flush((data_dir / files[0]).parent)
 
 
 def _unzip(archive: Path, data_dir: Path, files: list[str]) -> None:
