@@ -387,3 +387,14 @@ def test_overlap_names_sets_that_are_missing_and_refuses_those_without_a_file(tm
     for options in (["--train", "mawps", "--test", "math-mix"], ["--train", "word-problems"]):
         with pytest.raises(ValueError, match="--test: found .*expected tasks with a test file"):
             command("overlap", *options, "--data-dir", tmp_path)
+
+
+def test_a_fetched_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(fetch.os, name)
+        monkeypatch.setattr(fetch.os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    monkeypatch.setattr(fetch, "BLOBS", {})
+    (tmp_path / "a.part").write_text("a")
+    fetch._move(tmp_path / "a.part", tmp_path, ["a"])
+    assert calls == ["fsync", "replace", "fsync"]
