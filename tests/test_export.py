@@ -8,8 +8,10 @@ import torch
 from test_sibo import boosted, hugging_face, ids, inject, output, stir, twins
 
 import cli
+import data
 import eval as evaluation
 import export
+import loop
 import model
 import sibo
 import train
@@ -136,6 +138,39 @@ def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_p
     same = run(evaluation, tmp_path / "run", "--limit", 2)
     assert run(evaluation, "--backbone", tiny_llama, "--peft", tmp_path / "peft", "--limit", 2) == same
     assert run(evaluation, "--backbone", tmp_path / "hf", "--limit", 2) == same
+
+
+@pytest.mark.parametrize("family,name,checkpointing", [
+    ("llama", "adapter-sibo", False), ("llama", "lora-sibo", True), ("llama", "lora, learned λ", False),
+    ("gptj", "lora-sibo", False), ("bert", "adapter-sibo", False)])
+def test_transformers_own_trainer_trains_an_injected_model_as_our_loop_does(family, name, checkpointing, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    theirs, ours = twins(family, tmp_path / "base", head=family == "bert")
+    torch.manual_seed(3)
+    inject(theirs, name)
+    frozen = {n: p.clone() for n, p in theirs.named_parameters() if not p.requires_grad}
+    inject(ours, name)
+    if family == "bert":  # ours is part of the classifier; theirs stands outside it, and stays frozen
+        ours.classifier.pooler.requires_grad_(False)
+    for (_, a), (_, b) in zip(boosted(theirs), boosted(ours), strict=True):
+        b.down.data.copy_(a.down)
+    texts = [t.tolist() for t in ids(B=8, T=9)]
+    labels = [i % 3 if family == "bert" else t for i, t in enumerate(texts)]
+    Trainer(theirs, TrainingArguments(
+        tmp_path / "theirs", max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        activation_checkpointing=checkpointing, activation_checkpointing_kwargs={"use_reentrant": False}),
+        train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(texts, labels, strict=True)]).train()
+    run = train.Run(steps=20, lr=1e-2, warmup=0, batch_size=8, micro_batch_size=8, out=str(tmp_path / "ours"))
+    loop.fit(ours, [data.Row(t, y) for t, y in zip(texts, labels, strict=True)], 0, run)
+    assert all(torch.equal(p, frozen[n]) for n, p in theirs.named_parameters() if n in frozen)
+    for (_, a), (_, b) in zip(boosted(theirs), boosted(ours), strict=True):
+        assert a.up.abs().max() > 0.02  # it has learned
+        torch.testing.assert_close((a.down, a.up, a.lam()), (b.down, b.up, b.lam()), rtol=0, atol=2e-3)
+    sibo.save(theirs, tmp_path / "saved")
+    fresh = sibo.load(hugging_face(family, family == "bert"), tmp_path / "saved").eval()
+    assert torch.equal(output(fresh, ids()), output(theirs.eval(), ids()))
 
 
 @pytest.mark.parametrize("args", [["--export", "onnx"], ["--merge", "--export", "hf"]])
