@@ -1,6 +1,6 @@
 """Runs side by side: mean ± standard deviation over seeds, and the difference to the plain method with an interval.
 
-Reads what train.py left in run folders (config.json, result.json, answers.jsonl) and nothing else. The official code
+Reads what train.py left in run folders (config.json, result.json, answers.jsonl, metrics.jsonl) and nothing else. The official code
 reports one seed a number; differences between seeds are often larger than those between methods, so a difference stands
 here only beside its interval: over several seeds Student's t of the differences of equal seeds (same data, same order),
 with one seed the normal interval over the test examples, each answered by both."""
@@ -22,12 +22,13 @@ NOT_SHOWN = ("seed", "out", "data_dir", "device", "backbone", "task", "test", "s
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: its settings (config.json), what came of it (result.json), and by test task which of its answers
-    were right (answers.jsonl): "0110…"."""
+    """A finished run: its settings (config.json), what came of it (result.json), by test task which of its answers were
+    right (answers.jsonl): "0110…", and the mean training loss of each quarter of its steps (metrics.jsonl)."""
 
     config: dict
     result: dict
     right: dict[str, str]
+    losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def read(places: Sequence[str | Path]) -> list[Done]:
             raise FileNotFoundError(f"{place}: no such folder, expected one with runs in it, or a .jsonl of saved runs")
         for folder in sorted(f.parent for f in place.rglob("result.json")):
             found.append(Done(checkpoint.read_json(folder / "config.json"),
-                              checkpoint.read_json(folder / "result.json"), _right(folder / "answers.jsonl")))
+                              checkpoint.read_json(folder / "result.json"), _right(folder / "answers.jsonl"),
+                              _losses(folder / "metrics.jsonl")))
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: found no finished run (a folder with result.json)")
     return found
@@ -83,6 +85,12 @@ def _right(file: Path) -> dict[str, str]:
         if "right" in answer:
             right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
     return right
+
+
+def _losses(file: Path) -> list[float]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
+    loss = np.array([json.loads(line)["loss"] for line in lines], float)
+    return [float(np.nanmean(quarter)) for quarter in np.array_split(loss, 4)] if len(loss) >= 4 else []
 
 
 def save(runs: Sequence[Done], file: Path) -> None:

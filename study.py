@@ -157,10 +157,11 @@ def trained(study: Study, args: argparse.Namespace, file: Path) -> str:
         raise ValueError(f"{folder}: found runs of {len(tables)} tasks or backbones, expected one; name a new --out")
     columns = ("method", "lam", "sibo_at", "frozen_too", "learn_lam", "lr", "steps", "seed")
     lines = [[run.config[c] for c in columns] + [run.result[k] for k in ("metric", "score", "n", "similarity", "date")]
-             + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run.result[k])) for k in ("lambda", "similarity_per_layer")]
+             + [" ".join(f"{x:.4f}" for x in np.atleast_1d(x)) for x in (
+                 run.result["lambda"], run.result["similarity_per_layer"], run.losses)]
              for g in tables[0] for run in g.runs.values()]
     write_csv(file.with_suffix(".csv"), [*columns, "metric", "score", "n", "similarity", "date", "lambda",
-                                         "similarity_per_layer"], lines)
+                                         "similarity_per_layer", "loss_per_quarter"], lines)
     study.draw(tables[0], file.with_suffix(".png"))
     return study.says(tables[0])
 

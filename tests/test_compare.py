@@ -96,6 +96,15 @@ def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
     assert compare.table(again) == compare.table(runs) and [r.right for r in again] == [r.right for r in runs]
 
 
+def test_the_training_loss_of_a_run_is_the_mean_of_each_quarter_of_its_steps_skipped_steps_left_out(tmp_path):
+    folder = run(tmp_path)
+    losses = [4.0, 2.0, 3.0, None, 1.0, 1.5, 0.5, 1.0]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    compare.save(compare.read([folder]), tmp_path / "all.jsonl")
+    for found in compare.read([folder]) + compare.read([tmp_path / "all.jsonl"]):
+        assert list(found.losses) == [3.0, 3.0, 1.25, 0.75]
+
+
 def test_no_finished_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         compare.read([tmp_path])
