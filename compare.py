@@ -1,9 +1,9 @@
 """Runs side by side: mean ± standard deviation over seeds, and the difference to the plain method with an interval.
 
-Reads what train.py left in run folders (config.json, result.json, answers.jsonl, metrics.jsonl) and nothing else. The official code
-reports one seed a number; differences between seeds are often larger than those between methods, so a difference stands
-here only beside its interval: over several seeds Student's t of the differences of equal seeds (same data, same order),
-with one seed the normal interval over the test examples, each answered by both."""
+Reads what train.py left in run folders (config.json, result.json, answers.jsonl, metrics.jsonl) and nothing else. The
+official code reports one seed a number; differences between seeds are often larger than those between methods, so a
+difference stands here only beside its interval: over several seeds Student's t of the differences of equal seeds (same
+data, same order), with one seed the normal interval over the test examples, each answered by both."""
 
 import json
 import math
