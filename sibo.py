@@ -10,11 +10,10 @@
 Source: Wen, Zhang, Fang, "SIBO", Findings of ACL 2024 (arXiv 2402.11896); equation and section numbers are its own.
 Where the authors' code departs from the paper, the paper is the default: the skip is mixed (theirs: skip="plain"), an
 adapter stands on a sub-layer's output (theirs: side="in"), a missing h0 is an error (theirs: silently the plain
-method), λ is stored with the weights (theirs: forgotten) and merging is exact (theirs: drops h0)."""
+method), λ is read from the file with the weights (theirs: told by hand) and merging is exact (theirs: drops h0)."""
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import fast
 import parallel
-from placement import Settings, place
+from placement import Settings, misfit, place
 
 
 def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -204,16 +203,6 @@ def save(m: nn.Module, folder: str | Path) -> None:
         checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
 
 
-def _misfit(m: nn.Module, s: Settings, stored: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that is not as `inject` would make it; before it does, as a few bytes can ask for any rank."""
-    found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
-    for name, width in place(m, s).widths.items():
-        expected = (s.rank if s.method == "lora" else s.bottleneck, width)
-        if (shape := found.get(f"{name}.down".replace(".base.", "."), "none")) != expected:
-            return f"tensor '{name}.down': found {shape}, expected {expected}"
-    return None
-
-
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (where `m` is not injected yet), loads it strictly, and returns `m`.
 
@@ -230,13 +219,13 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
         m.requires_grad_(True)
     elif not hasattr(m, "sibo"):
         try:
-            if not (misfit := _misfit(m, Settings(**settings), stored)):
+            if not (wrong := misfit(m, Settings(**settings), stored)):
                 inject(m, **settings)
         except ValueError as e:
             said = checkpoint.shown(settings)
             raise ValueError(f"{path}: found settings {said}, unfit for {type(m).__name__}: {e}") from e
-        if misfit:
-            raise ValueError(f"{path}: {misfit}")
+        if wrong:
+            raise ValueError(f"{path}: {wrong}")
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
         key = next(k for k, v in ours.items() if settings.get(k) != v)
         said = checkpoint.shown(settings.get(key))
