@@ -190,15 +190,23 @@ def name(g: Group, rows: Sequence[Group]) -> str:
     return ", ".join([c["method"], *varying])
 
 
+def look(name: str) -> dict:
+    """A method's colour and line, the same in all pictures: plain methods are dashed, SIBO's are solid."""
+    method = name.split(",")[0].removesuffix("-sibo")
+    colour = {"frozen": "k", "adapter": "C0", "lora": "C1", "full": "C2"}.get(method, "C3")
+    return {"color": colour, "ls": ":" if method == "frozen" else "-" if "-sibo" in name else "--"}
+
+
 def draw(runs: Sequence[Done], path: Path) -> None:
-    """Every seed's score as a dot, their mean as a line; a panel for each table."""
+    """Every seed's score as a dot (plain methods: a ring), their mean as a bar; a panel for each table."""
     tables = groups(runs)
     fig = Figure(figsize=(7, 0.6 + sum(0.8 + 0.32 * len(rows) for rows in tables)), dpi=150, layout="constrained")
     panels = fig.subplots(len(tables), squeeze=False, height_ratios=[len(rows) + 1.5 for rows in tables])[:, 0]
     for ax, rows in zip(panels, tables, strict=True):
         for y, g in enumerate(rows):
-            score, colour = g.over_seeds(lambda r: r["score"]), "C1" if g.plain else "C0"
-            ax.plot(score, [y] * len(score), "o", ms=4, alpha=0.5, color=colour)
+            score, colour = g.over_seeds(lambda r: r["score"]), look(g.config["method"])["color"]
+            filled = colour if "sibo" in g.config["method"] else "none"
+            ax.plot(score, [y] * len(score), "o", ms=4, alpha=0.6, color=colour, mfc=filled)
             ax.plot([score.mean()] * 2, [y - 0.3, y + 0.3], lw=2, color=colour)
         ax.set_yticks(range(len(rows)), [name(g, rows) for g in rows])
         ax.invert_yaxis()
@@ -206,5 +214,5 @@ def draw(runs: Sequence[Done], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         result = rows[0].first
         ax.set(xlabel=result["metric"] + (" (validation)" if result["scored_on"] == "validation" else "")
-               + "; a dot a seed, a bar their mean", title=f"{result['backbone']} on {result['task']}")
+               + "; a dot per seed, a bar their mean", title=f"{result['backbone']} on {result['task']}")
     checkpoint.write(path, fig.savefig)

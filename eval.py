@@ -5,6 +5,7 @@ differs stands in scoring.py. Source of Eq. (3): the paper's Section 3.1; paddin
 
 import argparse
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,14 @@ def figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
 
 
 def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) -> None:
-    """Eq. (3) against the layer, a line a model; the last five layers, which the paper sums up, are shaded."""
+    """Eq. (3) against the layer, a line per model; the last five layers, which the paper sums up, are shaded."""
     fig, ax = figure()
     layers = len(next(iter(curves.values())))
     ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five")
-    for (name, curve), style in zip(curves.items(), ("o--", "s-", "^-", "v-"), strict=False):
-        ax.plot(range(layers), curve, style, ms=3.5, lw=1.4, label=f"{name} ({last_five(curve):.3f})")
-    ax.set(xlabel="hidden state (0: token representation h0, last: after the last block)",
+    for (name, curve), marker in zip(curves.items(), cycle("os^vD"), strict=False):
+        ax.plot(range(layers), curve, marker=marker, ms=3.5, lw=1.4, label=f"{name} ({last_five(curve):.3f})",
+                **compare.look(name))
+    ax.set(xlabel="hidden state (0: h0; last: after the last block, and its final norm where there is one)",
            ylabel="token-wise cosine similarity, Eq. (3)", title=title)
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)

@@ -54,16 +54,20 @@ def draw_groups(rows: list[compare.Group], path: Path) -> None:
 
 
 def draw_lam(rows: list[compare.Group], path: Path) -> None:
-    """Figure 4: the score against λ, a line a method; dashed, the plain method (λ = 0)."""
+    """Figure 4: the score against λ, a line per method; dashed, the plain method (λ = 0)."""
     fig, ax = evaluation.figure()
-    for i, method in enumerate(m for m in ("adapter", "lora") if any(g.config["method"] == m for g in rows)):
+    seeds = max(len(g.runs) for g in rows)
+    for method in (m for m in ("adapter", "lora") if any(g.config["method"] == m for g in rows)):
+        colour = compare.look(method)["color"]
         points = sorted((g.config["lam"], g.over_seeds(score)) for g in rows if g.config["method"] == f"{method}-sibo")
         plain = next(g for g in rows if g.config["method"] == method).over_seeds(score)
-        ax.errorbar([x for x, _ in points], [y.mean() for _, y in points], [deviation(y) for _, y in points],
-                    fmt="o-", color=f"C{i}", capsize=3, ms=4, label=f"{method}-sibo")
-        ax.axhline(plain.mean(), color=f"C{i}", ls="--", lw=1, label=f"{method} ({plain.mean():.3f})")
-        ax.axhspan(plain.mean() - deviation(plain), plain.mean() + deviation(plain), color=f"C{i}", alpha=0.1, lw=0)
-    ax.set(xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"], title=title(rows))
+        spread = [deviation(y) for _, y in points] if seeds > 1 else None
+        ax.errorbar([x for x, _ in points], [y.mean() for _, y in points], spread, fmt="o-", color=colour, capsize=3,
+                    ms=4, label=f"{method}-sibo")
+        ax.axhline(plain.mean(), color=colour, ls="--", lw=1, label=f"{method} ({plain.mean():.3f})")
+        ax.axhspan(plain.mean() - deviation(plain), plain.mean() + deviation(plain), color=colour, alpha=0.1, lw=0)
+    ax.set(xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"], title=f"{title(rows)}, "
+           f"n = {rows[0].first['n']}, " + (f"{seeds} seeds" if seeds > 1 else "one seed"))
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
 

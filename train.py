@@ -270,7 +270,8 @@ def draw(runs: Sequence[Run], results: Sequence[dict]) -> None:
     for run in runs:
         loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))], float)
         mean = [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
-        line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)")
+        line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)",
+                        **compare.look(run.method))
         ax.plot(range(1, len(loss) + 1), loss, color=line.get_color(), alpha=0.3, lw=0.8)
     ax.set(xlabel="step", ylabel="loss", title=title)
     ax.set_ylim(0, None)
