@@ -86,6 +86,18 @@ def test_last_five_is_the_mean_of_the_last_five_entries():
     assert evaluation.last_five([9, 9, 1, 2, 3, 4, 5]) == 3.0
 
 
+def test_every_curve_is_drawn_plain_ones_dashed_and_in_the_colour_of_their_sibo(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(evaluation.checkpoint, "write", lambda path, savefig: kept.append(savefig.__self__))
+    names = ["frozen", "adapter", "adapter-sibo, λ 0.1", "adapter-sibo, λ 0.3", "lora", "lora-sibo", "full"]
+    evaluation.draw_similarity({name: [0.1, 0.2, 0.3] for name in names}, tmp_path / "s.png", "title")
+    lines = {line.get_label().split(" (")[0]: line for line in kept[0].axes[0].get_lines()}
+    assert list(lines) == names
+    assert lines["adapter"].get_color() == lines["adapter-sibo, λ 0.3"].get_color() != lines["lora"].get_color()
+    assert [lines[n].get_linestyle() for n in ("frozen", "lora", "lora-sibo")] == [":", "--", "-"]
+
+
+
 def test_pictures_are_written_whole_and_show_every_curve(tmp_path):
     evaluation.draw_similarity({"frozen": [0.1, 0.5, 0.6], "lora-sibo": [0.1, 0.4, 0.5]}, tmp_path / "s.png", "title")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
