@@ -62,7 +62,7 @@ def read(places: Sequence[str | Path]) -> list[Done]:
         for folder in sorted(f.parent for f in place.rglob("result.json")):
             found.append(Done(checkpoint.read_json(folder / "config.json"),
                               checkpoint.read_json(folder / "result.json"), _right(folder / "answers.jsonl"),
-                              _losses(folder / "metrics.jsonl")))
+                              _quarters(losses(folder))))
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: found no finished run (a folder with result.json)")
     return found
@@ -87,9 +87,14 @@ def _right(file: Path) -> dict[str, str]:
     return right
 
 
-def _losses(file: Path) -> list[float]:
+def losses(folder: Path) -> np.ndarray:
+    """The training loss of each step (metrics.jsonl); nan where a step was skipped."""
+    file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
-    loss = np.array([json.loads(line)["loss"] for line in lines], float)
+    return np.array([json.loads(line)["loss"] for line in lines], float)
+
+
+def _quarters(loss: np.ndarray) -> list[float]:
     return [float(np.nanmean(quarter)) for quarter in np.array_split(loss, 4)] if len(loss) >= 4 else []
 
 

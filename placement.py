@@ -145,8 +145,8 @@ def place(m: nn.Module, s: Settings) -> Placement:
 
 
 def misfit(m: nn.Module, s: Settings, stored: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not as `sibo.inject` would make it; said
-    before it does, since a few bytes can ask for any rank."""
+    """The first tensor that is not as `sibo.inject` would make it; said before it does, as a few bytes can ask for any
+    rank."""
     found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
     for name, width in place(m, s).widths.items():
         expected = (s.rank if s.method == "lora" else s.bottleneck, width)

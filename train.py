@@ -268,7 +268,7 @@ def draw(runs: Sequence[Run], results: Sequence[dict]) -> None:
     title = f"{runs[0].backbone} on {name_of(runs[0].task)}"
     fig, ax = evaluation.figure()
     for run in runs:
-        loss = np.array([json.loads(line)["loss"] for line in open(Path(run.out, "metrics.jsonl"))], float)
+        loss = compare.losses(Path(run.out))
         mean = [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
         line, = ax.plot(range(1, len(loss) + 1), mean, lw=1.6, label=f"{run.method} (mean of 10 steps)",
                         **compare.look(run.method))

@@ -97,7 +97,6 @@ def test_every_curve_is_drawn_plain_ones_dashed_and_in_the_colour_of_their_sibo(
     assert [lines[n].get_linestyle() for n in ("frozen", "lora", "lora-sibo")] == [":", "--", "-"]
 
 
-
-def test_pictures_are_written_whole_and_show_every_curve(tmp_path):
+def test_a_picture_is_written_whole_and_alone(tmp_path):
     evaluation.draw_similarity({"frozen": [0.1, 0.5, 0.6], "lora-sibo": [0.1, 0.4, 0.5]}, tmp_path / "s.png", "title")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1

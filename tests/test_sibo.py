@@ -701,10 +701,12 @@ def test_a_missing_extra_or_misshaped_tensor_is_named_with_its_file(change, says
         sibo.load(tiny(), tmp_path)
 
 
-@pytest.mark.parametrize("other", [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
-def test_a_file_of_another_size_of_model_is_refused(other, tmp_path):
+@pytest.mark.parametrize("other,says", [
+    ({"hidden_size": 32}, r"tensor 'blocks\.0"), ({"num_hidden_layers": 1}, "num_hidden_layers is 1, not 2"),
+    ({"num_hidden_layers": 3}, r"tensor 'blocks\.2")])
+def test_a_file_of_another_size_of_model_is_refused(other, says, tmp_path):
     sibo.save(inject(tiny(), "lora-sibo"), tmp_path)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.*(tensor 'blocks\.\d|layers is 1, not 2)"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{says}"):
         sibo.load(tiny(**other), tmp_path)
 
 
