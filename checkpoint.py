@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -445,47 +445,6 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     stored = dict(_safetensors(file))
     with safe_open(file, "pt") as f:
         return stored, f.metadata() or {}
-
-
-def fingerprint(m: torch.nn.Module) -> dict:
-    """What tells a frozen model from others: its settings, and some values of some of its frozen tensors (those kept in
-    fewer bits left out)."""
-    frozen = {n.replace(".base.", "."): p for n, p in m.named_parameters()
-              if not p.requires_grad and p.is_floating_point()}
-    names = list(frozen)[::max(1, len(frozen) // 8)]
-    c = getattr(m, "config", None)  # transformers' own, which has a to_dict, knows paths and versions too
-    settings = asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
-    return {"config": json.loads(json.dumps(settings)), "dtype": str(frozen[names[0]].dtype) if names else None,
-            "values": {n: _some(frozen[n]) for n in names}}
-
-
-def _some(p: torch.Tensor) -> list[float]:
-    flat = parallel.whole(p.detach()).flatten()
-    return flat[::max(1, len(flat) // 64)][:64].tolist()
-
-
-def unlike(expected: dict, m: torch.nn.Module) -> str | None:
-    """How `m` differs from the model of a fingerprint, or None: in a setting, or in a value (of another dtype: by more
-    than rounding to bfloat16 explains)."""
-    ours = fingerprint(m)
-    if not isinstance(expected, dict) or not all(isinstance(expected.get(k), dict) for k in ("config", "values")):
-        return f"described as {shown(expected)}"
-    for key, found in ours["config"].items() if expected["config"] else ():
-        value = expected["config"].get(key)
-        numbers = isinstance(value, float) and isinstance(found, float)
-        if found != value and not (numbers and math.isclose(found, value, rel_tol=1e-6)):
-            return f"{key} is {found}, not {shown(value)}"
-    parameters = {n.replace(".base.", "."): p for n, p in m.named_parameters()}
-    rtol = 0.0 if expected.get("dtype") == ours["dtype"] else 2.0**-7
-    for name, values in expected["values"].items():
-        if name not in parameters:
-            return f"it has no tensor {shown(name)}"
-        p = parameters[name]
-        numbers = isinstance(values, list) and all(type(v) is float for v in values)
-        if p.is_floating_point() and not (numbers and len(values) == len(some := _some(p)) and
-                                          np.allclose(some, values, rtol, 0.01 * rtol)):
-            return f"the values of {name} are others"
-    return None
 
 
 def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -6,10 +6,10 @@ module that cannot take h0, is an error, where the official code skips it and tr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoint import shown
 
@@ -142,17 +142,6 @@ def place(m: nn.Module, s: Settings) -> Placement:
             raise ValueError(f"{name}: its input is {widths[name]} wide and h0 {d}, so it cannot take h0; "
                              "adapt it plainly, by leaving it out of sibo_at")
     return Placement(targets, sibo_at, sources[0] if len(sources) == 1 else "", widths, mixed)
-
-
-def misfit(m: nn.Module, s: Settings, stored: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not as `sibo.inject` would make it; said before it does, as a few bytes can ask for any
-    rank."""
-    found = {name.replace(".base.", "."): tuple(t.shape) for name, t in stored.items()}  # one target inside another
-    for name, width in place(m, s).widths.items():
-        expected = (s.rank if s.method == "lora" else s.bottleneck, width)
-        if (shape := found.get(f"{name}.down".replace(".base.", "."), "none")) != expected:
-            return f"tensor '{name}.down': found {shape}, expected {expected}"
-    return None
 
 
 def _width_of_h0(source: nn.Module, name: str) -> int:

@@ -12,9 +12,8 @@ Where the authors' code departs from the paper, the paper is the default: the sk
 adapter stands on a sub-layer's output (theirs: side="in"), a missing h0 is an error (theirs: silently the plain
 method), λ is read from the file with the weights (theirs: told by hand) and merging is exact (theirs: drops h0)."""
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import adapter_file
 import checkpoint
 import fast
-import parallel
-from placement import Settings, misfit, place
+from placement import Settings, place
 
 
 def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -192,15 +191,9 @@ def merge(m: nn.Module) -> nn.Module:
 
 
 def save(m: nn.Module, folder: str | Path) -> None:
-    """Writes folder/adapter.safetensors: exactly the trained tensors, and in its metadata what `inject` was told and
-    what tells this backbone from others."""
-    trained = {n: parallel.whole(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
-    settings = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
-    settings["backbone"] = checkpoint.fingerprint(m)
-    if parallel.rank() == 0:
-        checkpoint.write_tensors(Path(folder, "adapter.safetensors"), trained, {"sibo": json.dumps(settings)})
+    """Writes folder/adapter.safetensors: exactly what is trained, what `inject` was told, and what tells this backbone
+    from others. ValueError where nothing is trained."""
+    adapter_file.write(Path(folder, "adapter.safetensors"), m)
 
 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
@@ -208,29 +201,11 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises ValueError naming the file and a missing, unexpected or mis-shaped tensor, or settings or a backbone that do
     not fit."""
-    path = Path(folder, "adapter.safetensors")
-    stored, metadata = checkpoint.read_tensors(path)
-    settings = checkpoint.parse_json(metadata.get("sibo", "null"), f"{path}, its settings")
-    known = {"backbone", *Settings.__dataclass_fields__}
-    if not isinstance(settings, dict) or not {"method"} <= settings.keys() <= known:
-        raise ValueError(f"{path}: found settings {checkpoint.shown(settings)}, expected those of sibo.inject")
-    backbone = settings.pop("backbone", None)
-    if settings["method"] == "full":
+    file = Path(folder, "adapter.safetensors")
+    settings, stored = adapter_file.read(file, m)
+    if settings is None:
         m.requires_grad_(True)
     elif not hasattr(m, "sibo"):
-        try:
-            if not (wrong := misfit(m, Settings(**settings), stored)):
-                inject(m, **settings)
-        except ValueError as e:
-            said = checkpoint.shown(settings)
-            raise ValueError(f"{path}: found settings {said}, unfit for {type(m).__name__}: {e}") from e
-        if wrong:
-            raise ValueError(f"{path}: {wrong}")
-    if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != settings:
-        key = next(k for k, v in ours.items() if settings.get(k) != v)
-        said = checkpoint.shown(settings.get(key))
-        raise ValueError(f"{path}: found settings {key}={said}, expected the model's own {key}={ours[key]!r}")
-    if other := backbone and checkpoint.unlike(backbone, m):
-        raise ValueError(f"{path}: found an adapter for another backbone ({other}); load the one it was trained on")
-    checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, path)
+        inject(m, **vars(settings))
+    checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, file)
     return m

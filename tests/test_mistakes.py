@@ -85,6 +85,7 @@ def test_an_adapter_on_transformers_own_model_knows_it_too(tmp_path, tiny_llama)
         other.model.embed_tokens.weight.mul_(1.001)
     with pytest.raises(ValueError, match="another backbone"):
         sibo.load(other, tmp_path)
+    assert not hasattr(other, "sibo") and all(p.requires_grad for p in other.parameters())  # refused before touched
 
 
 def test_an_adapter_of_another_rank_than_its_settings_say_is_refused(saved, tiny_llama):
