@@ -6,7 +6,6 @@ the model is touched."""
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -44,29 +43,21 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         key = next(k for k, v in ours.items() if said.get(k) != v)
         raise ValueError(f"{file}: found settings {key}={shown(said.get(key))}, "
                          f"expected the model's own {key}={ours[key]!r}")
-    settings = None
+    settings, widths = None, {}
     if said["method"] != "full":
         try:
             settings = Settings(**said)
-            wrong = None if hasattr(m, "sibo") else _misfit(m, settings, stored)
+            widths = {} if hasattr(m, "sibo") else place(m, settings).widths
         except ValueError as e:
             raise ValueError(f"{file}: found settings {shown(said)}, unfit for {type(m).__name__}: {e}") from e
-        if wrong:
-            raise ValueError(f"{file}: {wrong}")
+    shapes = {_plain(name): tuple(t.shape) for name, t in stored.items()}
+    for name, width in widths.items():  # said before `inject` makes them, as a few bytes can ask for any rank
+        expected = (settings.rank if settings.method == "lora" else settings.bottleneck, width)
+        if (shape := shapes.get(_plain(f"{name}.down"), "none")) != expected:
+            raise ValueError(f"{file}: tensor '{name}.down': found {shape}, expected {expected}")
     if other := backbone and _unlike(backbone, m):
         raise ValueError(f"{file}: found an adapter for another backbone ({other}); load the one it was trained on")
     return settings, stored
-
-
-def _misfit(m: nn.Module, s: Settings, stored: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not as `sibo.inject` would make it; said before it does, as a few bytes can ask for any
-    rank."""
-    found = {_plain(name): tuple(t.shape) for name, t in stored.items()}
-    for name, width in place(m, s).widths.items():
-        expected = (s.rank if s.method == "lora" else s.bottleneck, width)
-        if (shape := found.get(_plain(f"{name}.down"), "none")) != expected:
-            return f"tensor '{name}.down': found {shape}, expected {expected}"
-    return None
 
 
 def _plain(name: str) -> str:

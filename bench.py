@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
 import cli
 import data
 import estimate
+import export
 import loop
 import model
 import sibo
@@ -130,7 +130,7 @@ class Trainer:
         if isinstance(self.m, model.Transformer):
             loop.train_step(self.m, rows, len(rows), pad_id=2)
         else:
-            self.m(**{k: v.to(self.m.device) for k, v in data.batch(rows, 2).items()}).loss.backward()
+            self.m(**data.to_device(data.batch(rows, 2), self.m)).loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -321,17 +321,7 @@ def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
     if index.is_file():
         return
     m = model.build(said)
-    names = {ours: theirs for theirs, ours in m.names.items() if ours}
-    layers, tensors = range(m.config.num_hidden_layers), {}
-    for theirs, ours in m.names.items():
-        for i in layers if ours and "{}" in ours else [None]:
-            try:
-                shape = m.get_parameter(ours.format(i)).shape if ours else None
-            except AttributeError:  # a bias that this configuration does not have
-                continue
-            if shape:
-                tensors[("" if theirs.startswith("lm_head") else m.prefix) + theirs.format(i)] = shape
-    assert len(tensors) == len(list(m.parameters())), (len(names), len(tensors))
+    tensors = {export.their_name(m, name): p.shape for name, p in m.named_parameters()}
     total, files, weight_map = sum(s.numel() for s in tensors.values()), [[] for _ in range(shards)], {}
     noise = torch.randn(min(total, 1 << 26), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     done = 0
@@ -348,7 +338,7 @@ def write_shape(said: dict, folder: Path, shards: int = 2) -> None:
             else:
                 stored[name] = noise.roll(-start).repeat(-(-n // len(noise)))[:n].view(shape)
             weight_map[name] = file
-        checkpoint.write(folder / file, lambda draft, stored=stored: save_file(stored, draft, {"format": "pt"}))
+        checkpoint.write_tensors(folder / file, stored, {"format": "pt"})
         del stored
     checkpoint.write(folder / "config.json", json.dumps(said, indent=2))
     checkpoint.write(index, json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map}, indent=2))
@@ -476,9 +466,7 @@ def table(rows: list[Row]) -> str:
         goal = "" if r.goal is None else f"{'≥' if r.faster else '≤'} {r.goal:g}"
         lines.append([r.name, show(r.ours), show(r.peer) if r.peer or r.ours is None else "", r.unit, ratio, goal,
                       {None: "", True: "yes", False: "no"}[r.met]])
-    widths = [max(len(line[i]) for line in lines) for i in range(7)]
-    return "\n".join("  ".join(c.ljust(w) if i in (0, 3) else c.rjust(w) for i, (c, w) in
-                               enumerate(zip(line, widths, strict=True))) for line in lines)
+    return cli.aligned(lines, left=(0, 3))
 
 
 def parser() -> cli.Parser:

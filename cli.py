@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import parallel
@@ -22,6 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(f"{message}; see python {self.prog} --help")
+
+
+def aligned(rows: Sequence[Sequence[object]], left: Container[int] = (0,)) -> str:
+    """Rows of cells as lines of text: the columns `left` begin alike, the others end alike."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell!s:{'<' if i in left else '>'}{width}}" for i, (cell, width) in
+                               enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:

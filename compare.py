@@ -7,7 +7,7 @@ data, same order), with one seed the normal interval over the test examples, eac
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import checkpoint
+import cli
 
 PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
 NOT_SHOWN = ("seed", "out", "data_dir", "device", "backbone", "task", "test", "score_on", "limit")
@@ -46,8 +47,9 @@ class Group:
     def first(self) -> dict:
         return next(iter(self.runs.values())).result
 
-    def over_seeds(self, value: Callable[[dict], float]) -> np.ndarray:
-        return np.array([value(run.result) for run in self.runs.values()])
+    def over_seeds(self, key: str) -> np.ndarray:
+        """One figure of result.json, of each seed."""
+        return np.array([run.result[key] for run in self.runs.values()])
 
 
 def read(places: Sequence[str | Path]) -> list[Done]:
@@ -166,23 +168,21 @@ def _table(rows: Sequence[Group], markdown: bool) -> str:
     cells = [[*shown, "seeds", metric + (" %" if scale == 100 else "") + on, "against plain (95 %)", *parts,
               "similarity", "trained parameters"]]
     for g in rows:
-        score, d = g.over_seeds(lambda r: scale * r["score"]), difference(g)
+        score, d = scale * g.over_seeds("score"), difference(g)
         spread = f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""
         against = "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
             " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}")
         cells.append([*("" if g.config[k] is None else f"{g.config[k]:g}" if isinstance(g.config[k], float)
                         else str(g.config[k]) for k in shown), str(len(score)), f"{score.mean():.{digits}f}{spread}",
-                      against, *(f"{g.over_seeds(lambda r, p=p: scale * r['parts'][p]).mean():.{digits}f}"
+                      against, *(f"{scale * np.mean([part[p] for part in g.over_seeds('parts')]):.{digits}f}"
                                  for p in parts),
-                      f"{g.over_seeds(lambda r: r['similarity']).mean():.3f}",
+                      f"{g.over_seeds('similarity').mean():.3f}",
                       f"{g.first['trainable_parameters']:,}"])
     title = f"{first.config['backbone']} on {first.config['task']}"
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join([f"**{title}**", "", lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join([title, *("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                                         enumerate(zip(row, widths, strict=True))).rstrip() for row in cells)])
+    return f"{title}\n{cli.aligned(cells)}"
 
 
 def name(g: Group, rows: Sequence[Group]) -> str:
@@ -209,7 +209,7 @@ def draw(runs: Sequence[Done], path: Path) -> None:
     panels = fig.subplots(len(tables), squeeze=False, height_ratios=[len(rows) + 1.5 for rows in tables])[:, 0]
     for ax, rows in zip(panels, tables, strict=True):
         for y, g in enumerate(rows):
-            score, colour = g.over_seeds(lambda r: r["score"]), look(g.config["method"])["color"]
+            score, colour = g.over_seeds("score"), look(g.config["method"])["color"]
             filled = colour if "sibo" in g.config["method"] else "none"
             ax.plot(score, [y] * len(score), "o", ms=4, alpha=0.6, color=colour, mfc=filled)
             ax.plot([score.mean()] * 2, [y - 0.3, y + 0.3], lw=2, color=colour)

@@ -133,11 +133,13 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
-def tasks(names: str) -> list[Task]:
-    """The tasks of a name, or of several joined by +; ValueError if one model cannot answer them all."""
-    found = [task(name) for name in ([names] if names.endswith((".json", ".jsonl")) else names.split("+"))]
+def tasks(*names: str) -> list[Task]:
+    """The tasks of names, each of one or of several joined by +; ValueError if one model cannot answer them all."""
+    found = [task(one) for name in names
+             for one in ([name] if name.endswith((".json", ".jsonl")) else name.split("+"))]
     if len({t.num_labels and t.name for t in found}) > 1:
-        raise ValueError(f"task {names}: found tasks that need a head each, expected one, or text-to-text tasks")
+        raise ValueError(f"task {'+'.join(names)}: found tasks that need a head each, expected one, or text-to-text "
+                         "tasks")
     return found
 
 
@@ -175,19 +177,12 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
         paths = " + ".join(str(Path(data_dir) / file) for file in files)
         print(f"warning: {paths} holds {len(rows)} examples, published are {expected}; it is used as it is",
               file=sys.stderr)
-    return (_part(task, rows, split) if held_out else rows)[:n]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _part(task: Task, rows: list[Example], split: str) -> list[Example]:
-    part = hold_out(rows, task.held_out)[split == "test"]
-    if not part:
-        raise ValueError(f"{task.train[0]}: holds one question only and that is held out for the test; "
-                         "training needs at least two")
-    return part
+    if held_out:
+        rows = hold_out(rows, task.held_out)[split == "test"]
+        if not rows:
+            raise ValueError(f"{files[0]}: holds one question only and that is held out for the test; training needs "
+                             "at least two")
+    return rows[:n]
 
 
 def hold_out(rows: list, n: int) -> tuple[list, list]:
@@ -197,7 +192,7 @@ def hold_out(rows: list, n: int) -> tuple[list, list]:
     def question(row: Example | Sentence) -> str:
         return row.instruction if isinstance(row, Example) else f"{row.text}\n{row.pair}"
 
-    rows = sorted(rows, key=lambda row: _digest(question(row)))
+    rows = sorted(rows, key=lambda row: hashlib.sha256(question(row).encode()).digest())
     questions = list(dict.fromkeys(map(question, rows)))
     held = set(questions[:max(1, min(n, len(questions) // 10))])
     return [row for row in rows if question(row) not in held], [row for row in rows if question(row) in held]
@@ -440,6 +435,11 @@ def batch(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.
     return tensors
 
 
+def to_device(batch: dict[str, torch.Tensor], m: torch.nn.Module) -> dict[str, torch.Tensor]:
+    device = next(m.parameters()).device
+    return {k: v.to(device) for k, v in batch.items()}
+
+
 def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of indices into `lengths`: in an epoch each once, shuffled anew; its last batch may be smaller.
     Neighbours of 16 batches are sorted by length before they are cut into batches, since padding is wasted work."""
@@ -515,16 +515,8 @@ def chosen(names: list[str]) -> list[Task]:
         if not group and task(name).kind in ("own", "word-problems"):
             raise ValueError(f"{name}: found no published file of it, expected a task of `python data.py list` or a "
                              f"group: {', '.join(GROUPS)}")
-        if not group and name not in TASKS:
-            raise ValueError(f"{name}: found no such task, expected one of `python data.py list` or a group: "
-                             f"{', '.join(GROUPS)}")
         tasks += group or [task(name)]
     return list(dict.fromkeys(tasks))
-
-
-def _table(rows: list[tuple]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def listing(tasks: Iterable[Task], data_dir: Path) -> str:
@@ -539,7 +531,7 @@ def listing(tasks: Iterable[Task], data_dir: Path) -> str:
         if not t.test:
             place = "held out of train" if t.train else "made from a seed"
             rows.append((t.name, t.kind, "test", t.held_out or "any", place, ""))
-    return _table(rows)
+    return cli.aligned(rows, left=range(len(rows[0])))
 
 
 def overlaps(train: Task, tests: list[Task], data_dir: Path) -> str:
@@ -555,7 +547,7 @@ def overlaps(train: Task, tests: list[Task], data_dir: Path) -> str:
         test = load(t, "test", data_dir)
         found = overlap(asked, test)
         rows.append((t.name, len(test), found, f"{found / len(test):.1%}"))
-    return _table(rows)
+    return cli.aligned(rows, left=range(len(rows[0])))
 
 
 def parser() -> cli.Parser:

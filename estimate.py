@@ -8,7 +8,8 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,10 +38,8 @@ def peak_memory(device: str) -> int:
 
 
 def explain(m: nn.Module) -> str:
-    """An injected model as a tree, a line a module: where h0 comes from and where it goes. Blocks that are alike stand
-    there once."""
-    lines = [f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
-
+    """An injected model as a tree, a line a module: where h0 comes from and where it goes. Neighbouring blocks that are
+    alike stand there once."""
     def told(name: str, x: nn.Module) -> str:
         base = x.base if isinstance(x, sibo.Boosted) else x
         shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
@@ -59,51 +58,44 @@ def explain(m: nn.Module) -> str:
         lam = f"   ◄══ h0, λ = {x.fixed}{', learned' if x.logit is not None else ''}" if x.fixed else ""
         return f"{shape:14} {formula}{lam}"
 
-    def walk(x: nn.Module, path: str, indent: str) -> None:
-        inside = x.base if isinstance(x, sibo.Boosted) else x
-        shown = [(n, c) for n, c in inside.named_children() if not isinstance(c, (nn.Identity, nn.Dropout))]
-        for i, (name, child) in enumerate(shown):
-            last, full = i == len(shown) - 1, f"{path}{name}"
+    def shown(x: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
+        for name, child in (x.base if isinstance(x, sibo.Boosted) else x).named_children():
             if isinstance(child, nn.ModuleList):
-                lines.append(f"{indent}{'└' if last else '├'}─ {name}.0 … {len(child) - 1}")
-                full, child = f"{full}.0", child[0]
-            else:
-                lines.append(f"{indent + ('└' if last else '├') + '─ ' + name:26} {told(full, child)}".rstrip())
-            walk(child, f"{full}.", indent + ("   " if last else "│  "))
+                for _, same in groupby(child.named_children(), lambda b, blocks=f"{path}{name}.": (
+                        told(blocks + b[0], b[1]), walk(b[1], f"{blocks}{b[0]}."))):
+                    (first, block), *others = same
+                    yield f"{name}.{first}{f' … {others[-1][0]}' if others else ''}", f"{path}{name}.{first}", block
+            elif not isinstance(child, (nn.Identity, nn.Dropout)):
+                yield name, f"{path}{name}", child
 
-    walk(m, "", "")
-    return "\n".join(lines)
+    def walk(x: nn.Module, path: str) -> list[str]:
+        lines, children = [], list(shown(x, path))
+        for i, (label, name, child) in enumerate(children):
+            corner, rail = ("└─ ", "   ") if i == len(children) - 1 else ("├─ ", "│  ")
+            lines += [f"{corner}{label}\t{told(name, child)}", *(rail + line for line in walk(child, f"{name}."))]
+        return lines
+
+    drawn = [line.split("\t") for line in walk(m, "")]
+    return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
+                      *(f"{name:26} {said}".rstrip() for name, said in drawn)])
 
 
 def dry_run(run: Run, said: dict, task: data.Task) -> str:
     """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
     m = model.build(said, run.backbone, task.num_labels or None)
-    lines = [f"{run.backbone}: {type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}"]
-    frozen = sum(p.numel() for p in m.parameters()) - (
+    trained = frozen = sum(p.numel() for p in m.parameters()) - (
         m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
-    if run.method == "full":
-        m.requires_grad_(True)
-        lines.append("everything is trained, nobody gets h0")
-        trained = frozen
-    else:
-        sibo.inject(m, **run.settings())
-        groups: dict[str, list] = {}
-        for name, x in m.named_modules():
-            if isinstance(x, sibo.Boosted):
-                groups.setdefault(".".join("*" if s.isdigit() else s for s in name.split(".")), []).append(x)
-        for name, found in groups.items():
-            x = found[0]
-            h0 = (f"h0, λ = {x.fixed}" + (" at first, learned" if run.learn_lam else "")) if x.fixed else "plain"
-            shapes = f"{x.down.shape[1]} → {x.down.shape[0]} → {x.up.shape[0]}"
-            lines.append(f"  {name:24} × {len(found):3}  {m.sibo.method} {shapes}: {h0}")
-        lines.append(f"h0 is the output of {m.sibo.h0!r}" if run.lam else "nobody gets h0: the plain method")
+    tree = f"{type(m).__name__}: everything is trained, nobody gets h0"
+    if run.method != "full":
+        tree = explain(sibo.inject(m, **run.settings()))
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
                                                          if x.requires_grad and not n.startswith("classifier.")))
     python, taken = peak_memory("cpu"), memory(said, run, task.num_labels or None)
     parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in taken.items())
     flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
-    return "\n".join([*lines, f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
+    return "\n".join([f"{run.backbone}: {tree}",
+                      f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
                       f"memory, estimated: {sum(taken.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
                       f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
                       f"beside that: {python / 1e9:.2f} GB here",

@@ -53,7 +53,7 @@ def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batc
     model.require_eval(m)
     totals, count = 0, 0
     for start in range(0, len(rows), batch_size):
-        b = scoring.to_device(data.batch(rows[start:start + batch_size], pad_id), m)
+        b = data.to_device(data.batch(rows[start:start + batch_size], pad_id), m)
         b.pop("labels", None)
         found = torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)])  # (L+1, sentences)
         totals, count = totals + found.sum(1), count + found.shape[1]
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
     trained = data.tasks(run.get("task", "word-problems"))
-    tests = data.tasks(args.task or "+".join(run.get("test", [])) or run.get("task", "word-problems"))
+    tests = data.tasks(*([args.task] if args.task else run.get("test") or [run.get("task", "word-problems")]))
     task = tests[0]
     folder = data.data_dir(args.data_dir or run.get("data_dir"))
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
@@ -197,9 +197,6 @@ def main(args: argparse.Namespace) -> None:
         else:
             export.to_hugging_face(m, out, checkpoint.locate(backbone))
         print(f"{out}/")
-    elif args.ask:
-        beams = args.num_beams or scoring.BEAMS[protocol]
-        print(scoring.answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, beams)[0])
     elif args.similarity:
         if run:
             curves[run["method"]] = layer_similarities(m, rows, t.pad_id or 0)
@@ -208,8 +205,12 @@ def main(args: argparse.Namespace) -> None:
         for name, curve in curves.items():
             print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {last_five(curve):.4f}")
         print(out)
-    elif isinstance(m, model.Bert) and not head:
-        raise ValueError(f"{backbone}: found a BERT without a trained head, expected a run; train one first")
+    elif not head and (isinstance(m, model.Bert) or task.num_labels):
+        raise ValueError(f"{backbone}: found no trained head, expected a run that train.py wrote; only an LLM on a "
+                         "text-to-text task needs none")
+    elif args.ask:
+        beams = args.num_beams or scoring.BEAMS[protocol]
+        print(scoring.answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, beams)[0])
     else:
         for of, test in zip(tests, examples, strict=True):
             score = (scoring.score_sentences(m, t, of, [data.encode_sentence(s, t, run["cutoff"]) for s in test],

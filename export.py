@@ -15,7 +15,6 @@ from torch import nn
 import checkpoint
 import sibo
 
-SOURCES = {"Llama": "model.embed_tokens", "GPTJ": "transformer.wte", "Bert": "bert.embeddings"}  # h0, as theirs call it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "generation_config.json")
 
@@ -73,7 +72,7 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
     if unknown := sorted(names - ours.keys()):
         raise ValueError(f"{folder}: found a LoRA on {unknown[0][:200]!r}, expected modules of this model")
     sibo.inject(m, "lora", 0.0, targets=tuple(sorted(ours[n] for n in names)), rank=said.get("r"),
-                alpha=float(said.get("lora_alpha")), dropout=float(said.get("lora_dropout") or 0.0))
+                alpha=said.get("lora_alpha"), dropout=said.get("lora_dropout") or 0.0)
     back = {f"{n}.{theirs}": f"{ours[n]}.{mine}" for n in names
             for mine, theirs in (("down", "lora_A.weight"), ("up", "lora_B.weight"))}
     trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
@@ -90,6 +89,8 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: found frozen_too, whose frozen weights read h̃; transformers has no such module")
+    if s and s.lam:  # a BERT's embeddings are a module of theirs whose parts alone have names in the map
+        h0 = their_name(m, f"{s.h0}.word").rpartition(".")[0] if s.h0 == "embeddings" else their_name(m, s.h0)
     if s:
         sibo.merge(m)
     folded = {n: x for n, x in m.named_modules() if isinstance(x, sibo.Folded)}
@@ -116,7 +117,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         if (source / file).is_file():
             checkpoint.write(folder / file, lambda draft, file=file: shutil.copyfile(source / file, draft))
     if branch:
-        checkpoint.write_tensors(folder / "h0_branch.safetensors", branch, {"h0": SOURCES[type(m).__name__]})
+        checkpoint.write_tensors(folder / "h0_branch.safetensors", branch, {"h0": h0})
     checkpoint.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors,
                              {"format": "pt"})
     checkpoint.write(folder / "config.json", json.dumps(said, indent=2) + "\n")
@@ -128,7 +129,8 @@ def attach(theirs: nn.Module, folder: Path) -> nn.Module:
     the weights, and h0's branch as hooks: y ← y + (h0 A) B."""
     weights, _ = checkpoint.read_tensors(folder / "folded.safetensors")
     branch, said = checkpoint.read_tensors(folder / "h0_branch.safetensors")
-    parameters = {n: p for n, p in theirs.named_parameters() if n in weights or n != "lm_head.weight"}
+    parameters = {n: p for n, p in theirs.named_parameters()  # tied, or of a BertModel, which we have without one
+                  if n in weights or not n.startswith(("lm_head.", "pooler."))}
     checkpoint.assign(parameters, weights, folder / "folded.safetensors")
     seen = {}
     theirs.get_submodule(said["h0"]).register_forward_hook(lambda _, args, h0: seen.update(h0=h0))

@@ -1,5 +1,6 @@
-"""Three operations that PyTorch has too, but slow on CPUs or with much memory.
+"""Four operations that PyTorch has too, but slow on CPUs or with much memory.
 
+`times` is a product of two precisions that converts the smaller of its factors.
 `dropout` draws where the next dropped element lies, not whether each one is: at p = 0.05 a thirteenth of the time.
 `cross_entropy` never holds the logits of all tokens at once: each chunk's gradient is taken while its logits are there.
 `packed` keeps the weights of a generating model in oneDNN's own layout: half the time of a step with few rows.
@@ -13,6 +14,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def times(x: Tensor, W: Tensor) -> Tensor:
+    """xW, with W (out, in) as nn.Linear stores it, in the precision of x; of few rows x is converted rather than W."""
+    if x.numel() <= 64 * x.shape[-1]:
+        return F.linear(x.to(W.dtype), W).to(x.dtype)
+    return F.linear(x, W.to(x.dtype))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

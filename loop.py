@@ -48,7 +48,7 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     holds of them, on whichever process: each takes its part of `rows`, in as many micro-batches as all others, for
     they meet in each. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
-    total, loss, device = sum(counts), 0.0, next(m.parameters()).device
+    total, loss = sum(counts), 0.0
     if not total:
         raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
                          "which their prompts fill")
@@ -58,7 +58,7 @@ def train_step(m: nn.Module, rows: Sequence[data.Row], micro_batch_size: int, pa
     for i in range(micro_batches):
         part = slice(rank + i * micro_batch_size * world, (i + 1) * micro_batch_size * world, world)
         share = sum(counts[part]) / total
-        b = {k: v.to(device) for k, v in data.batch(rows[part] if share else [spare], pad_id).items()}
+        b = data.to_device(data.batch(rows[part] if share else [spare], pad_id), m)
         if "token_type_ids" not in b:
             del b["attention_mask"]
         with parallel.accumulating(m, last=i == micro_batches - 1):
@@ -108,6 +108,7 @@ def returned(out: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim
     if not parallel.rank():
         for flaw in flaws:
             print(f"passed over a saved state: {flaw}", file=sys.stderr)
+        resume.forget(out, progress.step)  # they would count among the last, and a whole one go instead
         where = f"going on behind step {progress.step} of {run.steps}" if state else "found no saved state, begins anew"
         print(f"{out}: {where}", file=sys.stderr)
     return progress
@@ -168,7 +169,8 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run,
             optimizer.zero_grad(set_to_none=True)
             last, is_best = progress.step == run.steps, False
             if validate and (last or progress.step % run.validate_every == 0):
-                found = validate(m.eval())
+                found = torch.tensor(validate(m.eval()), dtype=torch.float64, device=run.device)
+                found = float(parallel.total(found)) / parallel.world()  # all must agree on what is best
                 m.train()
                 line["validation"] = found if math.isfinite(found) else None
                 is_best = math.isfinite(found) and (not progress.best or found > progress.best["validation"])

@@ -782,16 +782,11 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
         mask = torch.cat((mask, mask.new_ones(B * K, 1)), 1)
         logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
     best = done[:, 0]
-    length = T + n if eos is None else T + int(_new_length(best[:, T:], eos).max())
-    return best[:, :min(length, T + n)]
+    ended = best[:, T:T + n] == (-1 if eos is None else eos)
+    longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
+    return best[:, :T + int(longest)]
 
 
 def _beams(sequences: Tensor, index: Tensor) -> Tensor:
     """Of the sequences (B, N, T) those at `index` (B, K)."""
     return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))
-
-
-def _new_length(new: Tensor, eos: int) -> Tensor:
-    """Tokens up to and with the first EOS of each row (B, N); N where there is none."""
-    hit = new == eos
-    return torch.where(hit.any(1), hit.int().argmax(1) + 1, new.shape[1])

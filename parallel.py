@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.futures import collect_all
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -91,7 +92,18 @@ def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
         for unit in (*m.blocks, m):
             fully_shard(unit, mesh=mesh)
         return m
-    return DistributedDataParallel(m) if dist.is_initialized() else m
+    if not dist.is_initialized():
+        return m
+    wrapped = DistributedDataParallel(m)
+    wrapped.register_comm_hook(None, _mean)
+    return wrapped
+
+
+def _mean(_, bucket):  # DDP refuses annotations that are strings, as they are here
+    """Tensor by tensor, so that where one lies in its bucket moves no last bit: DDP fills its buckets otherwise after
+    the first step, and a run gone on with would differ from one that never stopped."""
+    sums = [dist.all_reduce(grad.div_(world()), async_op=True).get_future() for grad in bucket.gradients()]
+    return collect_all(sums).then(lambda _: bucket.buffer())
 
 
 def is_sharded(m: nn.Module) -> bool:

@@ -62,21 +62,19 @@ class Layout:
 
     h0: tuple[str, ...]  # the source of h0, by any of these names
     lora: dict[str, tuple[str, ...]]
-    out: dict[str, tuple[str, ...]]  # an adapter on the output of ...
-    into: dict[str, tuple[str, ...]]  # an adapter on the input of ...
-    beside: dict[str, tuple[str, ...]]  # an adapter in parallel to ...
+    adapter: dict[str, dict[str, tuple[str, ...]]]  # by side
     sibo_at: str
 
 
 LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names
-    Layout(("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)},
-           {"ffn": ("mlp",)}, {"ffn": ("gate_proj", "up_proj")}, {"ffn": ("mlp",)}, "ffn"),
-    Layout(("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)},
-           {"ffn": ("mlp",)}, {"ffn": ("fc_in",)}, {"ffn": ("mlp",)}, "ffn"),
-    Layout(("embeddings",), {"attn": ("q_proj", "v_proj")}, {"attn": ("attn",), "ffn": ("mlp",)}, {},
-           {"attn": ("attn",), "ffn": ("mlp",)}, "attn"),
-    Layout(("embeddings",), {"attn": ("query", "value")},
-           {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}, {}, {}, "attn"),
+    Layout(("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)}, {
+        "out": {"ffn": ("mlp",)}, "in": {"ffn": ("gate_proj", "up_proj")}, "parallel": {"ffn": ("mlp",)}}, "ffn"),
+    Layout(("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)}, {
+        "out": {"ffn": ("mlp",)}, "in": {"ffn": ("fc_in",)}, "parallel": {"ffn": ("mlp",)}}, "ffn"),
+    Layout(("embeddings",), {"attn": ("q_proj", "v_proj")}, {
+        "out": {"attn": ("attn",), "ffn": ("mlp",)}, "parallel": {"attn": ("attn",), "ffn": ("mlp",)}}, "attn"),
+    Layout(("embeddings",), {"attn": ("query", "value")}, {
+        "out": {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}}, "attn"),
 )
 
 
@@ -113,9 +111,8 @@ def find_all(m: nn.Module, targets: Sequence[str]) -> list[str]:
 def place(m: nn.Module, s: Settings) -> Placement:
     """Resolves the settings against the model `m`. Raises ValueError naming whatever does not fit."""
     layout = next((y for y in LAYOUTS if all(find(m, t) for ts in y.lora.values() for t in ts)
-                   and any(find(m, name) for name in y.h0)), Layout((), {}, {}, {}, {}, "both"))
-    places = layout.lora if s.method == "lora" else {"out": layout.out, "in": layout.into,
-                                                     "parallel": layout.beside}[s.side]
+                   and any(find(m, name) for name in y.h0)), Layout((), {}, {}, "both"))
+    places = layout.lora if s.method == "lora" else layout.adapter.get(s.side, {})
     own = (s.targets,) if isinstance(s.targets, str) else s.targets
     targets = tuple(own or (t for ts in places.values() for t in ts))
     if not targets:

@@ -110,7 +110,7 @@ def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], 
                 for key, value in optimizer.state[p].items()}
     random = {f"random.cpu.{parallel.rank()}": torch.get_rng_state()}
     if device != "cpu":
-        random[f"random.{device}.{parallel.rank()}"] = torch.cuda.get_rng_state()
+        random[f"random.{device}.{parallel.rank()}"] = torch.cuda.get_rng_state(device)
     tensors |= parallel.union(random)
 
     def write() -> None:
@@ -126,7 +126,7 @@ def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], 
             checkpoint.flush(target.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        _prune(folder, progress.step)
+        _prune(folder)
 
     parallel.in_turn(write, ranks=1)
 
@@ -139,12 +139,19 @@ def _remove(state: Path) -> None:
         shutil.rmtree(gone)
 
 
-def _prune(folder: Path, step: int) -> None:
-    last = [p for p in states(folder) if int(p.name) <= step][-KEPT:]
+def _prune(folder: Path) -> None:
+    last = states(folder)[-KEPT:]
     bests = [checkpoint.read_json(p / "state.json")["best"] for p in last]
     kept = {*last, *(place(folder, best["step"]) for best in bests if best)}
     for p in states(folder):
-        if p not in kept:  # a torn one of a later step too
+        if p not in kept:
+            _remove(p)
+
+
+def forget(folder: Path, step: int) -> None:
+    """Away with the states behind a later step than `step`: what is gone on from is the newest whole one."""
+    for p in states(folder):
+        if int(p.name) > step:
             _remove(p)
 
 
@@ -164,7 +171,7 @@ def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimiz
                               for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
     torch.set_rng_state(tensors[f"random.cpu.{parallel.rank()}"])
     if device != "cpu":
-        torch.cuda.set_rng_state(tensors[f"random.{device}.{parallel.rank()}"])
+        torch.cuda.set_rng_state(tensors[f"random.{device}.{parallel.rank()}"], device)
     return Progress(**checkpoint.read_json(state / "state.json"))
 
 

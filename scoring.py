@@ -80,11 +80,6 @@ def shares(answers: Sequence[str | None]) -> dict[str, float]:
     return found | ({"other": other / len(answers)} if other else {})
 
 
-def to_device(batch: dict[str, Tensor], m: nn.Module) -> dict[str, Tensor]:
-    device = next(m.parameters()).device
-    return {k: v.to(device) for k, v in batch.items()}
-
-
 def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
             num_beams: int = 1, name: str = "answers") -> list[str]:
     """What the model writes to each prompt, greedily or with beams; prompts of like length share a batch. Of several
@@ -96,7 +91,7 @@ def answers(m: nn.Module, t: tokenizer.Tokenizer, prompts: Sequence[str], max_ne
     with parallel.in_step(m):
         for start in bar:
             some = order[start:start + batch_size]
-            b = to_device(data.batch([data.Row(ids[i]) for i in some], pad, "left"), m)
+            b = data.to_device(data.batch([data.Row(ids[i]) for i in some], pad, "left"), m)
             out = model.generate(m, **b, max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=t.eos_id,
                                  pad_token_id=pad)
             for i, new in zip(some, out[:, b["input_ids"].shape[1]:].tolist(), strict=True):
@@ -133,8 +128,8 @@ def _log_probabilities(m: nn.Module, given: list[list[int]], written: list[list[
 
     # how many tokens all choices of a prompt begin with
     alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*some, strict=False)))) for some in written]
-    b = to_device(data.batch([data.Row(g + some[0][:n]) for g, some, n in zip(given, written, alike, strict=True)], pad,
-                       "left"), m)
+    shared = [data.Row(g + some[0][:n]) for g, some, n in zip(given, written, alike, strict=True)]
+    b = data.to_device(data.batch(shared, pad, "left"), m)
     n = torch.tensor(alike, device=b["input_ids"].device)[:, None]  # (B, 1)
     T, most, longest = b["input_ids"].shape[1], max(alike), max(len(w) for some in written for w in some)
     logits, mask, cache = model.read(m, b["input_ids"], b["attention_mask"], T + longest, most + 1)
@@ -144,7 +139,7 @@ def _log_probabilities(m: nn.Module, given: list[list[int]], written: list[list[
     columns = []
     for place in range(max(map(len, written))):  # a prompt with fewer choices repeats its last, and drops it in the end
         own = [data.Row(some[min(place, len(some) - 1)][k:]) for some, k in zip(written, alike, strict=True)]
-        ids, asked = to_device(data.batch(own, pad), m).values()  # (B, T')
+        ids, asked = data.to_device(data.batch(own, pad), m).values()  # (B, T')
         next_logp = logp[:, -1:]
         if ids.shape[1] > 1:
             for kv in cache:
@@ -217,7 +212,7 @@ def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows:
     with parallel.in_step(m):
         for start in range(0, len(order), batch_size):
             some = order[start:start + batch_size]
-            b = to_device(data.batch([rows[i] for i in some], t.pad_id), m)
+            b = data.to_device(data.batch([rows[i] for i in some], t.pad_id), m)
             b.pop("labels")
             logits = m(**b).float().cpu()  # (B, n)
             found |= zip(some, (logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)).tolist(), strict=True)

@@ -18,21 +18,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import adapter_file
 import checkpoint
-import fast
+from fast import dropout, times
 from placement import Settings, place
-
-
-def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """xW, with W (out, in) as nn.Linear stores it, in the precision of x; of few rows x is converted rather than W."""
-    if x.numel() <= 64 * x.shape[-1]:
-        return F.linear(x.to(W.dtype), W).to(x.dtype)
-    return F.linear(x, W.to(x.dtype))
 
 
 class InitialResidual:
@@ -113,7 +105,7 @@ class LoRA(Boosted):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         frozen = self.base(mixed if self.s.frozen_too else h)  # Table 6: should W see h̃ too?
-        low = times(fast.dropout(mixed, self.s.dropout, self.training), self.down)
+        low = times(dropout(mixed, self.s.dropout, self.training), self.down)
         return frozen + self.s.alpha / self.s.rank * times(low, self.up)  # Eq. (5); λ = 0: Eq. (2)
 
 

@@ -59,8 +59,9 @@ def draw_lam(rows: list[compare.Group], path: Path) -> None:
     seeds = max(len(g.runs) for g in rows)
     for method in (m for m in ("adapter", "lora") if any(g.config["method"] == m for g in rows)):
         colour = compare.look(method)["color"]
-        points = sorted((g.config["lam"], g.over_seeds(score)) for g in rows if g.config["method"] == f"{method}-sibo")
-        plain = next(g for g in rows if g.config["method"] == method).over_seeds(score)
+        points = sorted((g.config["lam"], g.over_seeds("score")) for g in rows
+                        if g.config["method"] == f"{method}-sibo")
+        plain = next(g for g in rows if g.config["method"] == method).over_seeds("score")
         spread = [deviation(y) for _, y in points] if seeds > 1 else None
         ax.errorbar([x for x, _ in points], [y.mean() for _, y in points], spread, fmt="o-", color=colour, capsize=3,
                     ms=4, label=f"{method}-sibo")
@@ -75,8 +76,7 @@ def draw_lam(rows: list[compare.Group], path: Path) -> None:
 def draw_curves(rows: list[compare.Group], path: Path) -> None:
     """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds."""
     curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
-    curves |= {compare.name(g, rows): np.mean([r.result["similarity_per_layer"] for r in g.runs.values()], 0)
-               for g in rows}
+    curves |= {compare.name(g, rows): g.over_seeds("similarity_per_layer").mean(0) for g in rows}
     evaluation.draw_similarity(curves, path, title(rows))
 
 
@@ -85,16 +85,12 @@ def draw_learned(rows: list[compare.Group], path: Path) -> None:
     fig, ax = evaluation.figure()
     for g in rows:
         if g.config["learn_lam"]:
-            each = np.array([r.result["lambda"] for r in g.runs.values()])  # (seeds, modules)
+            each = g.over_seeds("lambda")  # (seeds, modules)
             line, = ax.plot(range(each.shape[1]), each.mean(0), "o-", ms=4, label=f"{g.config['method']}")
             ax.axhline(g.config["lam"], color=line.get_color(), ls="--", lw=1, label=f"start ({g.config['lam']})")
     ax.set(xlabel="module that gets h0, first block to last", ylabel="learned λ", title=title(rows))
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
-
-
-def score(result: dict) -> float:
-    return result["score"]
 
 
 def deviation(values: np.ndarray) -> float:
@@ -111,7 +107,7 @@ def best(rows: list[compare.Group]) -> str:
     said = []
     for method in sorted({g.config["method"] for g in rows}):
         same = [g for g in rows if g.config["method"] == method]
-        top = max(same, key=lambda g: g.over_seeds(score).mean())
+        top = max(same, key=lambda g: g.over_seeds("score").mean())
         said.append(shown(top, rows))
     return "; ".join(said)
 
@@ -121,21 +117,19 @@ def all_of(rows: list[compare.Group]) -> str:
 
 
 def shown(g: compare.Group, rows: list[compare.Group]) -> str:
-    scores = g.over_seeds(score)
+    scores = g.over_seeds("score")
     return f"{compare.name(g, rows)} {scores.mean():.3f}" + (
         f" ± {deviation(scores):.3f}" if len(scores) > 1 else " (one seed)")
 
 
 def last_five(rows: list[compare.Group]) -> str:
     return f"frozen {rows[0].first['baseline_similarity']:.3f}; " + "; ".join(
-        f"{compare.name(g, rows)} {g.over_seeds(lambda r: r['similarity']).mean():.3f}" for g in rows)
+        f"{compare.name(g, rows)} {g.over_seeds('similarity').mean():.3f}" for g in rows)
 
 
 def learned(rows: list[compare.Group]) -> str:
-    return "; ".join(f"{g.config['method']}: {g.config['lam']} became "
-                     f"{np.min([r.result['lambda'] for r in g.runs.values()]):.3f} to "
-                     f"{np.max([r.result['lambda'] for r in g.runs.values()]):.3f}" for g in rows
-                     if g.config["learn_lam"])
+    return "; ".join(f"{g.config['method']}: {g.config['lam']} became {g.over_seeds('lambda').min():.3f} to "
+                     f"{g.over_seeds('lambda').max():.3f}" for g in rows if g.config["learn_lam"])
 
 
 STUDIES = {
@@ -193,7 +187,7 @@ def norms(args: argparse.Namespace, file: Path) -> str:
     """Root mean square of h, where h0 is mixed into it, and of h0 itself, per module: what a λ means there. Of the
     tokens' the median: the first token's activations can be a hundred times the others'."""
     m, rows, pad = examples(args, 64)
-    b = data.batch(rows, pad)
+    b = data.to_device(data.batch(rows, pad), m)
     b.pop("labels", None)
     real, found = b["attention_mask"].bool(), {}
 

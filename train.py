@@ -169,10 +169,10 @@ def validation(m: nn.Module, t: tokenizer.Tokenizer, d: Data, rows: Sequence[dat
         return scoring.score_sentences(m, t, d.task, rows).score
     total = loss = 0.0
     for start in range(0, len(rows), run.micro_batch_size):
-        b = data.batch(rows[start:start + run.micro_batch_size], 0)
+        b = data.to_device(data.batch(rows[start:start + run.micro_batch_size], 0), m)
         n = int((b["labels"][:, 1:] != -100).sum())
         if n:
-            loss += n * float(model.loss(m, b["input_ids"].to(run.device), b["labels"].to(run.device)))
+            loss += n * float(model.loss(m, b["input_ids"], b["labels"]))
         total += n
     return -loss / total
 
@@ -209,10 +209,12 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
     cut = sum(r.cut for r in rows)
     if cut and not parallel.rank():
         print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    mute = sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in rows)
-    if mute == len(rows):
-        raise ValueError(f"--cutoff {run.cutoff}: found no labelled token in any of the {mute} training examples: "
-                         "their prompts fill it; raise it")
+    mute, mute_valid = (sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part)
+                        for part in (rows, valid))
+    for n, part, kind in ((mute, rows, "training"), (mute_valid, valid, "validation")):
+        if part and n == len(part):
+            raise ValueError(f"--cutoff {run.cutoff}: found no labelled token in any of the {n} {kind} examples: "
+                             "their prompts fill it; raise it")
     if mute and not parallel.rank():
         print(f"{mute} of {len(rows)} training examples have no labelled token left: they teach nothing (--cutoff)",
               file=sys.stderr)
@@ -300,9 +302,7 @@ def table(results: Sequence[dict]) -> str:
              ["training seconds", "", *(f"{x['train_seconds']:.0f}" for x in results)],
              ["tokens/s", "", *(f"{x['tokens_per_second']:.0f}" for x in results)],
              ["peak memory, GB", "", *(f"{x['peak_memory_bytes'] / 1e9:.2f}" for x in results)]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                               enumerate(zip(row, widths, strict=True))) for row in rows)
+    return cli.aligned(rows)
 
 
 def name_of(backbone_or_task: str) -> str:
@@ -533,7 +533,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
     for one in options:
         check(one)
     tasks, folder = data.tasks(args.task), data.data_dir(args.data_dir)
-    task, tests = tasks[0], data.tasks("+".join(args.test)) if args.test else tasks
+    task, tests = tasks[0], data.tasks(*args.test) if args.test else tasks
     if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
     if task.num_labels and args.protocol == "paper":

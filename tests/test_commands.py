@@ -138,6 +138,7 @@ def test_real_rte_trains_and_scores(tmp_path):
     (["train.py", "--lam", "2"], "lam: found 2.0"),
     (["eval.py"], "found neither a run nor --backbone"),
     (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
+    (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: found no trained head, expected a run"),
     (["data.py", "fetch", "gsm9k"], "unknown task 'gsm9k': did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):

@@ -191,6 +191,11 @@ def write(path, content):
     return path
 
 
+def test_tasks_are_joined_by_a_plus_and_an_own_file_stands_beside_them(tmp_path):
+    mine = str(tmp_path / "a+b.json")
+    assert [t.name for t in data.tasks("mawps+svamp", mine)] == ["mawps", "svamp", mine]
+
+
 def own(path, split="train", **options):
     return data.load(data.task(str(path)), split, Path("/nowhere"), **options)
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_sibo import boosted, hugging_face, ids, inject, output, stir, twins
 
 import cli
@@ -66,9 +67,12 @@ def test_a_lora_that_peft_saved_loads_here_and_computes_the_same(family, tmp_pat
 @pytest.mark.parametrize(("change", "says"), [
     ({"use_dora": True}, "found use_dora True, expected False"), ({"peft_type": "IA3"}, "found peft_type 'IA3'"),
     ({"rank_pattern": {"q_proj": 8}}, "found rank_pattern"), ({"use_rslora": True}, "found use_rslora True"),
+    ({"lora_alpha": None}, "alpha: found None, expected float"), ({"r": [3]}, "rank: found .3., expected int"),
 ])
 def test_what_is_not_plain_lora_is_refused_by_name(change, says, tmp_path):
     _, ours = twins("llama", tmp_path / "base")
+    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 16)},
+              tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6} | change))
     with pytest.raises(ValueError, match=says):
         export.from_peft(ours, tmp_path)
@@ -97,7 +101,7 @@ def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, t
 
 
 @pytest.mark.parametrize("name", ["lora-sibo", "lora, learned λ"])
-@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", True)])
+@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
 def test_a_folded_lora_sibo_computes_the_same_in_transformers_own_model_once_its_branch_is_attached(family, head, name,
                                                                                                  tmp_path):
     theirs, ours = twins(family, tmp_path / "base", head)
@@ -115,6 +119,14 @@ def test_what_no_weight_holds_is_refused_with_the_reason(name, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         export.to_hugging_face(inject(ours, name), tmp_path / "hf", tmp_path / "base")
     assert not (tmp_path / "hf").exists() and hasattr(sibo, "merge")
+
+
+def test_an_h0_that_transformers_names_otherwise_is_refused_before_anything_is_folded(tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    sibo.inject(ours, "lora", 0.3, h0="blocks.0", sibo_at="blocks.1.mlp.up_proj")
+    with pytest.raises(ValueError, match="blocks.0: found no name of it in transformers' Llama"):
+        export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    assert not (tmp_path / "hf").exists() and boosted(ours)
 
 
 def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_path, tiny_llama, monkeypatch, capsys):

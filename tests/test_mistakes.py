@@ -1,5 +1,6 @@
 """Mistakes that would change a result in silence are errors: another backbone, another tokenizer, nothing to learn."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -130,6 +131,17 @@ def test_a_cutoff_that_leaves_no_answer_is_an_error(monkeypatch, capsys, tmp_pat
     said = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", own(tmp_path, [9] * 10), "--validate", 0,
                    "--no-train-on-inputs", "--cutoff", 32, "--steps", 1, "--out", tmp_path / "run")
     assert "--cutoff 32: found no labelled token in any of the 9 training examples" in said
+
+
+def test_a_cutoff_that_leaves_no_answer_to_validate_on_is_an_error(monkeypatch, capsys, tmp_path, tiny_llama):
+    for i in itertools.count():  # until the one long question, the last, is the one held out for validation
+        task = own(tmp_path, [1] * (20 + i) + [60])
+        rows = data.load(data.task(str(task)), "train", tmp_path)
+        if [len(row.instruction) > 400 for row in data.hold_out(rows, 1)[1]] == [True]:
+            break
+    said = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", task, "--validate", 1,
+                   "--no-train-on-inputs", "--cutoff", 250, "--steps", 1, "--out", tmp_path / "run")
+    assert "--cutoff 250: found no labelled token in any of the 1 validation examples" in said
 
 
 def test_examples_that_lose_their_whole_answer_are_counted_and_reported(monkeypatch, capsys, tmp_path, tiny_llama):

@@ -121,7 +121,7 @@ def stop_and_go_on(folder, shard):
         if parallel.rank() == parallel.world() - 1 and len(seen) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(1)
-        return 0.0
+        return 1e-12 * len(seen) * parallel.rank()  # not quite the same everywhere, as sums on GPUs are not
 
     for name, go_on in (("whole", False), ("parts", False), ("parts", True)):
         run = train.Run(method="lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,

@@ -185,6 +185,15 @@ def test_a_torn_or_corrupted_state_is_named_and_the_one_before_is_used(stopped, 
         assert a.read() == b.read()
 
 
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_torn_state_does_not_push_out_a_whole_one(stopped, tmp_path, name):
+    shutil.copytree(stopped, tmp_path / "run")
+    cut(tmp_path / "run" / "checkpoints" / "00000010" / name)
+    m, rows, run = small(tmp_path / "run", steps=12)
+    loop.fit(m, rows, 0, run, None, resume.Every(12, None), go_on=True)
+    assert [state.name for state in resume.states(tmp_path / "run")] == ["00000009", "00000012"]
+
+
 def test_drafts_that_a_killed_writer_left_are_no_states_and_go(tmp_path):
     draft = tmp_path / "checkpoints" / ".123.00000007"
     draft.mkdir(parents=True)

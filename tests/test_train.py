@@ -68,10 +68,18 @@ def test_dry_run_says_who_gets_h0(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     _, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--dry-run")
     assert "memory, estimated: 3.50 GB (frozen 1.50, step 2.00), in " in out
-    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  blocks")}
-    assert {n for n, line in lines.items() if "h0, λ = 0.1" in line} == {"blocks.*.mlp.up_proj"}
-    assert {n for n, line in lines.items() if line.endswith("plain")} == {
-        f"blocks.*.attn.{x}_proj" for x in "qkv"} | {"blocks.*.mlp.down_proj"}
+    lines = {line.split("─ ")[1].split()[0]: line for line in out.splitlines() if "─ " in line}
+    assert {n for n, line in lines.items() if "◄══ h0, λ = 0.1" in line} == {"up_proj"}
+    assert {n for n, line in lines.items() if "Eq. (2)" in line} == {"q_proj", "k_proj", "v_proj", "down_proj"}
+
+
+def test_blocks_are_drawn_as_one_only_where_they_are_alike(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    _, out, _ = command(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora", "--targets",
+                        "blocks.3.attn.q_proj,blocks.4.attn.q_proj", "--explain")
+    assert [line.split("─ ")[1].strip() for line in out.splitlines() if "─ blocks" in line] == [
+        "blocks.0 … 2", "blocks.3 … 4", "blocks.5 … 31"]
+    assert out.count("Eq. (2)") == 1
 
 
 def test_explain_draws_who_is_adapted_and_where_h0_goes(monkeypatch, capsys, tmp_path):
