@@ -242,8 +242,8 @@ def child(what: str, side: str) -> dict[str, float]:
     if side == "theirs":
         import peft  # noqa: F401  (what the imports take is not counted)
         import transformers.models.llama.modeling_llama  # noqa: F401
+    estimate.peak_begins("cpu")
     start = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
     if what == "load":
         if side == "ours":

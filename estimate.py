@@ -5,11 +5,14 @@ official code has nothing of the kind; its users find out from an out-of-memory 
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,10 +32,20 @@ if TYPE_CHECKING:
     from train import Run
 
 
+def peak_begins(device: str) -> None:
+    """From here on `peak_memory` counts anew, also of the second run of a process (on CPUs: under Linux)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # a libc without it, a /proc that may not be written
+            ctypes.CDLL(None).malloc_trim(0)  # what an earlier run freed goes back to the system first
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: str) -> int:
     """Bytes: of the GPU's allocator there, of the whole process on a CPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

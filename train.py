@@ -200,6 +200,7 @@ def execute(run: Run, d: Data, before: Frozen | None = None, every: resume.Every
             go_on: bool = False) -> tuple[dict, Frozen]:
     """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
     out, task = Path(run.out), d.task
+    estimate.peak_begins(run.device)
     m = load(run, task)
     t = tokenizer.for_model(run.backbone, m.config.vocab_size, "pad" if task.num_labels else "eos")
     pad = t.eos_id if t.pad_id is None else t.pad_id
