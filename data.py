@@ -18,8 +18,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -141,6 +141,11 @@ def tasks(*names: str) -> list[Task]:
         raise ValueError(f"task {'+'.join(names)}: found tasks that need a head each, expected one, or text-to-text "
                          "tasks")
     return found
+
+
+def whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:
+    """The test sets as they are scored: of a file that nothing is trained on nothing is held out, all of it counts."""
+    return [t if t in trained else replace(t, test=t.test or t.train) for t in tests]
 
 
 def data_dir(given: str | None) -> Path:

@@ -4,6 +4,7 @@
 differs stands in scoring.py. Source of Eq. (3): the paper's Section 3.1; padding has no part in it."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -157,7 +158,8 @@ def main(args: argparse.Namespace) -> None:
     run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
     trained = data.tasks(run.get("task", "word-problems"))
-    tests = data.tasks(*([args.task] if args.task else run.get("test") or [run.get("task", "word-problems")]))
+    named = [args.task] if args.task else run.get("test")
+    tests = data.whole(data.tasks(*named) if named else trained, trained if run else [])
     task = tests[0]
     folder = data.data_dir(args.data_dir or run.get("data_dir"))
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
@@ -213,6 +215,9 @@ def main(args: argparse.Namespace) -> None:
         print(scoring.answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, beams)[0])
     else:
         for of, test in zip(tests, examples, strict=True):
+            if of.train and not of.test:
+                print(f"{of.name} has no test file: scored are {len(test)} of its examples, left out of the training",
+                      file=sys.stderr)
             score = (scoring.score_sentences(m, t, of, [data.encode_sentence(s, t, run["cutoff"]) for s in test],
                                      args.batch_size) if of.num_labels
                      else scoring.score_examples(m, t, of, test, args.batch_size, args.num_beams, protocol))

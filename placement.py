@@ -137,7 +137,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     for name in names:  # not over the set: the first one named is then always the same
         if name in mixed and widths[name] != d:
             raise ValueError(f"{name}: its input is {widths[name]} wide and h0 {d}, so it cannot take h0; "
-                             "adapt it plainly, by leaving it out of sibo_at")
+                             "adapt it plainly: name the others in sibo_at, or attn, ffn or both of the paper's")
     return Placement(targets, sibo_at, sources[0] if len(sources) == 1 else "", widths, mixed)
 
 

@@ -146,22 +146,21 @@ STUDIES = {
 
 def trained(study: Study, args: argparse.Namespace, file: Path) -> str:
     """Runs what is missing of a study, writes its CSV and picture; says what came of it."""
-    folder = Path(args.out or f"runs/{file.name}")
-    for own in study.runs:
-        given = {k: v for k, v in vars(args).items() if v is not None}
-        train.main(argparse.Namespace(**vars(args) | own | given | {"out": str(folder)}), several=True)
-    tables = compare.groups(compare.read([folder]))
-    if len(tables) > 1:
-        raise ValueError(f"{folder}: found runs of {len(tables)} tasks or backbones, expected one; name a new --out")
+    given = {k: v for k, v in vars(args).items() if v is not None} | {"out": args.out or f"runs/{file.name}"}
+    runs = [run.out for own in study.runs
+            for run in train.main(argparse.Namespace(**vars(args) | own | given), several=True)]
+    if not runs:  # --dry-run, --explain
+        return ""
+    table, = compare.groups(compare.read(dict.fromkeys(runs)))
     columns = ("method", "lam", "sibo_at", "frozen_too", "learn_lam", "lr", "steps", "seed")
     lines = [[run.config[c] for c in columns] + [run.result[k] for k in ("metric", "score", "n", "similarity", "date")]
              + [" ".join(f"{x:.4f}" for x in np.atleast_1d(x)) for x in (
                  run.result["lambda"], run.result["similarity_per_layer"], run.losses)]
-             for g in tables[0] for run in g.runs.values()]
+             for g in table for run in g.runs.values()]
     write_csv(file.with_suffix(".csv"), [*columns, "metric", "score", "n", "similarity", "date", "lambda",
                                          "similarity_per_layer", "loss_per_quarter"], lines)
-    study.draw(tables[0], file.with_suffix(".png"))
-    return study.says(tables[0])
+    study.draw(table, file.with_suffix(".png"))
+    return study.says(table)
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
@@ -285,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
     file = args.results / f"{args.study}-{train.name_of(args.backbone)}-{train.name_of(args.task)}"
     where, says = FROZEN.get(args.study) or (STUDIES[args.study].where, partial(trained, STUDIES[args.study]))
     said = says(args, file)
-    if not parallel.rank():
+    if said and not parallel.rank():
         print(f"| {where} | `{train.command()}` | {said} |")
 
 

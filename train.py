@@ -372,7 +372,7 @@ def parser() -> cli.Parser:
     of_recipe("lam", listed(float), "λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
     g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
     g.add_argument("--sibo-at", type=listed(str), metavar="P", help="whose modules get h0: attn, ffn or both (default: "
-                   "the paper's)")
+                   "the paper's; with --targets all of these)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
                    help="modules to adapt, by the end of their names (default: the paper's)")
     g.add_argument("--side", choices=["out", "in", "parallel"], help="adapters on the output, on the input or "
@@ -400,7 +400,7 @@ def parser() -> cli.Parser:
                    "dropout (default: 0)")
     g = p.add_argument_group("the machine")
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen weights; what is trained "
-                   "is float32 (default: float32 for BERT and for CPUs without bfloat16 units, else bfloat16)")
+                   "is float32 (default: float32 for BERT, full, and CPUs without bfloat16 units, else bfloat16)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     g.add_argument("--shard", action="store_true", help="under torchrun: each process holds a slice of all weights")
     g.add_argument("--compile", action="store_true", help="torch.compile each block: slow first steps, then faster")
@@ -436,6 +436,9 @@ def check(args: argparse.Namespace) -> None:
     if args.base_bits and args.method == "full":
         raise ValueError(f"--base-bits {args.base_bits}: found with --method full, which trains those weights; "
                          "expected an adapter or LoRA method")
+    if args.dtype not in (None, "float32") and args.method == "full":
+        raise ValueError(f"--dtype {args.dtype}: found with --method full, whose small steps 16 bits would round away; "
+                         "expected float32, or a method whose frozen weights it is")
     if args.base_bits and args.shard:
         raise ValueError(f"--base-bits {args.base_bits}: found with --shard, which cannot cut their bytes; expected "
                          "one of them")
@@ -466,7 +469,7 @@ def resolve(args: argparse.Namespace, said: dict, task: data.Task, examples: int
     run = Run(**asdict(r) | given)
     if "sibo" not in run.method:
         run = replace(run, lam=0.0)
-    if args.dtype is None and run.device == "cpu" and not fast_bfloat16():
+    if args.dtype is None and (run.method == "full" or run.device == "cpu" and not fast_bfloat16()):
         run = replace(run, dtype="float32")
     if run.score_on == "validation" and not run.validate:
         raise ValueError("--score-on validation: found --validate 0, expected how many examples to hold out for it")
@@ -527,14 +530,14 @@ def claim(run: Run, go_on: bool = False) -> dict | None:
     return None
 
 
-def main(args: argparse.Namespace, several: bool = False) -> None:
-    """One run, or (with lists, or `several`) a folder of runs and their table."""
+def main(args: argparse.Namespace, several: bool = False) -> list[Run]:
+    """One run, or (with lists, or `several`) a folder of runs and their table; returns those that are there now."""
     options = grid(args)
     several |= len(options) > 1
     for one in options:
         check(one)
     tasks, folder = data.tasks(args.task), data.data_dir(args.data_dir)
-    task, tests = tasks[0], data.tasks(*args.test) if args.test else tasks
+    task, tests = tasks[0], data.whole(data.tasks(*args.test), tasks) if args.test else tasks
     if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
     if task.num_labels and args.protocol == "paper":
@@ -558,20 +561,25 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
                 raise ValueError("--explain: found --method full, which adapts no module; expected an adapter or LoRA")
             m = model.build(said, run.backbone, task.num_labels or None)
             print(estimate.explain(sibo.inject(m, **run.settings())))
-        return
+        return []
     if dry:
         for run in runs:
             unknown = "epochs" if made or args.steps else "" if train else "steps"
-            told = ", ".join(f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe) if f.name != unknown)
-            print(f"{estimate.dry_run(run, said, task)}\nrecipe: {told}")
-        return
+            told = [f"{f.name} {getattr(run, f.name)}" for f in fields(Recipe)
+                    if f.name != unknown and (f.name not in USED_BY or uses(run.method, USED_BY[f.name]))]
+            beams = [] if task.num_labels else [f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams"]
+            print(f"{estimate.dry_run(run, said, task)}\nrecipe: {', '.join(told + beams)}")
+        return []
     for run in runs:  # whatever does not fit the model is said before weights are read
         if run.method != "full":
             sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
     for of, test in () if parallel.rank() else tests:
+        if of.train and not of.test:
+            print(f"{of.name} has no test file: scored are {len(test)} of its examples, left out of the training",
+                  file=sys.stderr)
         if seen := data.overlap(train, test):
-            print(f"warning: {seen} of {of.name}'s {len(test)} test questions stand in the training set too, and their "
-                  f"score says little; see python data.py overlap --train {task.name}", file=sys.stderr)
+            print(f"warning: {seen} of {of.name}'s {len(test)} test questions stand in the training set too: a right "
+                  f"answer to one may be memory; see python data.py overlap --train {task.name}", file=sys.stderr)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
     claimed = parallel.in_turn(lambda: [claim(run, args.resume) for run in runs], ranks=1)
@@ -590,7 +598,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
             if not parallel.rank():
                 draw([run], [done[i]])
     if parallel.rank():
-        return
+        return runs
     if args.compare:
         draw(runs, done)
     if several:
@@ -598,6 +606,7 @@ def main(args: argparse.Namespace, several: bool = False) -> None:
         print(f"{compare.table(compare.read([folder]))}\n{folder}/")
     else:
         print(table(done) + "\n" + "\n".join(f"{r.out}/" for r in runs))
+    return runs
 
 
 if __name__ == "__main__":

@@ -122,9 +122,10 @@ def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
     words = "one two three four five six seven eight nine ten".split()
     rows = [{"instruction": f"Say {w}.", "output": w} for w in words]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    succeeds("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2, "--bottleneck", 8,
-             "--dtype", "float32", "--out", tmp_path / "run")
-    assert result(tmp_path / "run")["n"] == 1
+    code, _, err = python("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2,
+                          "--bottleneck", 8, "--dtype", "float32", "--out", tmp_path / "run")
+    assert code == 0 and result(tmp_path / "run")["n"] == 1 and "scored are 1 of its examples, left out of the" in err
+    assert "(n 10;" in succeeds("eval.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data files are not beside the project")

@@ -210,6 +210,13 @@ def test_json_and_json_lines_hold_the_same_examples(tmp_path):
     assert Example("Question 7?", "So 7.", "7") in own(a) + own(a, "test")
 
 
+def test_a_file_of_ones_own_is_scored_whole_where_nothing_is_trained_on_it(tmp_path):
+    mine = data.task(str(write(tmp_path / "a.json", ROWS)))
+    (whole,) = data.whole([mine], data.tasks("mawps"))
+    assert len(data.load(whole, "test", tmp_path)) == 30
+    assert data.whole([mine], [mine]) == [mine] and len(data.load(mine, "test", tmp_path)) == 3
+
+
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     assert own(write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode())) == own(
         write(tmp_path / "b.json", ROWS))

@@ -78,3 +78,20 @@ def test_an_option_of_the_users_wins_over_the_studys_own(monkeypatch, capsys, tm
                          1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs", "--method",
                          "lora,lora-sibo", "--lam", 0.4)
     assert [(r["method"], float(r["lam"])) for r in rows] == [("lora", 0.0), ("lora-sibo", 0.4)] and "--lam 0.4" in said
+
+
+def test_runs_of_another_study_in_the_same_folder_are_no_part_of_this_one(monkeypatch, capsys, tmp_path, tiny_llama,
+                                                                         mine):
+    same = ("--backbone", tiny_llama, "--task", mine, "--steps", 1, "--dtype", "float32", "--validate", 0, "--out",
+            tmp_path / "runs")
+    command(monkeypatch, capsys, tmp_path, "low-rank", *same)
+    (tmp_path / "results").rename(tmp_path / "those")
+    _, rows = command(monkeypatch, capsys, tmp_path, "lambda", *same, "--method", "lora,lora-sibo", "--lam", 0.4)
+    assert [(r["lam"], r["frozen_too"]) for r in rows] == [("0.0", "False"), ("0.4", "False")]
+
+
+def test_a_dry_run_of_a_study_says_what_it_would_train_and_stops(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    monkeypatch.setattr(sys, "argv", ["study.py", "low-rank", "--backbone", str(tiny_llama), "--task", str(mine),
+                                      "--dry-run", "--results", str(tmp_path / "results")])
+    cli.run(study.main, study.parser())
+    assert capsys.readouterr().out.count("trainable parameters") == 3 and not (tmp_path / "results").exists()

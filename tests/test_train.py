@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import cli
@@ -61,6 +62,17 @@ def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, caps
         total = base + (0 if method == "full" else trained)
         assert code == 0 and f"trainable parameters {trained:,} of {total:,}" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_trained_whole_is_float32(monkeypatch, capsys, tmp_path, tiny_llama):
+    monkeypatch.setattr(train, "fast_bfloat16", lambda: True)
+    code, *_ = command(monkeypatch, capsys, "--backbone", tiny_llama, "--method", "full,lora", "--steps", 1, "--limit",
+                       1, "--rank", 2, "--out", tmp_path)
+    kept = [json.loads((tmp_path / f"{name}-lr0.0003-seed0" / "config.json").read_text())["dtype"]
+            for name in ("full", "lora")]
+    assert code == 0 and kept == ["float32", "bfloat16"]
+    assert {t.dtype for t in load_file(tmp_path / "full-lr0.0003-seed0" / "adapter.safetensors").values()} == {
+        torch.float32}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the highest of the process counts")
@@ -188,6 +200,7 @@ def test_earlier_micro_batches_leave_their_gradients():
     (["--lam", "nan"], "lam: found nan"),
     (["--lam", "0", "--learn-lam"], "lam: found 0.0, expected above 0"),
     (["--method", "lora", "--lam", "0.3"], "--lam: found with --method lora, which does not use it"),
+    (["--method", "full", "--dtype", "bfloat16"], "--dtype bfloat16: found with --method full"),
     (["--rank", "8"], "--rank: found with --method adapter-sibo, which does not use it"),
     (["--method", "lora", "--rank", "0"], "--rank: found 0, expected a positive number"),
     (["--bottleneck", "-3"], "--bottleneck: found -3"),
