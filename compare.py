@@ -188,10 +188,10 @@ def _table(rows: Sequence[Group], markdown: bool) -> str:
 def name(g: Group, rows: Sequence[Group]) -> str:
     """What sets a group apart from the others, as a label."""
     c, varying = g.config, []
-    for k in ("lam", "sibo_at", "frozen_too", "skip", "learn_lam", "lr"):
+    for k in ("lam", "sibo_at", "frozen_too", "skip", "side", "learn_lam", "lr"):
         if len({json.dumps(o.config[k]) for o in rows if o.config["method"] == c["method"]}) > 1 and c[k]:
             varying.append({"lam": f"λ {c[k]}", "frozen_too": "frozen too", "learn_lam": "λ learned",
-                            "lr": f"lr {c[k]}"}.get(k, str(c[k])))
+                            "lr": f"lr {c[k]}", "skip": f"{c[k]} skip", "side": f"side {c[k]}"}.get(k, str(c[k])))
     return ", ".join([c["method"], *varying])
 
 

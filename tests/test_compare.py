@@ -79,6 +79,17 @@ def test_the_table_shows_mean_and_deviation_over_seeds_and_only_settings_that_di
     assert len({line.count("|") for line in markdown[2:]}) == 1
 
 
+def test_a_label_says_what_sets_a_run_apart_and_nothing_else(tmp_path):
+    run(tmp_path, "adapter", 0)
+    run(tmp_path, "adapter-sibo", 0)
+    run(tmp_path, "adapter-sibo", 0, skip="plain")
+    run(tmp_path, "adapter-sibo", 0, side="parallel")
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert sorted(compare.name(g, rows) for g in rows) == [
+        "adapter", "adapter-sibo, mixed skip, side out", "adapter-sibo, mixed skip, side parallel",
+        "adapter-sibo, plain skip, side out"]
+
+
 def test_a_picture_is_drawn(tmp_path):
     run(tmp_path, "lora")
     compare.draw(compare.read([tmp_path]), tmp_path / "table.png")
