@@ -40,9 +40,9 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         raise ValueError(f"{file}: found settings {shown(said)}, expected those of sibo.inject")
     backbone = said.pop("backbone", None)
     if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != said:
-        key = next(k for k, v in ours.items() if said.get(k) != v)
-        raise ValueError(f"{file}: found settings {key}={shown(said.get(key))}, "
-                         f"expected the model's own {key}={ours[key]!r}")
+        key = next(k for k, v in ours.items() if k not in said or said[k] != v)
+        found = f"{key}={shown(said[key])}" if key in said else f"without {key}"
+        raise ValueError(f"{file}: found settings {found}, expected the model's own {key}={ours[key]!r}")
     settings, widths = None, {}
     if said["method"] != "full":
         try:

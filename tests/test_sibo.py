@@ -718,6 +718,18 @@ def test_a_file_of_other_settings_is_refused_where_the_model_is_injected_already
         sibo.load(inject(tiny(), "lora-sibo", **mine), tmp_path)
 
 
+def test_a_file_that_lacks_a_setting_is_refused_also_where_the_models_own_is_none(tmp_path):
+    m = sibo.inject(nn.Sequential(nn.Linear(4, 4)), "lora", 0.0, targets="0", rank=2)
+    sibo.save(m, tmp_path)
+    file = tmp_path / "adapter.safetensors"
+    with safe_open(file, "pt") as f:
+        said = json.loads(f.metadata()["sibo"])
+    assert said.pop("h0") is None
+    save_file(load_file(file), file, {"sibo": json.dumps(said)})
+    with pytest.raises(ValueError, match="found settings without h0, expected the model's own h0=None"):
+        sibo.load(m, tmp_path)
+
+
 def test_a_truncated_file_is_named(tmp_path):
     sibo.save(inject(tiny(), "lora"), tmp_path)
     file = tmp_path / "adapter.safetensors"
