@@ -39,17 +39,17 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     if not isinstance(said, dict) or not {"method"} <= said.keys() <= known:
         raise ValueError(f"{file}: found settings {shown(said)}, expected those of sibo.inject")
     backbone = said.pop("backbone", None)
-    if hasattr(m, "sibo") and (ours := json.loads(json.dumps(asdict(m.sibo)))) != said:
+    settings, widths = getattr(m, "sibo", None), {}
+    if not settings and said["method"] != "full":
+        try:
+            where = place(m, Settings(**said))
+        except ValueError as e:
+            raise ValueError(f"{file}: found settings {shown(said)}, unfit for {type(m).__name__}: {e}") from e
+        settings, widths = where.settings, where.widths
+    if settings and (ours := json.loads(json.dumps(asdict(settings)))) != said:
         key = next(k for k, v in ours.items() if k not in said or said[k] != v)
         found = f"{key}={shown(said[key])}" if key in said else f"without {key}"
         raise ValueError(f"{file}: found settings {found}, expected the model's own {key}={ours[key]!r}")
-    settings, widths = None, {}
-    if said["method"] != "full":
-        try:
-            settings = Settings(**said)
-            widths = {} if hasattr(m, "sibo") else place(m, settings).widths
-        except ValueError as e:
-            raise ValueError(f"{file}: found settings {shown(said)}, unfit for {type(m).__name__}: {e}") from e
     shapes = {_plain(name): tuple(t.shape) for name, t in stored.items()}
     for name, width in widths.items():  # said before `inject` makes them, as a few bytes can ask for any rank
         expected = (settings.rank if settings.method == "lora" else settings.bottleneck, width)

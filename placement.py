@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
@@ -80,11 +80,10 @@ LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names
 
 @dataclass(frozen=True)
 class Placement:
-    """What `place` found; `widths` maps each adapted module to the width its adapter or LoRA reads."""
+    """What `place` found: the settings with nothing left open, what each adapted module's adapter or LoRA
+    reads, and who gets h0."""
 
-    targets: tuple[str, ...]
-    sibo_at: tuple[str, ...]
-    source: str
+    settings: Settings
     widths: dict[str, int]
     mixed: frozenset[str]
 
@@ -138,7 +137,8 @@ def place(m: nn.Module, s: Settings) -> Placement:
         if name in mixed and widths[name] != d:
             raise ValueError(f"{name}: its input is {widths[name]} wide and h0 {d}, so it cannot take h0; "
                              "adapt it plainly: name the others in sibo_at, or attn, ffn or both of the paper's")
-    return Placement(targets, sibo_at, sources[0] if len(sources) == 1 else "", widths, mixed)
+    found = replace(s, targets=targets, sibo_at=sibo_at, h0=sources[0] if len(sources) == 1 else None)
+    return Placement(found, widths, mixed)
 
 
 def _width_of_h0(source: nn.Module, name: str) -> int:

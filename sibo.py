@@ -13,7 +13,6 @@ adapter stands on a sub-layer's output (theirs: side="in"), a missing h0 is an e
 method), λ is read from the file with the weights (theirs: told by hand) and merging is exact (theirs: drops h0)."""
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +133,7 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     if hasattr(m, "sibo"):
         raise ValueError(f"{type(m).__name__}: found it injected already with {m.sibo}; build or load it anew")
     where, residual = place(m, s), InitialResidual()
-    m.sibo = replace(s, targets=where.targets, sibo_at=where.sibo_at, h0=where.source or None)
+    m.sibo = where.settings
     m.requires_grad_(False)
     modules = dict(m.named_modules())  # as they stand now: a target may lie inside another
     for name, width in where.widths.items():
@@ -146,7 +145,7 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
         setattr(modules[owner], leaf, new)
     if where.mixed:  # bound methods: deepcopy binds them to the copy, where a closure would go on filling the original
         m.register_forward_pre_hook(residual.clear)
-        m.get_submodule(where.source).register_forward_hook(residual.capture)
+        m.get_submodule(m.sibo.h0).register_forward_hook(residual.capture)
         m.register_forward_hook(residual.keep)
     if isinstance(getattr(m, "classifier", None), nn.Module):
         m.classifier.requires_grad_(True)

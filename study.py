@@ -200,7 +200,7 @@ def norms(args: argparse.Namespace, file: Path) -> str:
             def hook(_, args, output, key=(method, name)):
                 found[key] = rms(output if key[0] == "adapter" else args[0])
             hooks.append(m.get_submodule(name).register_forward_hook(hook))
-    hooks.append(m.get_submodule(where.source).register_forward_hook(
+    hooks.append(m.get_submodule(where.settings.h0).register_forward_hook(
         lambda _, args, output: found.update(h0=rms(output))))
     m(**b)
     for h in hooks:

@@ -41,7 +41,7 @@ def names(prefix, *targets):
 def placed(m, method="lora", lam=0.2, **settings):
     """(names of the adapted modules, names of those that get h0, the source of h0)."""
     found = place(m, Settings(method, lam, **settings))
-    return set(found.widths), set(found.mixed), found.source
+    return set(found.widths), set(found.mixed), found.settings.h0
 
 
 # ------------------------------------------------------------------------------------- METHOD: the table of Section 4.2
@@ -262,7 +262,7 @@ def test_without_known_names_targets_and_h0_have_to_be_given():
         placed(Mixer())
     with pytest.raises(ValueError, match=r"h0 None: found \[\], expected the one module whose output enters the first"):
         placed(Mixer(), targets=("steps.*.1",))
-    assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == ({"steps.0.1", "steps.1.1"}, set(), "")
+    assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == ({"steps.0.1", "steps.1.1"}, set(), None)
 
 
 @pytest.mark.parametrize("h0,says", [

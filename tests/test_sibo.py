@@ -730,6 +730,17 @@ def test_a_file_that_lacks_a_setting_is_refused_also_where_the_models_own_is_non
         sibo.load(m, tmp_path)
 
 
+def test_a_file_whose_names_are_not_whole_is_refused_before_the_model_is_touched(tmp_path):
+    sibo.save(inject(tiny(), "lora-sibo"), tmp_path)
+    file, m = tmp_path / "adapter.safetensors", tiny()
+    with safe_open(file, "pt") as f:
+        said = json.loads(f.metadata()["sibo"])
+    save_file(load_file(file), file, {"sibo": json.dumps(said | {"h0": "0"})})
+    with pytest.raises(ValueError, match=r"found settings h0='0', expected the model's own h0='blocks\.0'"):
+        sibo.load(m, tmp_path)
+    assert not hasattr(m, "sibo")
+
+
 def test_a_truncated_file_is_named(tmp_path):
     sibo.save(inject(tiny(), "lora"), tmp_path)
     file = tmp_path / "adapter.safetensors"
