@@ -39,6 +39,10 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             if args.offline:
                 os.environ["HF_HUB_OFFLINE"] = "1"
             main(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
         line = without_secrets(f"error: {' '.join(str(e).split())}")
         if parallel.first_to_say(line):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_real_rte_trains_and_scores(tmp_path):
     succeeds("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir", SHARED,
              "--steps", 2, "--limit", 32, "--out", tmp_path / "run")
     assert result(tmp_path / "run")["n"] == 32
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    p = subprocess.Popen([sys.executable, "data.py", "list"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert (p.stderr.read(), p.wait()) == (b"", 128 + signal.SIGPIPE)
+    p.stderr.close()
 
 
 @pytest.mark.parametrize(("args", "says"), [
