@@ -74,17 +74,15 @@ def test_offline_touches_no_network(monkeypatch, tmp_path, capsys, tiny_llama):
     monkeypatch.setattr(socket, "getaddrinfo", never)
     monkeypatch.setattr(subprocess, "run", lambda args, *rest, real=subprocess.run, **kwargs:
                         never() if "pip" in map(str, args) else real(args, *rest, **kwargs))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("SIBO_CACHE", str(tmp_path / "empty"))
 
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, args)])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # remembers what was there before --offline sets it
         try:
             cli.run(module.main, module.parser())
         except SystemExit:
             return capsys.readouterr().err.splitlines()[-1]
-        finally:
-            monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         return "done"
 
     assert "--offline" in run(train, "--offline", "--backbone", "smollm2-135m")
