@@ -39,7 +39,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             if args.offline:
                 os.environ["HF_HUB_OFFLINE"] = "1"
             main(args)
-            sys.stdout.flush()
+            print(end="", flush=True)  # not sys.stdout.flush(): all processes but the first have none
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
         sys.exit(128 + signal.SIGPIPE)

@@ -153,3 +153,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
     code, out, err = python(*args)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and says in err
+
+
+def test_a_command_runs_without_an_output():
+    command = ["sh", "-c", 'exec "$0" data.py list >&-', sys.executable]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
