@@ -82,7 +82,7 @@ def figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
 
 def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) -> None:
     """Eq. (3) against the layer, a line per model; the last five layers, which the paper sums up, are shaded."""
-    fig, ax = figure()
+    fig, ax = figure(height=4.5)
     layers = len(next(iter(curves.values())))
     ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five")
     for (name, curve), marker in zip(curves.items(), cycle("os^vD"), strict=False):
@@ -90,7 +90,7 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
                 **compare.look(name))
     ax.set(xlabel="hidden state (0: h0; last: after the last block, and its final norm where there is one)",
            ylabel="token-wise cosine similarity, Eq. (3)", title=title)
-    ax.legend(frameon=False)
+    fig.legend(loc="outside lower center", ncols=3, frameon=False)  # five curves leave no room between them
     checkpoint.write(path, fig.savefig)
 
 
@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--peft", type=Path, metavar="DIR", help="with --backbone: a LoRA that peft saved, put onto it")
     what.add_argument("--merge", action="store_true", help="fold the run's LoRA into the weights first")
     on = p.add_argument_group("on what")
-    on.add_argument("--task", help="short name or a .json/.jsonl file (default: the run's; else word-problems)")
+    on.add_argument("--task", metavar="A,B", help="tasks, each a short name or a .json or .jsonl file (default: the "
+                    "run's; else word-problems)")
     on.add_argument("--data-dir", help="folder of the tasks' files (default: $SIBO_DATA, else the cache)")
     on.add_argument("--limit", type=int, help="score the first N examples (default: the run's; else all)")
     on.add_argument("--ask", metavar="QUESTION", help="answer one question instead")
@@ -158,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
     trained = data.tasks(run.get("task", "word-problems"))
-    named = [args.task] if args.task else run.get("test")
+    named = args.task.split(",") if args.task else run.get("test")
     tests = data.whole(data.tasks(*named) if named else trained, trained if run else [])
     task = tests[0]
     folder = data.data_dir(args.data_dir or run.get("data_dir"))

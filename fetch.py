@@ -102,10 +102,21 @@ def state(path: Path, file: str) -> str:
     return "ok" if hashed == blob else f"wrong: blob SHA-1 {hashed}, expected {blob}"
 
 
+def brought(file: str, data_dir: Path) -> Path:
+    """Where a user puts a copy of what stands at a file's address: an archive and MRPC's source stay what they are."""
+    there = address(file)
+    if there.endswith(".zip"):
+        return data_dir / "glue" / there.rpartition("/")[2]
+    return data_dir / (MRPC if there == ADDRESSES["glue/MRPC/"] else file)
+
+
 def missing(files: Iterable[str], data_dir: Path) -> list[str]:
-    """A line for each of `files` that is not there: its place, and where it is published."""
-    return [f"missing: {data_dir / file}, from https://{address(file)}" for file in dict.fromkeys(files)
-            if not (data_dir / file).is_file()]
+    """A line for each address that those of `files` which are not there come from, and where a copy of it goes."""
+    lost = [file for file in files if not (data_dir / file).is_file()]
+    if any(file.startswith("glue/MRPC/") for file in lost) and not (data_dir / MRPC_IDS).is_file():
+        lost.append(MRPC_IDS)
+    return [f"missing: https://{there} goes to {place}" for there, place in
+            {address(file): brought(file, data_dir) for file in lost}.items()]
 
 
 def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: float = 1.0) -> None:
@@ -120,12 +131,10 @@ def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: fl
         if state(data_dir / file, file) not in ("ok", "hash not known"):
             wanted.setdefault(address(file), []).append(file)
     for there, some in wanted.items():
-        place, install = data_dir / some[0], _move
-        if there.endswith(".zip"):
-            place, install = data_dir / "glue" / there.rpartition("/")[2], _unzip
-        elif there == ADDRESSES["glue/MRPC/"]:
+        place, install = brought(some[0], data_dir), _unzip if there.endswith(".zip") else _move
+        if there == ADDRESSES["glue/MRPC/"]:
             fetch([MRPC_IDS], data_dir, base, wait)
-            place, install = data_dir / MRPC, _split_mrpc
+            install = _split_mrpc
         install = partial(install, data_dir=data_dir, files=some)
         if place.is_file() and place != data_dir / some[0]:
             try:
@@ -141,7 +150,6 @@ def _bring(url: str, place: Path, install: Callable[[Path], None], wait: float) 
     if checkpoint.offline():
         raise OSError(f"{url}: --offline (HF_HUB_OFFLINE) forbids to fetch it; bring it by hand and put it at {place}")
     part = place.with_name(place.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.is_file()
     for i in range(TRIES):
         try:
@@ -175,6 +183,7 @@ def _receive(url: str, part: Path) -> None:
         if answer.status != 206:  # it ignores ranges, and sends everything
             have = 0
         total = None if answer.length is None else have + answer.length
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if have else "wb") as f, tqdm(desc=part.stem, initial=have, total=total, unit="B",
                                                            unit_scale=True) as bar:
             while piece := answer.read(1 << 16):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+import fetch
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 WRITTEN = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", "answers.jsonl", "curves.png",
@@ -126,7 +128,10 @@ def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
     code, _, err = python("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2,
                           "--bottleneck", 8, "--dtype", "float32", "--out", tmp_path / "run")
     assert code == 0 and result(tmp_path / "run")["n"] == 1 and "scored are 1 of its examples, left out of the" in err
-    assert "(n 10;" in succeeds("eval.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl")
+    mine = tmp_path / "mine.jsonl"
+    assert "(n 10;" in succeeds("eval.py", "--backbone", tiny_llama, "--task", mine)
+    both = succeeds("eval.py", "--backbone", tiny_llama, "--task", f"{mine},word-problems", "--limit", 2)
+    assert f"{mine}: " in both and "\nword-problems: " in both and both.count("(n 2;") == 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data files are not beside the project")
@@ -153,6 +158,18 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
     code, out, err = python(*args)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and says in err
+
+
+def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_path):
+    code, out, err = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
+    *lines, last = err.splitlines()
+    assert (code, out) == (2, "") and [line.removeprefix("missing: https://").split(" goes to ") for line in lines] == [
+        ["dl.fbaipublicfiles.com/glue/data/CoLA.zip", f"{tmp_path}/glue/CoLA.zip"],
+        ["dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
+         f"{tmp_path}/glue/MRPC/msr_paraphrase_train.txt"],
+        [f"{fetch.LLM_ADAPTERS}dataset/SVAMP/test.json", f"{tmp_path}/llm_adapters/SVAMP/test.json"],
+        [fetch.address(fetch.MRPC_IDS), f"{tmp_path}/{fetch.MRPC_IDS}"]]
+    assert "--offline" in last and not list(tmp_path.iterdir())
 
 
 def test_a_command_runs_without_an_output():
