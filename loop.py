@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from train import Run
 
 BAD_STEPS = 10  # without a finite loss or gradient, in a row, before training is given up
+LAM_PACE = 50  # AdamW moves every number by about its rate: W_down is drawn with size 0.02, λ's log-odds are of size 1
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -131,7 +132,10 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run,
     m.train()
     engine = parallel.wrap(m, run.device, run.shard)
     trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), run.lr, weight_decay=0.0, fused=True)
+    lams = [n for n in trained if n.endswith(".logit")]  # sibo.Boosted's, where λ is learned
+    optimizer = torch.optim.AdamW([{"params": [p for n, p in trained.items() if n not in lams], "pace": 1},
+                                   {"params": [trained[n] for n in lams], "pace": LAM_PACE}], weight_decay=0.0,
+                                  fused=True)
     if not first:
         torch.manual_seed(run.seed + parallel.rank())  # the weights are drawn alike, dropout is not
     progress = resume.Progress(data.digest(rows), run.micro_batch_size)
@@ -148,7 +152,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run,
         for some in bar:
             rate = learning_rate(run, progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["pace"]
             loss = fitting_step(engine, [rows[i] for i in some], pad_id, progress)
             if idle := [n for n, p in trained.items() if p.grad is None]:
                 raise ValueError(f"{idle[0]}: found no gradient after a step, expected one in each trained tensor; "

@@ -215,24 +215,39 @@ def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows:
             b = data.to_device(data.batch([rows[i] for i in some], t.pad_id), m)
             b.pop("labels")
             logits = m(**b).float().cpu()  # (B, n)
-            found |= zip(some, (logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)).tolist(), strict=True)
-    return score_predictions(task, [x for _, x in sorted(parallel.union(found).items())], rows)
+            confidence, likeliest = logits.softmax(-1).max(-1)
+            predicted = logits[:, 0] if task.num_labels == 1 else likeliest
+            found |= zip(some, zip(predicted.tolist(), confidence.tolist(), strict=True), strict=True)
+    predicted, confidence = zip(*(x for _, x in sorted(parallel.union(found).items())), strict=True)
+    return score_predictions(task, predicted, rows, confidence if task.num_labels > 1 else None)
 
 
-def score_predictions(task: data.Task, predicted: Sequence[float], rows: Sequence[data.Row]) -> Score:
+def score_predictions(task: data.Task, predicted: Sequence[float], rows: Sequence[data.Row],
+                      confidence: Sequence[float] | None = None) -> Score:
     """The task's metric, over all and over each part (MNLI's two), and the others that GLUE reports beside it.
-    predicted: a class number (or a score) for each row."""
+    predicted: a class number (or a score) for each row; confidence: the probability that the model gave this class."""
     gold = [r.labels for r in rows]
     a, b = np.array(predicted, dtype=float), np.array(gold, dtype=float)
     names = {1: ("pearson", "spearman"), 2: ("accuracy", "matthews", "f1")}.get(task.num_labels, ("accuracy",))
     found, metric = {name: METRICS[name](a, b) for name in names}, METRICS[task.metric]
     score = found.pop(task.metric)
     interval = wilson(score, len(rows)) if metric is accuracy else bootstrap(metric, a, b)
+    records = [{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)]
+    if confidence:
+        found |= {"confidence": float(np.mean(confidence)),
+                  "calibration error": calibration_error(np.array(confidence), a == b)}
+        records = [r | {"confidence": round(p, 4)} for r, p in zip(records, confidence, strict=True)]
     return Score(task.metric, score, len(rows), interval,
                  by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), found,
                  said=shares([task.classes[x] for x in predicted]) if task.classes else {},
-                 records=[{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)],
-                 cut=sum(r.cut for r in rows))
+                 records=records, cut=sum(r.cut for r in rows))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """How far the share of right answers lies from the confidence in them, over bins of equal width, each weighed by
+    what it holds (expected calibration error, Guo et al. 2017)."""
+    of = np.minimum(confidence * bins, bins - 1).astype(int)
+    return float(np.abs(np.bincount(of, right - confidence)).sum() / len(right))
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

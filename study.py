@@ -81,14 +81,19 @@ def draw_curves(rows: list[compare.Group], path: Path) -> None:
 
 
 def draw_learned(rows: list[compare.Group], path: Path) -> None:
-    """Section 7: where λ went in each module, from the first block to the last."""
+    """Section 7: where λ went in each block, a line for each of its modules that get h0."""
     fig, ax = evaluation.figure()
-    for g in rows:
-        if g.config["learn_lam"]:
-            each = g.over_seeds("lambda")  # (seeds, modules)
-            line, = ax.plot(range(each.shape[1]), each.mean(0), "o-", ms=4, label=f"{g.config['method']}")
-            ax.axhline(g.config["lam"], color=line.get_color(), ls="--", lw=1, label=f"start ({g.config['lam']})")
-    ax.set(xlabel="module that gets h0, first block to last", ylabel="learned λ", title=title(rows))
+    blocks = len(rows[0].first["similarity_per_layer"]) - 1
+    for g in (g for g in rows if g.config["learn_lam"]):
+        each = g.over_seeds("lambda").reshape(len(g.runs), blocks, -1)  # (seeds, blocks, modules)
+        for j, marker in zip(range(each.shape[2]), "os^vD", strict=False):
+            which = f", module {j + 1} of {each.shape[2]}" if each.shape[2] > 1 else ""
+            spread = each[:, :, j].std(0, ddof=1) if len(each) > 1 else None
+            ax.errorbar(range(1, blocks + 1), each[:, :, j].mean(0), spread, fmt=f"{marker}-", ms=4, capsize=3,
+                        color=compare.look(g.config["method"])["color"], alpha=1 - j / each.shape[2] / 1.5,
+                        label=g.config["method"] + which)
+        ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
+    ax.set(xlabel="block", ylabel="learned λ (dashed: its start)", title=title(rows), ylim=(0, None))
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
 
@@ -128,8 +133,8 @@ def last_five(rows: list[compare.Group]) -> str:
 
 
 def learned(rows: list[compare.Group]) -> str:
-    return "; ".join(f"{g.config['method']}: {g.config['lam']} became {g.over_seeds('lambda').min():.3f} to "
-                     f"{g.over_seeds('lambda').max():.3f}" for g in rows if g.config["learn_lam"])
+    return "; ".join(shown(g, rows) + (f", {g.over_seeds('lambda').min():.3f} to {g.over_seeds('lambda').max():.3f}"
+                                       if g.config["learn_lam"] else "") for g in rows)
 
 
 STUDIES = {

@@ -230,6 +230,18 @@ def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(monkeypatch,
     assert taken == [pytest.approx(1.0, rel=1e-4)]
 
 
+def test_a_learned_lams_log_odds_take_steps_50_times_a_weights(tmp_path, tiny_llama):
+    """AdamW's first step is the rate itself for each number that has a gradient, whatever its size."""
+    m, rows, run = adapted(tmp_path, tiny_llama, method="adapter-sibo", learn_lam=True, steps=1, lr=1e-3)
+    before = {n: p.detach().clone() for n, p in m.named_parameters() if p.requires_grad}
+    loop.fit(m, rows, 0, run)
+    moved = {n: (m.get_parameter(n).detach() - p).abs() for n, p in before.items()}
+    assert {n.rpartition(".")[2] for n in moved} == {"down", "up", "logit"}
+    for name, by in moved.items():
+        if not name.endswith(".down"):  # up is 0 yet, so that down has no gradient
+            assert by.max().item() == pytest.approx(0.05 if name.endswith(".logit") else 0.001, rel=1e-3)
+
+
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypatch, capsys, tmp_path, tiny_llama):
     real = model.loss
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.calibration
 import sklearn.metrics
 import torch
 from hypothesis import example, given, settings
@@ -241,6 +242,26 @@ def test_mnli_is_reported_matched_and_mismatched_and_by_the_names_of_its_classes
     assert found.said == pytest.approx({"contradiction": 2 / 3, "entailment": 1 / 3})
     assert found.records[1] == {"task": "mnli", "gold": 1, "predicted": 2}
     assert found.interval == scoring.wilson(2 / 3, 3)
+
+
+def test_calibration_error_is_the_gap_in_each_bin_weighed_by_what_it_holds():
+    rows = [data.encode_sentence(data.Sentence("a", "b", label), Cased(), 9) for label in (0, 0, 1, 1)]
+    found = scoring.score_predictions(data.task("rte"), [0, 1, 1, 1], rows, [0.95, 0.94, 0.6, 0.61])
+    # 0.94 and 0.95, of which one is right: 0.89 too much; 0.6 and 0.61, both right: 0.79 too little
+    assert found.more["calibration error"] == pytest.approx((0.89 + 0.79) / 4)
+    assert found.more["confidence"] == pytest.approx(0.775) and found.more.keys() >= {"matthews", "f1"}
+    assert found.records[1] == {"task": "rte", "gold": 0, "predicted": 1, "confidence": 0.94}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 14), st.floats(0.01, 0.99), st.booleans()), min_size=1, max_size=99))
+def test_calibration_error_agrees_with_scikit_learns_curve(drawn):
+    bins, within, right = map(np.array, zip(*drawn, strict=True))
+    confidence = (bins + within) / 15  # on no edge
+    share, said = sklearn.calibration.calibration_curve(right, confidence, n_bins=15)
+    held = np.histogram(confidence, np.linspace(0, 1, 16))[0]
+    expected = np.sum(np.abs(share - said) * held[held > 0]) / len(right)
+    assert scoring.calibration_error(confidence, right) == pytest.approx(expected, abs=1e-12)
 
 
 def test_sentences_that_the_cutoff_shortens_are_counted_beside_the_score():
