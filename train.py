@@ -370,7 +370,8 @@ def parser() -> cli.Parser:
 
     g = p.add_argument_group("the method")
     of_recipe("lam", listed(float), "λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)")
-    g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, starting at --lam")
+    g.add_argument("--learn-lam", action="store_true", default=None, help="learn one λ a module, from --lam "
+                   "on, in steps 50 times those of the weights")
     g.add_argument("--sibo-at", type=listed(str), metavar="P", help="whose modules get h0: attn, ffn or both (default: "
                    "the paper's; with --targets all of these)")
     g.add_argument("--targets", type=lambda s: tuple(s.split(",")), metavar="A,B",
