@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -81,19 +82,22 @@ def draw_curves(rows: list[compare.Group], path: Path) -> None:
 
 
 def draw_learned(rows: list[compare.Group], path: Path) -> None:
-    """Section 7: where λ went in each block, a line for each of its modules that get h0."""
+    """Section 7: where λ went in each block, a line for each of its modules that get h0; where the blocks have not
+    equally many (--targets), in each module."""
+    rows, blocks = [g for g in rows if g.config["learn_lam"]], len(rows[0].first["similarity_per_layer"]) - 1
+    each = [g.over_seeds("lambda") for g in rows]  # (seeds, modules) each
+    alike = all(lam.shape[1] % blocks == 0 for lam in each)
     fig, ax = evaluation.figure()
-    blocks = len(rows[0].first["similarity_per_layer"]) - 1
-    for g in (g for g in rows if g.config["learn_lam"]):
-        each = g.over_seeds("lambda").reshape(len(g.runs), blocks, -1)  # (seeds, blocks, modules)
-        for j, marker in zip(range(each.shape[2]), "os^vD", strict=False):
-            which = f", module {j + 1} of {each.shape[2]}" if each.shape[2] > 1 else ""
-            spread = each[:, :, j].std(0, ddof=1) if len(each) > 1 else None
-            ax.errorbar(range(1, blocks + 1), each[:, :, j].mean(0), spread, fmt=f"{marker}-", ms=4, capsize=3,
-                        color=compare.look(g.config["method"])["color"], alpha=1 - j / each.shape[2] / 1.5,
-                        label=g.config["method"] + which)
+    for g, lam in zip(rows, each, strict=True):
+        lines = lam.reshape(len(lam), blocks if alike else lam.shape[1], -1).transpose(2, 1, 0)  # (lines, x, seeds)
+        for i, (line, marker) in enumerate(zip(lines, cycle("os^vD"), strict=False)):
+            spread = line.std(1, ddof=1) if len(lam) > 1 else None
+            ax.errorbar(range(1, len(line) + 1), line.mean(1), spread, fmt=f"{marker}-", ms=4, capsize=3,
+                        color=compare.look(g.config["method"])["color"], alpha=1 - 0.6 * i / len(lines),
+                        label=g.config["method"] + (f", module {i + 1} of {len(lines)}" if len(lines) > 1 else ""))
         ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
-    ax.set(xlabel="block", ylabel="learned λ (dashed: its start)", title=title(rows), ylim=(0, None))
+    ax.set(xlabel="block" if alike else "module that gets h0, first block to last",
+           ylabel="learned λ (dashed: its start)", title=title(rows), ylim=(0, None))
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
 

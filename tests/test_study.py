@@ -44,6 +44,13 @@ def test_a_study_of_runs_writes_a_line_a_run_a_picture_and_a_line_for_the_table(
     assert again == said
 
 
+def test_a_learned_lam_is_drawn_where_not_every_block_has_one(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    _, (row,) = command(monkeypatch, capsys, tmp_path, "learned", "--backbone", tiny_llama, "--task", mine, "--steps",
+                        1, "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs",
+                        "--method", "lora-sibo", "--learn-lam", "--targets", "blocks.1.mlp.up_proj")
+    assert len(row["lambda"].split()) == 1
+
+
 def test_norms_are_those_that_transformers_modules_have(monkeypatch, capsys, tmp_path, tiny_llama, mine):
     from transformers import LlamaForCausalLM
 
