@@ -84,13 +84,13 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
     """Eq. (3) against the layer, a line per model; the last five layers, which the paper sums up, are shaded."""
     fig, ax = figure(height=4.5)
     layers = len(next(iter(curves.values())))
-    ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five")
+    ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five (their mean)")
     for (name, curve), marker in zip(curves.items(), cycle("os^vD"), strict=False):
         ax.plot(range(layers), curve, marker=marker, ms=3.5, lw=1.4, label=f"{name} ({last_five(curve):.3f})",
                 **compare.look(name))
     ax.set(xlabel="hidden state (0: h0; last: after the last block, and its final norm where there is one)",
            ylabel="token-wise cosine similarity, Eq. (3)", title=title)
-    fig.legend(loc="outside lower center", ncols=3, frameon=False)  # five curves leave no room between them
+    fig.legend(loc="outside lower center", ncols=2 if len(curves) == 3 else 3, frameon=False)  # it would cover curves
     checkpoint.write(path, fig.savefig)
 
 
@@ -171,6 +171,8 @@ def main(args: argparse.Namespace) -> None:
                          "of 16 bits or more")
     if args.peft and args.run:
         raise ValueError(f"--peft {args.peft}: found with a run, expected with --backbone")
+    if args.similarity and args.task and len(tests) > 1:
+        raise ValueError(f"--similarity: found --task {args.task}, expected one task, whose texts it is measured on")
     if args.ask and head:
         raise ValueError(f"--ask: found {args.run}, a BERT that knows the classes of {run['task']}, expected an LLM's "
                          "run")

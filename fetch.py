@@ -113,10 +113,9 @@ def brought(file: str, data_dir: Path) -> Path:
 def missing(files: Iterable[str], data_dir: Path) -> list[str]:
     """A line for each address that those of `files` which are not there come from, and where a copy of it goes."""
     lost = [file for file in files if not (data_dir / file).is_file()]
-    if any(file.startswith("glue/MRPC/") for file in lost) and not (data_dir / MRPC_IDS).is_file():
-        lost.append(MRPC_IDS)
-    return [f"missing: https://{there} goes to {place}" for there, place in
-            {address(file): brought(file, data_dir) for file in lost}.items()]
+    lost += [MRPC_IDS] if any(file.startswith("glue/MRPC/") for file in lost) else []
+    return [f"missing: {place}, a copy of https://{there}" for place, there in
+            {brought(file, data_dir): address(file) for file in lost}.items() if not place.is_file()]
 
 
 def fetch(files: Iterable[str], data_dir: Path, base: str = "https://", wait: float = 1.0) -> None:

@@ -215,8 +215,8 @@ def score_sentences(m: nn.Module, t: tokenizer.Tokenizer, task: data.Task, rows:
             b = data.to_device(data.batch([rows[i] for i in some], t.pad_id), m)
             b.pop("labels")
             logits = m(**b).float().cpu()  # (B, n)
-            confidence, likeliest = logits.softmax(-1).max(-1)
-            predicted = logits[:, 0] if task.num_labels == 1 else likeliest
+            predicted = logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)
+            confidence = logits.softmax(-1).amax(-1).nan_to_num()  # a model gone wrong is sure of nothing
             found |= zip(some, zip(predicted.tolist(), confidence.tolist(), strict=True), strict=True)
     predicted, confidence = zip(*(x for _, x in sorted(parallel.union(found).items())), strict=True)
     return score_predictions(task, predicted, rows, confidence if task.num_labels > 1 else None)

@@ -68,8 +68,8 @@ def draw_lam(rows: list[compare.Group], path: Path) -> None:
                     ms=4, label=f"{method}-sibo")
         ax.axhline(plain.mean(), color=colour, ls="--", lw=1, label=f"{method} ({plain.mean():.3f})")
         ax.axhspan(plain.mean() - deviation(plain), plain.mean() + deviation(plain), color=colour, alpha=0.1, lw=0)
-    ax.set(xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"], title=f"{title(rows)}, "
-           f"n = {rows[0].first['n']}, " + (f"{seeds} seeds" if seeds > 1 else "one seed"))
+    ax.set(xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"],
+           title=f"{title(rows)}, n = {rows[0].first['n']}")
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
 
@@ -77,27 +77,31 @@ def draw_lam(rows: list[compare.Group], path: Path) -> None:
 def draw_curves(rows: list[compare.Group], path: Path) -> None:
     """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds."""
     curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
-    curves |= {compare.name(g, rows): g.over_seeds("similarity_per_layer").mean(0) for g in rows}
+    for g in rows:
+        name = compare.name(g, rows)
+        name += f", λ {g.config['lam']:g}" if g.config["lam"] and "λ" not in name else ""
+        curves[name] = g.over_seeds("similarity_per_layer").mean(0)
     evaluation.draw_similarity(curves, path, title(rows))
 
 
 def draw_learned(rows: list[compare.Group], path: Path) -> None:
-    """Section 7: where λ went in each block, a line for each of its modules that get h0; where the blocks have not
-    equally many (--targets), in each module."""
-    rows, blocks = [g for g in rows if g.config["learn_lam"]], len(rows[0].first["similarity_per_layer"]) - 1
-    each = [g.over_seeds("lambda") for g in rows]  # (seeds, modules) each
-    alike = all(lam.shape[1] % blocks == 0 for lam in each)
+    """Section 7: where λ went in each block, a line for each of its modules that get h0; with --targets, which may take
+    more of one block than of another, in each module."""
+    rows = [g for g in rows if g.config["learn_lam"]]
+    free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
     fig, ax = evaluation.figure()
-    for g, lam in zip(rows, each, strict=True):
-        lines = lam.reshape(len(lam), blocks if alike else lam.shape[1], -1).transpose(2, 1, 0)  # (lines, x, seeds)
-        for i, (line, marker) in enumerate(zip(lines, cycle("os^vD"), strict=False)):
-            spread = line.std(1, ddof=1) if len(lam) > 1 else None
-            ax.errorbar(range(1, len(line) + 1), line.mean(1), spread, fmt=f"{marker}-", ms=4, capsize=3,
-                        color=compare.look(g.config["method"])["color"], alpha=1 - 0.6 * i / len(lines),
-                        label=g.config["method"] + (f", module {i + 1} of {len(lines)}" if len(lines) > 1 else ""))
+    markers = cycle("os^vD")
+    for g in rows:
+        lam = g.over_seeds("lambda")  # (seeds, modules)
+        lines = lam.reshape(len(lam), lam.shape[1] if free else blocks, -1).transpose(2, 1, 0)  # (lines, x, seeds)
+        for i, line in enumerate(lines):
+            ax.errorbar(np.arange(1, len(line) + 1) + 0.04 * i, line.mean(1), [deviation(x) for x in line], capsize=3,
+                        fmt=f"{next(markers)}-", ms=4, color=compare.look(g.config["method"])["color"],
+                        alpha=1 - 0.6 * i / len(lines), label=compare.name(g, rows) +
+                        (f", {i + 1}. of {len(lines)} modules" if len(lines) > 1 else ""))
         ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
-    ax.set(xlabel="block" if alike else "module that gets h0, first block to last",
-           ylabel="learned λ (dashed: its start)", title=title(rows), ylim=(0, None))
+    ax.set(xlabel="module that gets h0, first block to last" if free else "block", title=title(rows), ylim=(0, None),
+           ylabel="learned λ (dashed: its start; bars: deviation)")
     ax.legend(frameon=False)
     checkpoint.write(path, fig.savefig)
 
@@ -107,8 +111,9 @@ def deviation(values: np.ndarray) -> float:
 
 
 def title(rows: Sequence[compare.Group]) -> str:
-    first = rows[0].first
-    return f"{first['backbone']} on {first['task']}" + (", validation" if first["scored_on"] == "validation" else "")
+    first, seeds = rows[0].first, max(len(g.runs) for g in rows)
+    return (f"{first['backbone']} on {first['task']}" + (", validation" if first["scored_on"] == "validation" else "")
+            + (f", {seeds} seeds" if seeds > 1 else ", one seed"))
 
 
 def best(rows: list[compare.Group]) -> str:

@@ -153,6 +153,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     (["eval.py"], "found neither a run nor --backbone"),
     (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
     (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: found no trained head, expected a run"),
+    (["eval.py", "--backbone", "minilm", "--similarity", "--task", "word-problems,word-problems"], "expected one task"),
     (["data.py", "fetch", "gsm9k"], "unknown task 'gsm9k': did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
@@ -163,13 +164,17 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
 def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_path):
     code, out, err = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
     *lines, last = err.splitlines()
-    assert (code, out) == (2, "") and [line.removeprefix("missing: https://").split(" goes to ") for line in lines] == [
-        ["dl.fbaipublicfiles.com/glue/data/CoLA.zip", f"{tmp_path}/glue/CoLA.zip"],
-        ["dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
-         f"{tmp_path}/glue/MRPC/msr_paraphrase_train.txt"],
-        [f"{fetch.LLM_ADAPTERS}dataset/SVAMP/test.json", f"{tmp_path}/llm_adapters/SVAMP/test.json"],
-        [fetch.address(fetch.MRPC_IDS), f"{tmp_path}/{fetch.MRPC_IDS}"]]
+    expected = {"glue/CoLA.zip": "dl.fbaipublicfiles.com/glue/data/CoLA.zip",
+                "glue/MRPC/msr_paraphrase_train.txt": fetch.address("glue/MRPC/train.tsv"),
+                "llm_adapters/SVAMP/test.json": f"{fetch.LLM_ADAPTERS}dataset/SVAMP/test.json",
+                fetch.MRPC_IDS: fetch.address(fetch.MRPC_IDS)}
+    assert (code, out) == (2, "") and lines == [f"missing: {tmp_path / place}, a copy of https://{there}"
+                                                for place, there in expected.items()]
     assert "--offline" in last and not list(tmp_path.iterdir())
+    (tmp_path / "glue" / "MRPC").mkdir(parents=True)
+    (tmp_path / "glue" / "MRPC" / "msr_paraphrase_train.txt").write_text("brought by hand")
+    again = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")[2].splitlines()
+    assert again == [line for line in (*lines, last) if "msr_paraphrase" not in line]
 
 
 def test_a_command_runs_without_an_output():

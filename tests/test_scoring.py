@@ -3,6 +3,7 @@
 Tiny random models whose large weights make every word count; a prompt and its choices stay short."""
 
 import json
+import math
 import re
 import sys
 
@@ -142,7 +143,19 @@ def test_neither_batch_size_nor_padding_nor_order_changes_a_berts_predictions(or
         expected = [alone.records[i]["predicted"] for i in order]
         assert len(set(expected)) > 1
         assert predicted == (expected if labels == 2 else pytest.approx(expected, abs=1e-5))
-        assert found.score == pytest.approx(alone.score, abs=1e-5)
+        assert found.score == pytest.approx(alone.score, abs=1e-5) and found.more == pytest.approx(alone.more, abs=1e-5)
+        if labels == 2:  # the other class's probability is what is left
+            odds = [m(torch.tensor([SENTENCES[i].ids]))[0].diff().abs().item() for i in order]
+            assert [r["confidence"] for r in found.records] == pytest.approx([1 / (1 + math.exp(-x)) for x in odds],
+                                                                             abs=1e-4)
+
+
+def test_a_model_gone_wrong_is_scored_as_sure_of_nothing():
+    m, t = tiny("bert", num_labels=2), Bytes()
+    t.pad_id = 0
+    m.classifier.out.weight.data.fill_(math.nan)
+    found = scoring.score_sentences(m, t, data.task("rte"), SENTENCES)
+    assert found.more["confidence"] == 0 and found.more["calibration error"] == pytest.approx(found.score) != 0
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals
