@@ -89,6 +89,14 @@ def fitting_step(m: nn.Module, rows: Sequence[data.Row], pad_id: int, progress: 
         torch.set_rng_state(random)
 
 
+def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW over what is trained in `m`, at the rate `lr`; λ's log-odds, where it is learned, LAM_PACE times that."""
+    weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".logit") == of_lam]
+                     for of_lam in (False, True))
+    return torch.optim.AdamW([{"params": weights, "lr": lr, "pace": 1},
+                              {"params": lams, "lr": lr * LAM_PACE, "pace": LAM_PACE}], weight_decay=0.0, fused=True)
+
+
 def compiled(m: nn.Module) -> nn.Module:
     """`m` with its blocks compiled, in place: they differ in their tensors only, so one's code serves all. The first
     stays as it is: its input often needs no gradient, which would take another minute to compile."""
@@ -132,10 +140,7 @@ def fit(m: nn.Module, rows: Sequence[data.Row], pad_id: int, run: Run,
     m.train()
     engine = parallel.wrap(m, run.device, run.shard)
     trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    lams = [n for n in trained if n.endswith(".logit")]  # sibo.Boosted's, where λ is learned
-    optimizer = torch.optim.AdamW([{"params": [p for n, p in trained.items() if n not in lams], "pace": 1},
-                                   {"params": [trained[n] for n in lams], "pace": LAM_PACE}], weight_decay=0.0,
-                                  fused=True)
+    optimizer = adamw(m, run.lr)
     if not first:
         torch.manual_seed(run.seed + parallel.rank())  # the weights are drawn alike, dropout is not
     progress = resume.Progress(data.digest(rows), run.micro_batch_size)

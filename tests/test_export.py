@@ -173,7 +173,8 @@ def test_transformers_own_trainer_trains_an_injected_model_as_our_loop_does(fami
         tmp_path / "theirs", max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         activation_checkpointing=checkpointing, activation_checkpointing_kwargs={"use_reentrant": False}),
-        train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(texts, labels, strict=True)]).train()
+        train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(texts, labels, strict=True)],
+        optimizers=(loop.adamw(theirs, 1e-2) if "learned" in name else None, None)).train()
     run = train.Run(steps=20, lr=1e-2, warmup=0, batch_size=8, micro_batch_size=8, out=str(tmp_path / "ours"))
     loop.fit(ours, [data.Row(t, y) for t, y in zip(texts, labels, strict=True)], 0, run)
     assert all(torch.equal(p, frozen[n]) for n, p in theirs.named_parameters() if n in frozen)
