@@ -7,6 +7,7 @@ data, same order), with one seed the normal interval over the test examples, eac
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -102,7 +103,9 @@ def _quarters(loss: np.ndarray) -> list[float]:
 
 def save(runs: Sequence[Done], file: Path) -> None:
     """A line of JSON a run, without what only its machine knows: the paths of its data and of its folder."""
-    lines = [asdict(replace(run, config={k: v for k, v in run.config.items() if k not in ("data_dir", "out")}))
+    folders = r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*"""
+    lines = [asdict(replace(run, config={k: v for k, v in run.config.items() if k not in ("data_dir", "out")},
+                            result=run.result | {"command": re.sub(folders, "", run.result["command"])}))
              for run in runs]
     checkpoint.write(file, "".join(json.dumps(line) + "\n" for line in lines))
 

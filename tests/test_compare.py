@@ -1,6 +1,7 @@
 """Tables of runs: what belongs together, the spread over seeds, and the interval of a difference."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def run(folder, method="lora", seed=0, score=0.5, right=None, **settings):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "result.json").write_text(json.dumps({
         "backbone": "tiny", "task": "words", "metric": "accuracy", "score": score, "parts": {}, "similarity": 0.5,
-        "trainable_parameters": 1000, "scored_on": "test"}))
+        "trainable_parameters": 1000, "scored_on": "test",
+        "command": f"python train.py --data-dir {shlex.quote(config['data_dir'] or '')} --lr 1 --out={config['out']}"}))
     if right is not None:
         lines = [json.dumps({"task": "words", "right": bool(r)}) for r in right]
         (folder / "answers.jsonl").write_text("\n".join(lines))
@@ -98,12 +100,13 @@ def test_a_picture_is_drawn(tmp_path):
 
 def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
     for seed in (0, 1):
-        run(tmp_path, "lora", seed, right=[1, 0], data_dir="/home/someone/data", out="/home/someone/runs")
+        run(tmp_path, "lora", seed, right=[1, 0], data_dir="/home/someone's/data files", out="/home/someone/runs")
         run(tmp_path, "lora-sibo", seed, 0.6, right=[1, 1])
     runs = compare.read([tmp_path])
     compare.save(runs, tmp_path / "all.jsonl")
     assert "someone" not in (tmp_path / "all.jsonl").read_text()
     again = compare.read([tmp_path / "all.jsonl"])
+    assert {r.result["command"] for r in again} == {"python train.py --lr 1"}
     assert compare.table(again) == compare.table(runs) and [r.right for r in again] == [r.right for r in runs]
 
 
