@@ -6,26 +6,17 @@ differs stands in scoring.py. Source of Eq. (3): the paper's Section 3.1; paddin
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import checkpoint
-import cli
-import compare
-import data
-import export
 import model
-import scoring
 import sibo
-import tokenizer
-
-# ---------------------------------------------------------------------------------------------- over-smoothing, Eq. (3)
+from sibo_lab import cli, export, files
+from sibo_lab.backbone import generate, locate, subwords, tokenizer
+from sibo_lab.data import batch, readers, tasks
+from sibo_lab.evaluation import compare, metrics, pictures, scoring
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -49,12 +40,12 @@ def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batch_size: int = 16) -> list[float]:
+def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states, over all rows: the curve of Figures 1 and 2."""
-    model.require_eval(m)
+    generate.require_eval(m)
     totals, count = 0, 0
     for start in range(0, len(rows), batch_size):
-        b = data.to_device(data.batch(rows[start:start + batch_size], pad_id), m)
+        b = batch.to_device(batch.collate(rows[start:start + batch_size], pad_id), m)
         b.pop("labels", None)
         found = torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)])  # (L+1, sentences)
         totals, count = totals + found.sum(1), count + found.shape[1]
@@ -63,47 +54,13 @@ def layer_similarities(m: nn.Module, rows: Sequence[data.Row], pad_id: int, batc
     return (totals / count).tolist()
 
 
-def last_five(curve: Sequence[float]) -> float:
-    """The paper's summary of a curve (Figures 5 and 6): the mean over the last five layers."""
-    return float(np.mean(curve[-5:]))
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def figure(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """An empty picture in the project's style, in inches at 150 dots each."""
-    fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    ax = fig.subplots()
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    return fig, ax
-
-
-def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) -> None:
-    """Eq. (3) against the layer, a line per model; the last five layers, which the paper sums up, are shaded."""
-    fig, ax = figure(height=4.5)
-    layers = len(next(iter(curves.values())))
-    ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five (their mean)")
-    for (name, curve), marker in zip(curves.items(), cycle("os^vD"), strict=False):
-        ax.plot(range(layers), curve, marker=marker, ms=3.5, lw=1.4, label=f"{name} ({last_five(curve):.3f})",
-                **compare.look(name))
-    ax.set(xlabel="hidden state (0: h0; last: after the last block, and its final norm where there is one)",
-           ylabel="token-wise cosine similarity, Eq. (3)", title=title)
-    fig.legend(loc="outside lower center", ncols=2 if len(curves) == 3 else 3, frameon=False)  # it would cover curves
-    checkpoint.write(path, fig.savefig)
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def similarity_rows(m: nn.Module, t: tokenizer.Tokenizer, test: Sequence, most: int = 64,
-                    protocol: str = "clean") -> list[data.Row]:
+def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: int = 64,
+                    protocol: str = "clean") -> list[batch.Row]:
     """The first texts of a test set as Eq. (3) sees them: an LLM's prompts, BERT's sentences."""
-    texts = [data.Sentence(x.instruction, None, 0) if isinstance(x, data.Example) else x for x in test[:most]]
+    texts = [tasks.Sentence(x.instruction, None, 0) if isinstance(x, tasks.Example) else x for x in test[:most]]
     if isinstance(m, model.Bert):
-        return [data.encode_sentence(s, t, m.config.max_position_embeddings) for s in texts]
-    return [data.Row(t.encode(data.prompt(s.text, protocol))) for s in texts]
+        return [batch.encode_sentence(s, t, m.config.max_position_embeddings) for s in texts]
+    return [batch.Row(t.encode(batch.prompt(s.text, protocol))) for s in texts]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
                     "plain LoRA), or folded as a Hugging Face checkpoint")
     how = p.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=64, help="examples at a time (default: 64)")
-    how.add_argument("--protocol", choices=list(data.PROMPTS), help="prompt and beams (default: the run's; else "
+    how.add_argument("--protocol", choices=list(batch.PROMPTS), help="prompt and beams (default: the run's; else "
                      "clean)")
     how.add_argument("--num-beams", type=int, help="1 is greedy (default: clean 1, paper 4)")
     how.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's; else float32")
@@ -142,10 +99,10 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         runs, first = compare.read(args.table), args.table[0]
         out = args.out or (first if first.is_dir() else first.parent) / "table.png"
-        print(compare.table(runs, args.markdown))
+        print(compare.tables(runs, args.markdown))
         if args.save:
             compare.save(runs, args.save)
-        compare.draw(runs, out)
+        pictures.draw_runs(runs, out)
         print(f"\n{out}")
         return
     if bool(args.run) == bool(args.backbone):
@@ -156,15 +113,15 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
     if args.run and not Path(args.run, "config.json").is_file():
         raise FileNotFoundError(f"{Path(args.run)}: found no config.json, expected a run folder that train.py wrote")
-    run = checkpoint.read_json(Path(args.run, "config.json")) if args.run else {}
+    run = files.read_json(Path(args.run, "config.json")) if args.run else {}
     backbone = run.get("backbone", args.backbone)
-    trained = data.tasks(run.get("task", "word-problems"))
+    trained = tasks.parse(run.get("task", "word-problems"))
     named = args.task.split(",") if args.task else run.get("test")
-    tests = data.whole(data.tasks(*named) if named else trained, trained if run else [])
+    tests = tasks.scored_whole(tasks.parse(*named) if named else trained, trained if run else [])
     task = tests[0]
-    folder = data.data_dir(args.data_dir or run.get("data_dir"))
+    folder = tasks.data_dir(args.data_dir or run.get("data_dir"))
     limit = args.limit or (None if args.task and tests != trained else run.get("limit"))
-    examples = [[] if args.ask or args.export else data.load(of, "test", folder, limit) for of in tests]
+    examples = [[] if args.ask or args.export else readers.load(of, "test", folder, limit) for of in tests]
     head = trained[0].num_labels if run else 0
     if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
         raise ValueError(f"--export {args.export[0]}: expected peft or hf, with a run, without --merge, on a backbone "
@@ -200,28 +157,28 @@ def main(args: argparse.Namespace) -> None:
         if kind == "peft":
             export.to_peft(m, out, backbone)
         else:
-            export.to_hugging_face(m, out, checkpoint.locate(backbone))
+            export.to_hugging_face(m, out, locate.locate(backbone))
         print(f"{out}/")
     elif args.similarity:
         if run:
             curves[run["method"]] = layer_similarities(m, rows, t.pad_id or 0)
         out = args.out or Path(args.run or ".", "similarity.png")
-        draw_similarity(curves, out, f"{backbone} on {task.name}")
+        pictures.draw_similarity(curves, out, f"{backbone} on {task.name}")
         for name, curve in curves.items():
-            print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {last_five(curve):.4f}")
+            print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {metrics.last_five(curve):.4f}")
         print(out)
     elif not head and (isinstance(m, model.Bert) or task.num_labels):
         raise ValueError(f"{backbone}: found no trained head, expected a run that train.py wrote; only an LLM on a "
                          "text-to-text task needs none")
     elif args.ask:
         beams = args.num_beams or scoring.BEAMS[protocol]
-        print(scoring.answers(m, t, [data.prompt(args.ask, protocol)], 256, 1, beams)[0])
+        print(scoring.responses(m, t, [batch.prompt(args.ask, protocol)], 256, 1, beams)[0])
     else:
         for of, test in zip(tests, examples, strict=True):
             if of.train and not of.test:
                 print(f"{of.name} has no test file: scored are {len(test)} of its examples, left out of the training",
                       file=sys.stderr)
-            score = (scoring.score_sentences(m, t, of, [data.encode_sentence(s, t, run["cutoff"]) for s in test],
+            score = (scoring.score_sentences(m, t, of, [batch.encode_sentence(s, t, run["cutoff"]) for s in test],
                                      args.batch_size) if of.num_labels
                      else scoring.score_examples(m, t, of, test, args.batch_size, args.num_beams, protocol))
             print((f"{of.name}: " if len(tests) > 1 else "") + str(score))

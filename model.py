@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 
@@ -20,174 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
-import fast
-import quantized
-from checkpoint import shown
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
-
-
-# ---------------------------------------------------------------------------------------------------- configurations
-
-
-@dataclass(frozen=True)
-class Config:
-    """What config.json says, by Hugging Face's names; fields without a default must stand there."""
-
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-
-    @property
-    def d_head(self) -> int:
-        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class LlamaConfig(Config):
-    intermediate_size: int
-    num_key_value_heads: int
-    max_position_embeddings: int = 2048
-    head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    attention_dropout: float = 0.0
-    tie_word_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class GPTJConfig(Config):
-    max_position_embeddings: int = 2048
-    intermediate_size: int | None = None  # n_inner; None: 4 d
-    rotary_dim: int | None = 64  # None: the whole head
-    hidden_act: str = "gelu_new"
-    layer_norm_eps: float = 1e-5
-    resid_pdrop: float = 0.0
-    embd_pdrop: float = 0.0
-    attn_pdrop: float = 0.0
-    tie_word_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class BertConfig(Config):
-    intermediate_size: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None  # None: hidden_dropout_prob
-
-
-ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-           "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
-           "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
-REFUSED = {  # settings that would change the result, and the only values this file implements
-    "llama": {"hidden_act": ["silu"], "quantization_config": [None]},
-    "gptj": {"quantization_config": [None]},
-    "bert": {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
-             "add_cross_attention": [None, False], "quantization_config": [None]},
-}
-ROPE_SCALINGS = {"default": (), "linear": ("factor",),
-                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-
-
-LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}  # others: 2^20, which
-# keeps the bytes of any weight below 2^63; a model of a thousand blocks, still without weights, is built in a second
-
-
-def expected_of(field: Field, value: object) -> str:
-    """What a Config's `field` asks for and `value` is not, or ""."""
-    kind, *optional = field.type.split(" | ")
-    number = type(value) in (int, float)
-    low, high = (0, 1e12) if field.name == "rope_theta" else (-1, 1)  # else eps, or a dropout
-    known = {"int": (type(value) is int and 1 <= value <= LARGEST.get(field.name, 1 << 20),
-                     f"a positive number, at most {LARGEST.get(field.name, 1 << 20)}"),
-             "float": (number and low < value and 0 <= value < high, f"a number from 0 to below {high:g}"),
-             "bool": (isinstance(value, bool), "true or false"), "str": (isinstance(value, str), "a name"),
-             "dict": (isinstance(value, dict), "an object")}
-    fits, expected = known[kind]
-    return "" if fits or value is None and optional else expected
-
-
-def read_config(said: dict, path: object = "config.json") -> Config:
-    """The family's Config from what config.json said. ValueError names a setting that is unknown here, missing, of
-    another type, or out of all bounds."""
-    family = said.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"{path}: found model_type {shown(family)}, expected one of {', '.join(FAMILIES)}")
-    kind = FAMILIES[family].Config
-    known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in said.items()}
-    if family == "llama":
-        if known.get("num_key_value_heads") is None:
-            known["num_key_value_heads"] = known.get("num_attention_heads")
-        known |= _rope(known, path)
-    for key, allowed in REFUSED[family].items():
-        if known.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: found {key} {shown(known[key])}, expected {' or '.join(map(repr, allowed))}")
-    for f in fields(kind):
-        if (f.default is MISSING or f.name in known) and (expected := expected_of(f, known.get(f.name))):
-            raise ValueError(f"{path}: found {f.name} {shown(known.get(f.name))}, expected {expected}")
-    c = kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
-    if c.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{path}: found hidden_act {shown(c.hidden_act)}, expected {', '.join(ACTIVATIONS)}")
-    groups = getattr(c, "num_key_value_heads", 1)
-    if (not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads) or c.num_attention_heads % groups:
-        raise ValueError(f"{path}: found hidden_size {c.hidden_size}, {c.num_attention_heads} heads in {groups} groups"
-                         ", expected the one to be a multiple of the next")
-    turning = {"llama": c.d_head, "gptj": getattr(c, "rotary_dim", None) or c.d_head, "bert": 0}[family]
-    if turning % 2 or turning > c.d_head:
-        raise ValueError(f"{path}: found {turning} rotary dimensions in heads of {c.d_head}, expected an even number, "
-                         "no more than there are")
-    return c
-
-
-def _rope(known: dict, path: object) -> dict:
-    """LLaMA's rotary settings, from the new spelling or the old."""
-    rope = known.get("rope_scaling") if known.get("rope_parameters") is None else known["rope_parameters"]
-    if not isinstance(rope, dict | None):
-        raise ValueError(f"{path}: found rope scaling {shown(rope)}, expected an object")
-    rope = rope or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(scaling, str) or scaling not in ROPE_SCALINGS:
-        raise ValueError(f"{path}: found rope scaling {shown(scaling)}, expected one of {', '.join(ROPE_SCALINGS)}")
-    for key in ROPE_SCALINGS[scaling]:
-        if key not in rope:
-            raise ValueError(f"{path}: found rope scaling {scaling!r} without {key}, expected a number there")
-        if type(rope[key]) not in (int, float) or not 0 < rope[key] <= 1e12:
-            raise ValueError(f"{path}: found {key} {shown(rope[key])} in the rope scaling, expected a positive number")
-    if scaling == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError(f"{path}: found low_freq_factor {rope['low_freq_factor']} and high_freq_factor "
-                         f"{rope['high_freq_factor']} in the rope scaling, expected the one below the other")
-    return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", 10000.0)), "rope_scaling": rope or None}
-
-
-# ------------------------------------------------------------------------------------------------------- the pieces
-
-
-@dataclass
-class KeyValues:
-    """One layer's keys and values of the tokens seen so far, (B, H, capacity, D), `length` of them filled."""
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, H, T, D) behind what is there and returns all of it, (B, H, S, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
-
-    def select(self, rows: Tensor) -> KeyValues:
-        return KeyValues(self.keys[rows], self.values[rows], self.length)
+from sibo_lab import fast, files
+from sibo_lab.backbone import config, generate, locate, quantized, weights
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
@@ -220,7 +54,7 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SharedPrefix:
     """A prompt's frame stands at the beginning of every row: computed once, it saves a third of a step. The rows
     (B, T, ·) become one, (1, P + B (T−P), ·), P common tokens and then what is each row's own; only attention, where
     a token meets those before it, sees them as rows again. Exact: the gradients of the common part add up (dropout
@@ -244,30 +78,13 @@ class Context:
     mask: Tensor | None  # bool (B, 1, T, S)
     cos: Tensor | None = None  # (B, 1, T, rotary/2)
     sin: Tensor | None = None
-    frame: Frame | None = None  # in training, where the rows of a batch begin alike
-
-
-def widen(x: Tensor) -> Tensor:
-    """float32 or wider: what a softmax over a vocabulary needs."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(q kᵀ / √D) v over (B, H, T, D) and (B, H, S, D), `mask` bool, True where a query may look."""
-    B, H, T, _ = q.shape
-    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and T <= 256:
-        # the formula as it stands: here PyTorch's fused kernel takes thrice as long, most of it in the backward pass
-        later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        return (F.dropout(scores.softmax(-1), dropout) @ v).unflatten(0, (B, H))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    frame: SharedPrefix | None = None  # in training, where the rows of a batch begin alike
 
 
 class Attention(nn.Module):
     """Multi-head attention; fewer key/value heads than query heads (GQA) share them in groups."""
 
-    def __init__(self, c: Config, *, heads_kv: int, bias: bool, out_bias: bool, causal: bool, rotate: Callable | None,
+    def __init__(self, c: config.Config, *, heads_kv: int, bias: bool, out_bias: bool, causal: bool, rotate: Callable | None,
                  dropout: float, out_dropout: float):
         super().__init__()
         d, D = c.hidden_size, c.d_head
@@ -278,7 +95,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(out_dropout)
         self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if ctx.frame:
             q, k, v = ctx.frame.unpack(q), ctx.frame.unpack(k), ctx.frame.unpack(v)
@@ -292,7 +109,7 @@ class Attention(nn.Module):
             q, causal = q.reshape(q.shape[0], k.shape[1], groups, -1), False
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
+        out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
         if T == 1:
             out = out.reshape(out.shape[0], -1, 1, self.head_dim)
         out = out.transpose(1, 2).flatten(2)
@@ -302,11 +119,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GPT-J's and BERT's feed-forward sub-layer."""
 
-    def __init__(self, c: Config, dropout: float):
+    def __init__(self, c: config.Config, dropout: float):
         super().__init__()
         inner = c.intermediate_size or 4 * c.hidden_size
         self.fc_in, self.fc_out = nn.Linear(c.hidden_size, inner), nn.Linear(inner, c.hidden_size)
-        self.act, self.dropout = ACTIVATIONS[c.hidden_act], nn.Dropout(dropout)
+        self.act, self.dropout = config.ACTIVATIONS[c.hidden_act], nn.Dropout(dropout)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.dropout(self.fc_out(self.act(self.fc_in(h))))
@@ -315,7 +132,7 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """LLaMA's feed-forward sub-layer."""
 
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c: config.LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
@@ -326,7 +143,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c: config.LlamaConfig):
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.attn = Attention(c, heads_kv=c.num_key_value_heads, bias=c.attention_bias, out_bias=c.attention_bias,
@@ -334,26 +151,26 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
         h = h + self.attn(self.attn_norm(h), ctx, past)
         return h + self.mlp(self.mlp_norm(h))
 
 
 class GPTJBlock(nn.Module):
-    def __init__(self, c: GPTJConfig):
+    def __init__(self, c: config.GPTJConfig):
         super().__init__()
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=False, out_bias=False, causal=True,
                               rotate=rotate_neighbours, dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
         normed = self.norm(h)
         return h + self.attn(normed, ctx, past) + self.mlp(normed)  # in parallel
 
 
 class BertBlock(nn.Module):
-    def __init__(self, c: BertConfig):
+    def __init__(self, c: config.BertConfig):
         super().__init__()
         self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=True, out_bias=True, causal=False, rotate=None,
                               dropout=c.attention_probs_dropout_prob, out_dropout=c.hidden_dropout_prob)
@@ -361,7 +178,7 @@ class BertBlock(nn.Module):
         self.mlp = MLP(c, c.hidden_dropout_prob)
         self.mlp_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
         h = self.attn_norm(h + self.attn(h, ctx, past))
         return self.mlp_norm(h + self.mlp(h))
 
@@ -372,15 +189,12 @@ def common_beginning(input_ids: Tensor, labels: Tensor) -> int:
     return max(int(alike.int().cumprod(0).sum()) - 1, 0) if len(labels) > 1 else 0
 
 
-# -------------------------------------------------------------------------------------------------------- the models
-
-
 class Transformer(nn.Module):
     """What the three families share: blocks, run one after the other."""
 
     grad_checkpoint = False  # recompute each block's activations in the backward pass instead of keeping them
 
-    def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
+    def run(self, h: Tensor, ctx: Context, cache: list[generate.KeyValues] | None = None) -> list[Tensor]:
         """h (B, T, d) and what it is after each block."""
         states = [h]
         for i, block in enumerate(self.blocks):
@@ -399,7 +213,7 @@ class Transformer(nn.Module):
 class CausalLM(Transformer):
     """Embedding, blocks, norm, head. A subclass gives the blocks, the rotary settings and the names of its weights."""
 
-    def __init__(self, c: Config, block: type[nn.Module], norm: nn.Module, head_bias: bool):
+    def __init__(self, c: config.Config, block: type[nn.Module], norm: nn.Module, head_bias: bool):
         super().__init__()
         self.config = c
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -408,7 +222,7 @@ class CausalLM(Transformer):
         self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
-                cache: list[KeyValues] | None = None, last: int = 1,
+                cache: list[generate.KeyValues] | None = None, last: int = 1,
                 return_hidden: bool = False) -> Tensor | list[Tensor]:
         """Logits (B, T, V) of the next token at each position.
 
@@ -430,7 +244,7 @@ class CausalLM(Transformer):
                 mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
         frame = None
         if labels is not None and mask is None and (common := common_beginning(input_ids, labels)):
-            frame = Frame(len(input_ids), common)
+            frame = SharedPrefix(len(input_ids), common)
         h = self.embed(frame.pack(input_ids) if frame else input_ids)  # (B, T, d): this is h0
         angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
         ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype), frame)
@@ -450,19 +264,18 @@ class CausalLM(Transformer):
         h, targets, weight = self.norm(h[asked]), targets[asked], weight[asked]
         if type(self.head) is nn.Linear:
             return fast.cross_entropy(h, self.head.weight, self.head.bias, targets, weight)
-        losses = F.cross_entropy(widen(self.head(h)), targets, reduction="none")  # a head with LoRA on it
+        losses = F.cross_entropy(generate.to_float32(self.head(h)), targets, reduction="none")  # a head with LoRA on it
         return (losses * weight).sum() / weight.sum()
 
-    def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
+    def new_cache(self, batch: int, capacity: int) -> list[generate.KeyValues]:
         """An empty cache for `batch` sequences of up to `capacity` tokens, a layer an entry."""
         heads_kv = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
         like, shape = self.norm.weight, (batch, heads_kv, capacity, self.config.d_head)
         empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # of a sharded model too: no slice
-        return [KeyValues(empty(), empty()) for _ in self.blocks]
+        return [generate.KeyValues(empty(), empty()) for _ in self.blocks]
 
 
 class Llama(CausalLM):
-    Config = LlamaConfig
     prefix = "model."
     names = {
         "embed_tokens.weight": "embed.weight",
@@ -476,7 +289,7 @@ class Llama(CausalLM):
     } | {f"layers.{{}}.mlp.{p}.{w}": f"blocks.{{}}.mlp.{p}.{w}"
          for p in ("gate_proj", "up_proj", "down_proj") for w in ("weight", "bias")}
 
-    def __init__(self, c: LlamaConfig):
+    def __init__(self, c: config.LlamaConfig):
         super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), head_bias=False)
         self.dropout = nn.Identity()
 
@@ -485,7 +298,6 @@ class Llama(CausalLM):
 
 
 class GPTJ(CausalLM):
-    Config = GPTJConfig
     prefix = "transformer."
     names = {
         "wte.weight": "embed.weight",
@@ -496,7 +308,7 @@ class GPTJ(CausalLM):
         ("h.{}.mlp.fc_in", "blocks.{}.mlp.fc_in"), ("h.{}.mlp.fc_out", "blocks.{}.mlp.fc_out"))
     } | {f"h.{{}}.attn.{p}.weight": f"blocks.{{}}.attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj")}
 
-    def __init__(self, c: GPTJConfig):
+    def __init__(self, c: config.GPTJConfig):
         super().__init__(c, GPTJBlock, nn.LayerNorm(c.hidden_size, c.layer_norm_eps), head_bias=True)
         self.dropout = nn.Dropout(c.embd_pdrop)
 
@@ -507,7 +319,7 @@ class GPTJ(CausalLM):
 class BertEmbeddings(nn.Module):
     """Word + position + segment, normalised: its output is BERT's h0."""
 
-    def __init__(self, c: BertConfig):
+    def __init__(self, c: config.BertConfig):
         super().__init__()
         self.word = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
@@ -523,7 +335,7 @@ class BertEmbeddings(nn.Module):
 class BertHead(nn.Module):
     """BERT's pooler (tanh of a linear of the first token) and a linear on it: n classes, or n = 1 number."""
 
-    def __init__(self, c: BertConfig, num_labels: int):
+    def __init__(self, c: config.BertConfig, num_labels: int):
         super().__init__()
         self.pooler = nn.Linear(c.hidden_size, c.hidden_size)
         self.out = nn.Linear(c.hidden_size, num_labels)
@@ -534,7 +346,6 @@ class BertHead(nn.Module):
 
 
 class Bert(Transformer):
-    Config = BertConfig
     prefix = "bert."
     names = {
         "embeddings.word_embeddings.weight": "embeddings.word.weight",
@@ -555,7 +366,7 @@ class Bert(Transformer):
         ("encoder.layer.{}.output.dense", "blocks.{}.mlp.fc_out"),
         ("encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm"))}
 
-    def __init__(self, c: BertConfig, num_labels: int | None = None):
+    def __init__(self, c: config.BertConfig, num_labels: int | None = None):
         super().__init__()
         self.config = c
         self.embeddings = BertEmbeddings(c)
@@ -585,32 +396,29 @@ class Bert(Transformer):
         if labels is None:
             return logits
         if logits.shape[-1] == 1:
-            return F.mse_loss(widen(logits).squeeze(-1), labels.to(widen(logits).dtype))
-        return F.cross_entropy(widen(logits), labels)
+            return F.mse_loss(generate.to_float32(logits).squeeze(-1), labels.to(generate.to_float32(logits).dtype))
+        return F.cross_entropy(generate.to_float32(logits), labels)
 
 
 FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
 
 
-# ----------------------------------------------------------------------------------------- loading, loss, generation
-
-
 def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu",
                     num_labels: int | None = None, base_bits: int | None = None) -> nn.Module:
-    """The model of a short name, folder, .gguf file or hub id (see checkpoint.locate), in eval mode; .config is the
+    """The model of a short name, folder, .gguf file or hub id (see locate.py), in eval mode; .config is the
     family's Config. `num_labels`: BERT with a head of so many classes (1: a number), new where the file has none.
     `base_bits` 8 or 4: the blocks' linear weights in so many bits (see quantized.py), each as it comes from disk.
 
     Raises ValueError naming an unsupported setting or a missing, unknown or mis-shaped tensor."""
-    path = checkpoint.locate(name_or_dir)
-    m = build(checkpoint.config(path), path, num_labels)
+    path = locate.locate(name_or_dir)
+    m = build(config.read_spec(path), path, num_labels)
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
-    for name, tensor in checkpoint.tensors(path):
-        new = checkpoint.rename(old_spelling(name, m.prefix), m.names, path)
+    for name, tensor in weights.tensors(path):
+        new = weights.rename(weights.old_spelling(name, m.prefix), m.names, path)
         if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not num_labels:
             continue
         if new not in expected:
-            raise ValueError(f"{path}: found tensor {shown(name)}, expected none of that name with this config.json")
+            raise ValueError(f"{path}: found tensor {files.quoted(name)}, expected none of that name with this config.json")
         if tensor.shape != expected[new].shape:
             raise ValueError(f"{path}: tensor {name!r}: found shape {list(tensor.shape)}, expected "
                              f"{list(expected[new].shape)}")
@@ -636,7 +444,7 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
 
 def build(said: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
     """A model without weights (on the meta device), from what config.json said."""
-    c = read_config(said, path)
+    c = config.parse(said, path)
     kind = FAMILIES[said["model_type"]]
     if num_labels and kind is not Bert:
         raise ValueError(f"num_labels {num_labels}: found a {kind.__name__}, expected a BERT; only it has a classifier")
@@ -653,12 +461,6 @@ class Undrawn(TorchFunctionMode):
         return None if drawn else f(*args, **(kwargs or {}))
 
 
-def old_spelling(name: str, prefix: str) -> str:
-    """A tensor's name without the family's prefix and, in BERT files of TensorFlow descent, gamma and beta renamed."""
-    name = name.removeprefix(prefix)
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
 def put(m: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(m.get_submodule(owner), leaf, nn.Parameter(tensor))
@@ -668,125 +470,3 @@ def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor
     """Mean cross-entropy of the labelled tokens, each predicted from those before it; labels (B, T), -100: not asked.
     For a BERT with a head: of labels (B,). Goes through m.__call__, as do hidden_states and generate."""
     return m(input_ids, attention_mask, labels=labels, **inputs)
-
-
-def require_eval(m: nn.Module) -> None:
-    """ValueError where dropout is on: what is measured then is another number each time."""
-    if m.training:
-        raise ValueError(f"{type(m).__name__}: found it in training mode (dropout on), expected m.eval() before it is "
-                         "scored, asked or measured")
-
-
-@torch.no_grad()
-def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
-             num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
-    """Greedy, or with `num_beams` > 1 beam search as transformers does it (length_penalty 1, early_stopping False).
-
-    input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns the prompts and the new ids,
-    (B, T + at most max_new_tokens), filled up with pad_token_id (else eos_token_id) behind an EOS. Without
-    eos_token_id it never stops early."""
-    require_eval(m)
-    if max_new_tokens < 1 or num_beams < 1:
-        raise ValueError(f"generate: found {max_new_tokens} new tokens and {num_beams} beams, expected 1 or more")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if not bool(mask[:, -1].all()):
-        raise ValueError("generate: found padding at the end of a prompt, expected it on the left")
-    pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
-    with fast.packed(m):
-        if num_beams > 1:
-            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos_token_id, pad)
-        return _greedy(m, input_ids, mask, max_new_tokens, eos_token_id, pad)
-
-
-def read(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
-         last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
-    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left, and a cache of `capacity`
-    tokens with the mask (B, T) over it.
-
-    What all prompts begin with is read once, for one row; in the cache the padding of the others stands behind it."""
-    B, T = prompts.shape
-    cache, i = m.new_cache(B, capacity), torch.arange(T, device=prompts.device)
-    start = T - mask.sum(1, keepdim=True)  # (B, 1)
-    flush = prompts.gather(1, (start + i).clamp(max=T - 1))  # (B, T): as if padded on the right
-    alike = (flush == flush[:1]).all(0).int().cumprod(0).sum()
-    left = B > 1 and bool((mask == (i >= start)).all())
-    common = max(int(torch.minimum(alike, T - start.max() - last)), 0) if left else 0
-    if common:
-        m(flush[:1, :common], cache=(frame := m.new_cache(1, common)))
-        for kv, once in zip(cache, frame, strict=True):
-            kv.extend(once.keys, once.values)
-        mask = ((i < common) | (i >= start + common)).to(mask.dtype)
-    return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
-
-
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int | None, pad: int) -> Tensor:
-    B, T = prompts.shape
-    out = torch.cat((prompts, prompts.new_full((B, max_new), pad)), 1)
-    rows, going = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
-    logits, mask, cache = read(m, prompts, mask, T + max_new)
-    for end in range(T, T + max_new):
-        new = logits[:, -1].max(-1, keepdim=True).indices  # (rows, 1); argmax takes four times as long on a CPU
-        out[rows[going], end] = new[going, 0]
-        if eos is not None:
-            going &= new[:, 0] != eos
-            if not going.any():
-                return out[:, : end + 1]
-            if going.sum() <= 7 * len(rows) // 8:  # an eighth of the rows are done: go on without them
-                new, mask, rows, cache = new[going], mask[going], rows[going], [kv.select(going) for kv in cache]
-                going = going[going]
-        if end + 1 < T + max_new:
-            mask = torch.cat((mask, torch.ones_like(new)), 1)
-            logits = m(new, mask, cache=cache)
-    return out
-
-
-def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int | None,
-                 pad: int) -> Tensor:
-    """Keeps the K likeliest continuations of each prompt; a finished one scores log p / its new tokens. A prompt is
-    done when its K finished ones are all better than anything still open could become at its present length."""
-    B, T = prompts.shape
-    device = prompts.device
-    each = torch.arange(B, device=device)[:, None] * K  # (B, 1): where a prompt's beams begin among all B·K rows
-    running = prompts[:, None].repeat(1, K, 1)  # (B, K, T…)
-    scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=device).repeat(B, 1)  # at first the K beams are one
-    done = torch.full((B, K, T + max_new), pad, device=device)
-    done_scores = torch.full((B, K), -1e9, device=device)
-    is_done = torch.zeros(B, K, dtype=torch.bool, device=device)
-    open_ = torch.ones(B, 1, dtype=torch.bool, device=device)  # a prompt that could still improve
-    logits, mask, cache = read(m, prompts, mask, T + max_new)
-    rows = each.expand(B, K).flatten() // K  # each prompt is read once, then continued by its K beams
-    logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
-    for n in range(1, max_new + 1):
-        logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
-        V = logp.shape[-1]
-        top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K of them end here, K go on
-        parent, token = index // V, index % V
-        grown = torch.cat((_beams(running, parent), token[..., None]), -1)
-        ends = torch.full_like(token, n == max_new, dtype=torch.bool) | (token == (-1 if eos is None else eos))
-
-        finished = torch.where(ends & open_, top / n, -1e9)
-        finished[:, K:] = -1e9  # a continuation outside the K best may not finish
-        pool = torch.cat((done, F.pad(grown, (0, done.shape[-1] - grown.shape[-1]), value=pad)), 1)
-        done_scores, best = torch.cat((done_scores, finished), 1).topk(K)
-        is_done = torch.cat((is_done, finished > -1e8), 1).gather(1, best)
-        done = _beams(pool, best)
-
-        scores, best = torch.where(ends, -1e9, top).topk(K)
-        running = _beams(grown, best)
-        worst = torch.where(is_done, done_scores.min(1, keepdim=True).values, -1e9)
-        open_ &= (scores[:, :1] / n > worst).any(1, keepdim=True)
-        if not open_.any() or ends.all():
-            break
-        rows = (each + parent.gather(1, best)).flatten()
-        cache = [kv.select(rows) for kv in cache]
-        mask = torch.cat((mask, mask.new_ones(B * K, 1)), 1)
-        logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
-    best = done[:, 0]
-    ended = best[:, T:T + n] == (-1 if eos is None else eos)
-    longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
-    return best[:, :T + int(longest)]
-
-
-def _beams(sequences: Tensor, index: Tensor) -> Tensor:
-    """Of the sequences (B, N, T) those at `index` (B, K)."""
-    return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))

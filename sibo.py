@@ -20,10 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-import adapter_file
-import checkpoint
-from fast import dropout, times
-from placement import Settings, place
+from sibo_lab import adapter_file, fast, files, placement
 
 
 class InitialResidual:
@@ -55,10 +52,10 @@ class InitialResidual:
         return {k: v for k, v in vars(self).items() if k not in ("h0", "low")}
 
 
-class Boosted(nn.Module):
+class SIBOLayer(nn.Module):
     """A module `base` of the model with a trained W_down, W_up and, where λ > 0, h0."""
 
-    def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, lam: float, s: Settings, residual, like):
+    def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, lam: float, s: placement.Settings, residual, like):
         super().__init__()
         self.name, self.base, self.fixed, self.s, self.residual = name, base, lam, s, residual
         lora, dtype = s.method == "lora", torch.promote_types(like.dtype, torch.float32)
@@ -86,29 +83,29 @@ class Boosted(nn.Module):
         return torch.lerp(h, h0, lam if self.logit is None else lam.to(h.dtype))  # h̃ = (1−λ)h + λh0
 
 
-class Adapter(Boosted):
+class Adapter(SIBOLayer):
     def adapt(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         skip = mixed if self.s.skip == "mixed" else h
-        return skip + times(torch.tanh(times(mixed, self.down)), self.up)  # Eq. (4); λ = 0: Eq. (1)
+        return skip + fast.mixed_linear(torch.tanh(fast.mixed_linear(mixed, self.down)), self.up)  # Eq. (4); λ = 0: Eq. (1)
 
     def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.s.side == "in":
             return self.base(self.adapt(h), *args, **kwargs)
         if self.s.side == "parallel":  # He et al. 2022; the paper calls its idea general
-            return self.base(h, *args, **kwargs) + times(torch.tanh(times(self.mix(h), self.down)), self.up)
+            return self.base(h, *args, **kwargs) + fast.mixed_linear(torch.tanh(fast.mixed_linear(self.mix(h), self.down)), self.up)
         return self.adapt(self.base(h, *args, **kwargs))
 
 
-class LoRA(Boosted):
+class LoRA(SIBOLayer):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(h)
         frozen = self.base(mixed if self.s.frozen_too else h)  # Table 6: should W see h̃ too?
-        low = times(dropout(mixed, self.s.dropout, self.training), self.down)
-        return frozen + self.s.alpha / self.s.rank * times(low, self.up)  # Eq. (5); λ = 0: Eq. (2)
+        low = fast.mixed_linear(fast.dropout(mixed, self.s.dropout, self.training), self.down)
+        return frozen + self.s.alpha / self.s.rank * fast.mixed_linear(low, self.up)  # Eq. (5); λ = 0: Eq. (2)
 
 
-class Folded(nn.Module):
+class FoldedLoRA(nn.Module):
     """A merged LoRA-SIBO, one product: h[W + s(1−λ)AB] + (h0 A)[λsB] = [h | h0 A] · [W + s(1−λ)AB ; λsB], where
     A = W_down, B = W_up. With frozen_too: h̃[W + sAB]."""
 
@@ -129,10 +126,10 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     """Freezes `m`, puts adapters or LoRA on it in place as `Settings` say (these are its keywords), and returns it.
 
     A child called `classifier` is trained whole. Raises ValueError for what does not fit, before `m` is touched."""
-    s = Settings(method, lam, **settings)
+    s = placement.Settings(method, lam, **settings)
     if hasattr(m, "sibo"):
         raise ValueError(f"{type(m).__name__}: found it injected already with {m.sibo}; build or load it anew")
-    where, residual = place(m, s), InitialResidual()
+    where, residual = placement.place(m, s), InitialResidual()
     m.sibo = where.settings
     m.requires_grad_(False)
     modules = dict(m.named_modules())  # as they stand now: a target may lie inside another
@@ -174,7 +171,7 @@ def merge(m: nn.Module) -> nn.Module:
             x.base.in_features += x.s.rank
             downs.append(x.down.to(W.dtype))
         x.base.weight = nn.Parameter(folded.to(W.dtype), requires_grad=False)
-        m.set_submodule(name, Folded(x, len(downs) - 1) if lam else x.base)
+        m.set_submodule(name, FoldedLoRA(x, len(downs) - 1) if lam else x.base)
     if downs:
         x.residual.down = m.h0_down = nn.Linear(downs[0].shape[1], sum(map(len, downs)), bias=False, device="meta")
         m.h0_down.weight, x.residual.rank = nn.Parameter(torch.cat(downs)), x.s.rank
@@ -198,5 +195,5 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
         m.requires_grad_(True)
     elif not hasattr(m, "sibo"):
         inject(m, **vars(settings))
-    checkpoint.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, file)
+    files.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, file)
     return m

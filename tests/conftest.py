@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
+from sibo_lab.backbone import locate
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def tiny_bert(tmp_path_factory):
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     BertModel(config).save_pretrained(folder)
     for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(checkpoint.locate("minilm") / name, folder)
+        shutil.copy(locate.locate("minilm") / name, folder)
     return folder
 
 

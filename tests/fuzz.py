@@ -40,12 +40,12 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import fetch  # noqa: E402
-import model  # noqa: E402
-import sibo  # noqa: E402
-import tokenizer  # noqa: E402
+import model
+import sibo
+from sibo_lab import files
+from sibo_lab.backbone import gguf, tokenizer
+from sibo_lab.data import download, readers, tasks
+from sibo_lab.evaluation import answers
 
 MOST_SECONDS, MOST_BYTES = 2.0, 1 << 30
 
@@ -211,7 +211,7 @@ def gguf_parts() -> tuple[dict, list]:
               "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": True}
     shapes = {re.sub(r"^model\.", "", name): list(t.shape) for name, t in weights(said).items()}
     tensors, offset = [], 0
-    for theirs, ours in checkpoint.GGUF_NAMES.items():
+    for theirs, ours in gguf.NAMES.items():
         shape = shapes[re.sub(r"^model\.", "", ours).replace("{}", "0")]
         tensors.append([theirs.replace("{}", "0"), shape[::-1], 0, offset])
         offset += -(-4 * int(np.prod(shape)) // 32) * 32
@@ -332,19 +332,19 @@ def read_adapter(folder: Path) -> None:
 
 
 def read_data(folder: Path) -> None:
-    for task in [*data.TASKS.values(), *(data.task(str(f)) for f in folder.glob("own.json*"))]:
-        for split, files in (("train", task.train), ("test", task.test)):
-            if files and all((folder / file).is_file() for file in files):
-                for row in data.load(task, split, folder):
-                    if isinstance(row, data.Example):
-                        data.is_right(task, row.output, row.answer)
+    for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.json*"))]:
+        for split, names in (("train", task.train), ("test", task.test)):
+            if names and all((folder / file).is_file() for file in names):
+                for row in readers.load(task, split, folder):
+                    if isinstance(row, tasks.Example):
+                        answers.is_right(task, row.output, row.answer)
 
 
 def read_zip(folder: Path) -> None:
     for archive, file in (("SST-2.zip", "glue/SST-2/train.tsv"), ("QNLIv2.zip", "glue/QNLI/dev.tsv")):
         if (folder / "glue" / archive).is_file():
             (folder / file).unlink(missing_ok=True)
-            fetch.fetch([file], folder, base="file:///nowhere/")
+            download.fetch([file], folder, base="file:///nowhere/")
             assert {p.name for p in folder.rglob("*")} <= {archive, "glue", *Path(file).parts}
             assert {p.name for p in folder.parent.iterdir()} <= {"zip-0", "zip-1"}
 
@@ -520,7 +520,7 @@ def adapter_cases() -> list[Case]:
         with tempfile.TemporaryDirectory() as folder:
             sibo.save(m, folder)
             whole = Path(folder, "adapter.safetensors").read_bytes()
-            stored, metadata = checkpoint.read_tensors(Path(folder, "adapter.safetensors"))
+            stored, metadata = files.read_tensors(Path(folder, "adapter.safetensors"))
         said = json.loads(metadata["sibo"])
 
         def spoilt(draw: Random, said=said, stored=stored, whole=whole) -> bytes:
@@ -614,7 +614,7 @@ def zip_cases() -> list[Case]:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
             for member, content in members.items():
                 z.writestr(member, content)
-        place = f"glue/{fetch.address(f'glue/{name}/').rpartition('/')[2]}"
+        place = f"glue/{download.address(f'glue/{name}/').rpartition('/')[2]}"
 
         whole = file.getvalue()
 

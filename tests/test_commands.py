@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-import fetch
+from sibo_lab.data import download
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -165,9 +165,9 @@ def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_pat
     code, out, err = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
     *lines, last = err.splitlines()
     expected = {"glue/CoLA.zip": "dl.fbaipublicfiles.com/glue/data/CoLA.zip",
-                "glue/MRPC/msr_paraphrase_train.txt": fetch.address("glue/MRPC/train.tsv"),
-                "llm_adapters/SVAMP/test.json": f"{fetch.LLM_ADAPTERS}dataset/SVAMP/test.json",
-                fetch.MRPC_IDS: fetch.address(fetch.MRPC_IDS)}
+                "glue/MRPC/msr_paraphrase_train.txt": download.address("glue/MRPC/train.tsv"),
+                "llm_adapters/SVAMP/test.json": f"{download.LLM_ADAPTERS}dataset/SVAMP/test.json",
+                download.MRPC_IDS: download.address(download.MRPC_IDS)}
     assert (code, out) == (2, "") and lines == [f"missing: {tmp_path / place}, a copy of https://{there}"
                                                 for place, there in expected.items()]
     assert "--offline" in last and not list(tmp_path.iterdir())

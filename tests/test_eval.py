@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import eval as evaluation
-import scoring
+from sibo_lab.data import batch, tasks
+from sibo_lab.evaluation import metrics, pictures, scoring
 
 
 def naive_similarity(hidden, mask):
@@ -58,8 +58,8 @@ numbers = st.lists(st.tuples(st.integers(-5, 5), st.floats(-5, 5)), min_size=3, 
 @given(labels)
 def test_matthews_and_f1_are_scikit_learns(pairs):
     predicted, gold = map(np.array, zip(*pairs, strict=True))
-    assert scoring.matthews(predicted, gold) == pytest.approx(sklearn.metrics.matthews_corrcoef(gold, predicted))
-    assert scoring.f1(predicted, gold) == pytest.approx(sklearn.metrics.f1_score(gold, predicted, zero_division=0))
+    assert metrics.matthews(predicted, gold) == pytest.approx(sklearn.metrics.matthews_corrcoef(gold, predicted))
+    assert metrics.f1(predicted, gold) == pytest.approx(sklearn.metrics.f1_score(gold, predicted, zero_division=0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,30 +67,30 @@ def test_matthews_and_f1_are_scikit_learns(pairs):
 def test_pearson_and_spearman_are_scipys(pairs):
     a, b = (np.array(x, dtype=float) for x in zip(*pairs, strict=True))
     if np.ptp(a) < 1e-3 or np.ptp(b) < 1e-3:
-        assert abs(scoring.pearson(a, np.zeros_like(b))) == 0  # constant: no correlation, not a NaN
+        assert abs(metrics.pearson(a, np.zeros_like(b))) == 0  # constant: no correlation, not a NaN
         return
-    assert scoring.pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
-    assert scoring.ranks(b) == pytest.approx(scipy.stats.rankdata(b))
-    assert scoring.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
+    assert metrics.pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
+    assert metrics.ranks(b) == pytest.approx(scipy.stats.rankdata(b))
+    assert metrics.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
 
 
 def test_before_training_a_classifier_scores_as_the_commonest_class_and_a_regressor_as_the_mean():
-    row = lambda label: data.Row([1, 2], label)  # noqa: E731
-    rte = scoring.majority(data.task("rte"), [data.Sentence("", "", x) for x in (1, 1, 0)], [row(1), row(0), row(0)])
+    row = lambda label: batch.Row([1, 2], label)  # noqa: E731
+    rte = scoring.majority(tasks.task("rte"), [tasks.Sentence("", "", x) for x in (1, 1, 0)], [row(1), row(0), row(0)])
     assert (rte.metric, rte.score, rte.n) == ("accuracy", pytest.approx(1 / 3), 3)
-    stsb = scoring.majority(data.task("stsb"), [data.Sentence("", "", x) for x in (1.0, 4.0)], [row(2.0), row(3.0)])
+    stsb = scoring.majority(tasks.task("stsb"), [tasks.Sentence("", "", x) for x in (1.0, 4.0)], [row(2.0), row(3.0)])
     assert (stsb.metric, stsb.score) == ("pearson", 0.0)
 
 
 def test_last_five_is_the_mean_of_the_last_five_entries():
-    assert evaluation.last_five([9, 9, 1, 2, 3, 4, 5]) == 3.0
+    assert metrics.last_five([9, 9, 1, 2, 3, 4, 5]) == 3.0
 
 
 def test_every_curve_is_drawn_plain_ones_dashed_and_in_the_colour_of_their_sibo(monkeypatch, tmp_path):
     kept = []
     monkeypatch.setattr(evaluation.checkpoint, "write", lambda path, savefig: kept.append(savefig.__self__))
     names = ["frozen", "adapter", "adapter-sibo, λ 0.1", "adapter-sibo, λ 0.3", "lora", "lora-sibo", "full"]
-    evaluation.draw_similarity({name: [0.1, 0.2, 0.3] for name in names}, tmp_path / "s.png", "title")
+    pictures.draw_similarity({name: [0.1, 0.2, 0.3] for name in names}, tmp_path / "s.png", "title")
     lines = {line.get_label().split(" (")[0]: line for line in kept[0].axes[0].get_lines()}
     assert list(lines) == names
     assert lines["adapter"].get_color() == lines["adapter-sibo, λ 0.3"].get_color() != lines["lora"].get_color()
@@ -98,5 +98,5 @@ def test_every_curve_is_drawn_plain_ones_dashed_and_in_the_colour_of_their_sibo(
 
 
 def test_a_picture_is_written_whole_and_alone(tmp_path):
-    evaluation.draw_similarity({"frozen": [0.1, 0.5, 0.6], "lora-sibo": [0.1, 0.4, 0.5]}, tmp_path / "s.png", "title")
+    pictures.draw_similarity({"frozen": [0.1, 0.5, 0.6], "lora-sibo": [0.1, 0.4, 0.5]}, tmp_path / "s.png", "title")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1

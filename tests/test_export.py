@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import save_file
 from test_sibo import boosted, hugging_face, ids, inject, output, stir, twins
 
-import cli
-import data
 import eval as evaluation
-import export
-import loop
 import model
 import sibo
 import train
+from sibo_lab import cli, export
+from sibo_lab.data import batch
+from sibo_lab.training import loop, recipes
 
 FAMILIES = ("llama", "gptj", "bert")
 
@@ -175,8 +174,8 @@ def test_transformers_own_trainer_trains_an_injected_model_as_our_loop_does(fami
         activation_checkpointing=checkpointing, activation_checkpointing_kwargs={"use_reentrant": False}),
         train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(texts, labels, strict=True)],
         optimizers=(loop.adamw(theirs, 1e-2) if "learned" in name else None, None)).train()
-    run = train.Run(steps=20, lr=1e-2, warmup=0, batch_size=8, micro_batch_size=8, out=str(tmp_path / "ours"))
-    loop.fit(ours, [data.Row(t, y) for t, y in zip(texts, labels, strict=True)], 0, run)
+    run = recipes.Run(steps=20, lr=1e-2, warmup=0, batch_size=8, micro_batch_size=8, out=str(tmp_path / "ours"))
+    loop.fit(ours, [batch.Row(t, y) for t, y in zip(texts, labels, strict=True)], 0, run)
     assert all(torch.equal(p, frozen[n]) for n, p in theirs.named_parameters() if n in frozen)
     for (_, a), (_, b) in zip(boosted(theirs), boosted(ours), strict=True):
         assert a.up.abs().max() > 0.02  # it has learned

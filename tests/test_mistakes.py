@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import cli
-import data
 import eval as evaluation
 import model
-import scoring
 import sibo
-import tokenizer
 import train
+from sibo_lab import cli
+from sibo_lab.backbone import generate, tokenizer
+from sibo_lab.data import batch, readers, tasks
+from sibo_lab.evaluation import scoring
+from sibo_lab.training import options, recipes
 
 
 def refused(monkeypatch, capsys, *args, command=train):
@@ -136,8 +137,8 @@ def test_a_cutoff_that_leaves_no_answer_is_an_error(monkeypatch, capsys, tmp_pat
 def test_a_cutoff_that_leaves_no_answer_to_validate_on_is_an_error(monkeypatch, capsys, tmp_path, tiny_llama):
     for i in itertools.count():  # until the one long question, the last, is the one held out for validation
         task = own(tmp_path, [1] * (20 + i) + [60])
-        rows = data.load(data.task(str(task)), "train", tmp_path)
-        if [len(row.instruction) > 400 for row in data.hold_out(rows, 1)[1]] == [True]:
+        rows = readers.load(tasks.task(str(task)), "train", tmp_path)
+        if [len(row.instruction) > 400 for row in readers.hold_out(rows, 1)[1]] == [True]:
             break
     said = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", task, "--validate", 1,
                    "--no-train-on-inputs", "--cutoff", 250, "--steps", 1, "--out", tmp_path / "run")
@@ -149,7 +150,7 @@ def test_examples_that_lose_their_whole_answer_are_counted_and_reported(monkeypa
     monkeypatch.setattr(sys, "argv", ["train.py", "--backbone", str(tiny_llama), "--task", str(task), "--validate", "0",
                                       "--no-train-on-inputs", "--cutoff", "250", "--steps", "2", "--batch-size", "18",
                                       "--limit", "1", "--dtype", "float32", "--out", str(tmp_path / "run")])
-    cli.run(train.main, train.parser())
+    cli.run(train.main, options.parser())
     counted = json.loads((tmp_path / "run" / "result.json").read_text())["examples_without_label"]
     assert counted in (8, 9, 10)  # two of the twenty are held out
     assert f"{counted} of 18 training examples have no labelled token left" in capsys.readouterr().err
@@ -158,10 +159,10 @@ def test_examples_that_lose_their_whole_answer_are_counted_and_reported(monkeypa
 def test_nothing_is_measured_with_dropout_on(tiny_llama, tiny_bert):
     llama, bert = model.from_pretrained(tiny_llama).train(), model.from_pretrained(tiny_bert, num_labels=2).train()
     t, ids = tokenizer.from_pretrained(tiny_llama), torch.tensor([[1, 2, 3]])
-    rows = [data.Row([1, 2, 3], 0, types=[0, 0, 0])]
-    for work in (lambda: model.generate(llama, ids), lambda: scoring.likelihoods(llama, t, ["a"], [["b"]]),
-                 lambda: scoring.score_sentences(bert, tokenizer.from_pretrained(tiny_bert), data.task("rte"), rows),
-                 lambda: evaluation.layer_similarities(llama, [data.Row([1, 2, 3])], 0)):
+    rows = [batch.Row([1, 2, 3], 0, types=[0, 0, 0])]
+    for work in (lambda: generate.generate(llama, ids), lambda: scoring.likelihoods(llama, t, ["a"], [["b"]]),
+                 lambda: scoring.score_sentences(bert, tokenizer.from_pretrained(tiny_bert), tasks.task("rte"), rows),
+                 lambda: evaluation.layer_similarities(llama, [batch.Row([1, 2, 3])], 0)):
         with pytest.raises(ValueError, match=r"found it in training mode \(dropout on\), expected m.eval\(\)"):
             work()
 
@@ -169,7 +170,7 @@ def test_nothing_is_measured_with_dropout_on(tiny_llama, tiny_bert):
 # ----------------------------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", recipes.METHODS)
 def test_the_same_command_gives_the_same_adapter_and_the_same_answers(method, tmp_path, monkeypatch, tiny_llama):
     found = []
     for name in ("a", "b"):
@@ -179,7 +180,7 @@ def test_the_same_command_gives_the_same_adapter_and_the_same_answers(method, tm
                                           "--batch-size", "4", "--limit", "2", "--seed", "3", "--out",
                                           str(tmp_path / name), *sizes, *learned])
         torch.manual_seed(len(found))  # whatever was drawn before
-        cli.run(train.main, train.parser())
+        cli.run(train.main, options.parser())
         found.append([(tmp_path / name / f).read_bytes() for f in ("adapter.safetensors", "answers.jsonl")])
         result = json.loads((tmp_path / name / "result.json").read_text())
         found[-1] += [result["score"], result["similarity_per_layer"], result["sha256"]]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GenerationConfig, GPTJConfig, LlamaConfig
 
-import checkpoint
 import model
-import tokenizer
+from sibo_lab import fast
+from sibo_lab.backbone import generate, locate, tokenizer
 
 SENTENCES = [
     "The capital of France is Paris, and the river that runs through it is called the Seine.",
@@ -113,7 +113,7 @@ def greedy_without_cache(m: torch.nn.Module, ids: torch.Tensor, mask: torch.Tens
 
 @pytest.fixture(scope="module")
 def smollm2():
-    path = checkpoint.locate("smollm2-135m")
+    path = locate.locate("smollm2-135m")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return theirs.eval(), model.from_pretrained("smollm2-135m"), tokenizer.from_pretrained("smollm2-135m")
 
@@ -127,7 +127,7 @@ def test_smollm2_has_transformers_logits_and_hidden_states_on_real_sentences(smo
 def test_smollm2_writes_transformers_64_tokens_from_prompts_of_different_lengths(smollm2):
     theirs, ours, t = smollm2
     ids, mask = padded([t.encode(s) for s in SENTENCES[:3]], "left")
-    written = model.generate(ours, ids, mask, max_new_tokens=64)
+    written = generate.generate(ours, ids, mask, max_new_tokens=64)
     assert written.shape[1] == ids.shape[1] + 64
     assert torch.equal(written, generated(theirs, ids, mask, max_new_tokens=64))
 
@@ -136,11 +136,11 @@ def test_smollm2_beams_are_transformers_beams(smollm2):
     theirs, ours, t = smollm2
     ids, mask = padded([t.encode(s) for s in SENTENCES[1:3]], "left")
     how = {"max_new_tokens": 12, "num_beams": 4, "eos_token_id": t.encode(".")[-1], "pad_token_id": 2}
-    assert torch.equal(model.generate(ours, ids, mask, **how), generated(theirs, ids, mask, **how))
+    assert torch.equal(generate.generate(ours, ids, mask, **how), generated(theirs, ids, mask, **how))
 
 
 def test_minilm_has_transformers_hidden_states_on_real_sentences():
-    theirs = transformers.AutoModel.from_pretrained(checkpoint.locate("minilm"), dtype=torch.float32).eval()
+    theirs = transformers.AutoModel.from_pretrained(locate.locate("minilm"), dtype=torch.float32).eval()
     ours, t = model.from_pretrained("minilm"), tokenizer.from_pretrained("minilm")
     ids, mask = padded([t.encode(s) for s in SENTENCES], "right")
     assert_near(ours(ids, mask)[mask.bool()], theirs(ids, mask).last_hidden_state[mask.bool()])
@@ -218,7 +218,7 @@ def test_the_formula_used_for_bfloat16_on_cpus_is_the_kernels():
     qkv = [torch.randn(2, 3, 17, 8).bfloat16().requires_grad_() for _ in range(3)]
     wide = [x.detach().float().requires_grad_() for x in qkv]
     weight = torch.randn(2, 3, 17, 8)
-    ours = model.attend(*qkv, None, True, 0.0)
+    ours = fast.attend(*qkv, None, True, 0.0)
     theirs = F.scaled_dot_product_attention(*wide, is_causal=True)
     assert_near(ours.float(), theirs, 0.03)
     (ours * weight).sum().backward()
@@ -268,7 +268,7 @@ def test_texts_of_one_and_two_tokens_have_transformers_numbers(tmp_path, family,
 def test_64_greedy_tokens_are_transformers(tmp_path, family, seed):
     theirs, ours = pair(family, tmp_path, seed)
     ids, mask = padded(ROWS, "left")
-    assert torch.equal(model.generate(ours, ids, mask, max_new_tokens=64),
+    assert torch.equal(generate.generate(ours, ids, mask, max_new_tokens=64),
                        generated(theirs, ids, mask, max_new_tokens=64))
 
 
@@ -277,7 +277,7 @@ def test_64_greedy_tokens_are_transformers(tmp_path, family, seed):
 def test_cached_decoding_equals_running_the_whole_prefix_again(tmp_path, family, extra):
     _, m = pair(family, tmp_path)
     ids, mask = padded(ROWS, "left", extra)
-    assert torch.equal(model.generate(m, ids, mask, max_new_tokens=30), greedy_without_cache(m, ids, mask, 30))
+    assert torch.equal(generate.generate(m, ids, mask, max_new_tokens=30), greedy_without_cache(m, ids, mask, 30))
 
 
 @torch.no_grad()
@@ -300,8 +300,8 @@ def test_beams_are_transformers_beams(tmp_path, family, num_beams, stop):
         theirs, ours = pair(family, tmp_path / str(seed), seed, vocab_size=17)
         how = {"max_new_tokens": 16, "num_beams": num_beams, "pad_token_id": 2}
         if stop:  # at a token that the first row writes when nothing stops it
-            how["eos_token_id"] = int(model.generate(ours, ids, mask, **how)[0, ids.shape[1] + 3 + seed])
-        written = model.generate(ours, ids, mask, **how)
+            how["eos_token_id"] = int(generate.generate(ours, ids, mask, **how)[0, ids.shape[1] + 3 + seed])
+        written = generate.generate(ours, ids, mask, **how)
         assert torch.equal(written, generated(theirs, ids, mask, **how))
         stopped += int((written[:, ids.shape[1]:] == how.get("eos_token_id", -1)).any(1).sum())
     assert not stop or 0 < stopped < 4 * len(ROWS), "some rows stop early and some do not"
@@ -315,12 +315,12 @@ def test_a_row_of_a_batch_ends_as_it_does_alone_whichever_others_are_dropped(tmp
     how = {"max_new_tokens": 40, "eos_token_id": 7, "pad_token_id": 2, "num_beams": num_beams}
     batches = []
     hook = m.head.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    together = model.generate(m, ids, mask, **how)[:, ids.shape[1]:]
+    together = generate.generate(m, ids, mask, **how)[:, ids.shape[1]:]
     hook.remove()
     assert num_beams > 1 or batches[-1] <= 6, "half of the rows were done, and dropped"
     lengths = set()
     for row, new in zip(rows, together, strict=True):
-        alone = model.generate(m, torch.tensor([row]), **how)[0, len(row):]
+        alone = generate.generate(m, torch.tensor([row]), **how)[0, len(row):]
         assert new[: len(alone)].tolist() == alone.tolist() and set(new[len(alone):].tolist()) <= {2}
         lengths.add(len(alone))
     assert len(lengths) > 2, "the rows end at different times"
@@ -329,15 +329,15 @@ def test_a_row_of_a_batch_ends_as_it_does_alone_whichever_others_are_dropped(tmp
 def test_behind_an_eos_stands_padding_and_without_a_pad_token_the_eos_again(tmp_path):
     theirs, ours = pair("llama", tmp_path, vocab_size=17)
     ids, mask = padded([[t % 17 for t in row] for row in ROWS], "left")
-    free = model.generate(ours, ids, mask, max_new_tokens=20)[:, ids.shape[1]:]
+    free = generate.generate(ours, ids, mask, max_new_tokens=20)[:, ids.shape[1]:]
     eos = int(free[0, 3])  # a token that the first row does write
     for pad in (2, eos):
         how = {"max_new_tokens": 20, "eos_token_id": eos, "pad_token_id": pad}
-        written = model.generate(ours, ids, mask, **how)
+        written = generate.generate(ours, ids, mask, **how)
         assert torch.equal(written, generated(theirs, ids, mask, **how))
         new = written[0, ids.shape[1]:].tolist()
         assert new[new.index(eos) + 1:] == [pad] * (len(new) - new.index(eos) - 1) and new.index(eos) < len(new) - 1
-    assert torch.equal(model.generate(ours, ids, mask, max_new_tokens=20, eos_token_id=eos), written)
+    assert torch.equal(generate.generate(ours, ids, mask, max_new_tokens=20, eos_token_id=eos), written)
 
 
 # ----------------------------------------------------------------------------------------------- loss and gradients
@@ -430,11 +430,11 @@ def test_prompts_that_begin_alike_are_read_once_and_answered_alike(tmp_path, bea
     ids, mask = padded(rows, "left")
     widths = []
     handle = m.embed.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
-    out = model.generate(m, ids, mask, max_new_tokens=6, num_beams=beams)
+    out = generate.generate(m, ids, mask, max_new_tokens=6, num_beams=beams)
     handle.remove()
     assert widths[:2] == [(1, 3), (3, 3)]
     for i, row in enumerate(rows):
-        alone = model.generate(m, torch.tensor([row]), max_new_tokens=6, num_beams=beams)
+        alone = generate.generate(m, torch.tensor([row]), max_new_tokens=6, num_beams=beams)
         assert out[i, -6:].tolist() == alone[0, -6:].tolist()
 
 
@@ -515,14 +515,14 @@ def test_bert_refuses_more_tokens_than_it_has_positions(tmp_path):
 def test_generate_refuses_a_model_in_training_mode(tmp_path):
     _, m = pair("llama", tmp_path)
     with pytest.raises(ValueError, match="training mode"):
-        model.generate(m.train(), words(1, 3))
+        generate.generate(m.train(), words(1, 3))
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_generate_refuses_prompts_padded_on_the_right(tmp_path, num_beams):
     _, m = pair("llama", tmp_path)
     with pytest.raises(ValueError, match="padding at the end of a prompt, expected it on the left"):
-        model.generate(m, *padded(ROWS, "right"), num_beams=num_beams)
+        generate.generate(m, *padded(ROWS, "right"), num_beams=num_beams)
 
 
 def test_several_tokens_behind_a_cache_need_their_mask(tmp_path):

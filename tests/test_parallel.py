@@ -18,14 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-import cli
-import data
-import loop
 import model
-import parallel
-import scoring
 import sibo
 import train
+from sibo_lab import cli, parallel
+from sibo_lab.data import batch, tasks
+from sibo_lab.evaluation import scoring
+from sibo_lab.training import loop, options, recipes
 
 ROOT = Path(__file__).parent.parent
 LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -74,13 +73,13 @@ def rows(said):
     """17, so that of the batches of 7 one has 3 rows, fewer than there are processes; one row has nothing labelled."""
     some = [[1, 2, *range(3 + i % 9, 6 + i % 9 + i)] for i in range(17)]
     if said is BERT:
-        return [data.Row(ids, i % 2, types=[0] * len(ids)) for i, ids in enumerate(some)]
-    return [data.Row(ids, [-100] * (len(ids) if i == 4 else 3) + ids[3:] * (i != 4)) for i, ids in enumerate(some)]
+        return [batch.Row(ids, i % 2, types=[0] * len(ids)) for i, ids in enumerate(some)]
+    return [batch.Row(ids, [-100] * (len(ids) if i == 4 else 3) + ids[3:] * (i != 4)) for i, ids in enumerate(some)]
 
 
 def fit(name, shard, folder):
     said, method, learned, micro = CASES[name]
-    run = train.Run(out=str(folder), method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned,
+    run = recipes.Run(out=str(folder), method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned,
                     steps=3, batch_size=7, micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0,
                     shard=shard, grad_checkpoint=shard)
     torch.manual_seed(run.seed)
@@ -94,10 +93,10 @@ def fit(name, shard, folder):
 
 def scores(m, said):
     if said is BERT:
-        return scoring.score_sentences(m, Letters(), data.task("rte"), rows(said), batch_size=2).more
+        return scoring.score_sentences(m, Letters(), tasks.task("rte"), rows(said), batch_size=2).more
     prompts = ["a b", "say two", "and three of them", "d", "e", "end"]
     logps = scoring.likelihoods(m, Letters(), prompts, [["yes", "yes, yes", "no"][i % 2:] for i in range(6)], 2)
-    return [*scoring.answers(m, Letters(), prompts, 6, batch_size=1),
+    return [*scoring.responses(m, Letters(), prompts, 6, batch_size=1),
             *([round(logp, 6), n] for some in logps for logp, n in some)]
 
 
@@ -124,7 +123,7 @@ def stop_and_go_on(folder, shard):
         return 1e-12 * len(seen) * parallel.rank()  # not quite the same everywhere, as sums on GPUs are not
 
     for name, go_on in (("whole", False), ("parts", False), ("parts", True)):
-        run = train.Run(method="lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,
+        run = recipes.Run(method="lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,
                         dropout=0.1, validate_every=1, shard=shard, out=str(folder / name))
         torch.manual_seed(0)
         m = sibo.inject(random_model(LLAMA), **run.settings()).double()
@@ -212,17 +211,17 @@ def test_an_adapter_that_four_sharded_processes_saved_loads_in_one(folder):
 
 
 def lose(args):
-    parallel.total(torch.ones(1))
+    parallel.all_reduce(torch.ones(1))
     if parallel.rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    parallel.total(torch.ones(1))
+    parallel.all_reduce(torch.ones(1))
 
 
 def refuse(args):
     def claim():
         raise ValueError("the folder is taken")
 
-    parallel.in_turn(claim, ranks=1)
+    parallel.one_rank_at_a_time(claim, ranks=1)
 
 
 def command(rank, port, folder, main):
@@ -256,7 +255,7 @@ def test_what_one_process_refuses_ends_all_and_is_said_once(tmp_path):
 
 def test_shard_without_torchrun_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="--shard: found one process"):
-        train.main(train.parser().parse_args(["--shard"]))
+        train.main(options.parser().parse_args(["--shard"]))
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -12,8 +12,7 @@ from torch import nn
 
 import model
 import sibo
-from placement import find, find_all, place
-from sibo import Settings
+from sibo_lab import placement
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 LAYERS = (0, 1)
@@ -40,7 +39,7 @@ def names(prefix, *targets):
 
 def placed(m, method="lora", lam=0.2, **settings):
     """(names of the adapted modules, names of those that get h0, the source of h0)."""
-    found = place(m, Settings(method, lam, **settings))
+    found = placement.place(m, sibo.Settings(method, lam, **settings))
     return set(found.widths), set(found.mixed), found.settings.h0
 
 
@@ -88,7 +87,7 @@ def test_each_family_is_adapted_where_the_paper_says_and_gets_h0_where_the_paper
 
 def test_inject_adapts_and_hooks_what_was_placed():
     m = sibo.inject(ours("llama"), rank=2)
-    found = {n: x for n, x in m.named_modules() if isinstance(x, sibo.Boosted)}
+    found = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found.keys() == names("blocks", *LLAMA_LORA)
     assert {n for n, x in found.items() if x.fixed} == names("blocks", "mlp.up_proj")
     assert {n for n, x in m.named_modules() if x._forward_hooks} == {"", "embed"}
@@ -157,18 +156,18 @@ def test_berts_lora_has_nothing_in_the_ffn_to_take_h0():
 
 def test_a_target_matches_whole_dotted_segments_from_the_right():
     m = ours("llama")
-    assert not any(find(m, x) for x in ("proj", "_proj", "n.q_proj", "attn.q", "q_proj.attn", "attn..q_proj", ""))
-    assert set(find(m, "q_proj")) == set(find(m, "attn.q_proj")) == names("blocks", "attn.q_proj")
-    assert find(m, "1.attn.q_proj") == find(m, "blocks.1.attn.q_proj") == ["blocks.1.attn.q_proj"]
-    assert find(m, "x.blocks.1.attn.q_proj") == []
+    assert not any(placement.find(m, x) for x in ("proj", "_proj", "n.q_proj", "attn.q", "q_proj.attn", "attn..q_proj", ""))
+    assert set(placement.find(m, "q_proj")) == set(placement.find(m, "attn.q_proj")) == names("blocks", "attn.q_proj")
+    assert placement.find(m, "1.attn.q_proj") == placement.find(m, "blocks.1.attn.q_proj") == ["blocks.1.attn.q_proj"]
+    assert placement.find(m, "x.blocks.1.attn.q_proj") == []
 
 
 def test_a_star_stands_for_exactly_one_segment():
     m = theirs("bert")
-    assert set(find(m, "layer.*.output.dropout")) == names("encoder.layer", "output.dropout")
-    assert set(find(m, "output.dropout")) == names("encoder.layer", "output.dropout", "attention.output.dropout")
-    assert find(m, "layer.*.dropout") == []
-    assert set(find(m, "1.attention.self.*")) == {f"encoder.layer.1.attention.self.{p}"
+    assert set(placement.find(m, "layer.*.output.dropout")) == names("encoder.layer", "output.dropout")
+    assert set(placement.find(m, "output.dropout")) == names("encoder.layer", "output.dropout", "attention.output.dropout")
+    assert placement.find(m, "layer.*.dropout") == []
+    assert set(placement.find(m, "1.attention.self.*")) == {f"encoder.layer.1.attention.self.{p}"
                                                   for p in ("query", "key", "value", "dropout")}
 
 
@@ -184,12 +183,12 @@ def test_find_is_the_suffix_of_the_path_and_nothing_else(paths, target):
             if not hasattr(parent, path[depth - 1]):
                 parent.add_module(path[depth - 1], nn.Module())
     every = {tuple(path[:k]) for path in paths for k in range(1, len(path) + 1)}
-    assert set(find(m, ".".join(target))) == {".".join(p) for p in every if p[-len(target):] == tuple(target)}
+    assert set(placement.find(m, ".".join(target))) == {".".join(p) for p in every if p[-len(target):] == tuple(target)}
 
 
 def test_the_models_order_is_kept_and_no_module_is_found_twice():
     m = ours("llama")
-    assert find_all(m, ["up_proj", "0.attn.q_proj", "q_proj"]) == [
+    assert placement.find_all(m, ["up_proj", "0.attn.q_proj", "q_proj"]) == [
         "blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.attn.q_proj", "blocks.1.mlp.up_proj"]
 
 
@@ -252,7 +251,7 @@ def test_any_module_is_adapted_by_target_and_source_and_then_computes_eq_5(bias)
 
 def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_h0():
     m = Mixer()
-    assert place(m, Settings("adapter", targets=("steps.*",), h0="patches")).widths == {"steps.0": 8, "steps.1": 8}
+    assert placement.place(m, sibo.Settings("adapter", targets=("steps.*",), h0="patches")).widths == {"steps.0": 8, "steps.1": 8}
     with pytest.raises(ValueError, match=r"steps\.0: found Sequential, expected a nn\.Linear, or h0="):
         placed(m, "adapter", lam=0.0, targets=("steps.*",))
 
@@ -276,7 +275,7 @@ def test_a_source_that_is_absent_ambiguous_without_a_width_or_of_another_one_is_
 
 def test_a_target_inside_a_target_is_adapted_as_well():
     m = sibo.inject(ours("llama"), "adapter", 0.0, targets=("mlp", "up_proj"), bottleneck=2)
-    found = {n for n, x in m.named_modules() if isinstance(x, sibo.Boosted)}
+    found = {n for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found == names("blocks", "mlp", "mlp.base.up_proj")
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import cli
-import data
-import fetch
 import train
+from sibo_lab import cli, files
+from sibo_lab.data import commands, download
+from sibo_lab.training import run_folder
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_veryMuchASecret0123456789"
@@ -62,7 +61,7 @@ def test_what_looks_like_a_token_is_blotted_out_of_messages_and_of_the_recorded_
     monkeypatch.setenv("HF_TOKEN", "one-of-another-form")
     assert cli.without_secrets(f"401 for {TOKEN}, one-of-another-form") == "401 for hf_…, …"
     monkeypatch.setattr(sys, "argv", ["train.py", "--backbone", f"https://user:{TOKEN}@host/model"])
-    assert TOKEN not in train.command()
+    assert TOKEN not in run_folder.command()
 
 
 def test_offline_touches_no_network(monkeypatch, tmp_path, capsys, tiny_llama):
@@ -87,7 +86,7 @@ def test_offline_touches_no_network(monkeypatch, tmp_path, capsys, tiny_llama):
 
     assert "--offline" in run(train, "--offline", "--backbone", "smollm2-135m")
     assert run(train, "--offline", "--backbone", "some/model").startswith("error: some/model: the hub could not be")
-    assert "--offline" in run(data, "fetch", "mawps", "--offline", "--data-dir", tmp_path / "data")
+    assert "--offline" in run(commands, "fetch", "mawps", "--offline", "--data-dir", tmp_path / "data")
     assert run(train, "--offline", "--backbone", tiny_llama, "--steps", 1, "--batch-size", 1, "--limit", 1, "--dtype",
                "float32", "--out", tmp_path / "run") == "done"
 
@@ -97,7 +96,7 @@ def test_the_hubs_own_switch_counts_too(monkeypatch, value, is_offline, tmp_path
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     if value:
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    assert checkpoint.offline() == is_offline
+    assert files.offline() == is_offline
     if is_offline:
         with pytest.raises(OSError, match="forbids to fetch it; bring it by hand and put it at"):
-            fetch.fetch(["glue/RTE/dev.tsv"], tmp_path)
+            download.fetch(["glue/RTE/dev.tsv"], tmp_path)

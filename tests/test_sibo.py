@@ -20,6 +20,7 @@ from torch import nn
 
 import model
 import sibo
+from sibo_lab.backbone import generate
 
 HYPOTHESIS = settings(max_examples=25, deadline=None)
 
@@ -70,7 +71,7 @@ def inject(m, name, **more):
 
 def boosted(m):
     """(name, module) of all adapters and LoRAs, in an order that our models and transformers' have in common."""
-    found = [(n, x) for n, x in m.named_modules() if isinstance(x, sibo.Boosted)]
+    found = [(n, x) for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)]
     return sorted(found, key=lambda nx: (re.findall(r"\.(\d+)\.", nx[0]), nx[0].split(".")[-1]))
 
 
@@ -421,7 +422,7 @@ def test_transformers_generate_and_ours_write_the_same_with_a_cache(family, name
     mask[0, :3] = 0
     expected = theirs.generate(ids(), attention_mask=mask, max_new_tokens=8, num_beams=beams, do_sample=False,
                                pad_token_id=0)
-    assert torch.equal(model.generate(ours, ids(), mask, 8, beams), expected)
+    assert torch.equal(generate.generate(ours, ids(), mask, 8, beams), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- the fold
@@ -455,13 +456,13 @@ def test_the_fold_holds_on_transformers_models(family, name):
 def test_the_fold_holds_in_cached_decoding_token_by_token_and_in_beams(family, name):
     m = stir(inject(tiny(family), name))
     x = ids(T=9)
-    expected, greedy, beams = m(x), model.generate(m, x, max_new_tokens=6), model.generate(m, x, None, 6, 3)
+    expected, greedy, beams = m(x), generate.generate(m, x, max_new_tokens=6), generate.generate(m, x, None, 6, 3)
     sibo.merge(m)
     cache = m.new_cache(2, 9)
     steps = [m(x[:, :4], cache=cache)] + [m(x[:, i:i + 1], cache=cache) for i in range(4, 9)]
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 3:], rtol=0, atol=1e-9)
-    assert torch.equal(model.generate(m, x, max_new_tokens=6), greedy)
-    assert torch.equal(model.generate(m, x, None, 6, 3), beams)
+    assert torch.equal(generate.generate(m, x, max_new_tokens=6), greedy)
+    assert torch.equal(generate.generate(m, x, None, 6, 3), beams)
 
 
 def test_the_usual_merge_of_sAB_without_h0_is_wrong_where_the_fold_is_right():

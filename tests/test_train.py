@@ -1,19 +1,20 @@
 """The loop and the command line's promises, on models small enough to watch."""
 
 import json
+import os
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import cli
-import data
-import estimate
 import model
 import sibo
 import train
+from sibo_lab import cli
+from sibo_lab.data import batch, tasks
+from sibo_lab.evaluation import compare
+from sibo_lab.training import estimate, options, recipes, run_folder
 
 LLAMA_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
             "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -23,7 +24,7 @@ def command(monkeypatch, capsys, *args):
     """Runs train.py in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
     try:
-        cli.run(train.main, train.parser())
+        cli.run(train.main, options.parser())
         code = 0
     except SystemExit as e:
         code = e.code or 0
@@ -34,7 +35,7 @@ def command(monkeypatch, capsys, *args):
     ("smollm2-135m", "smollm2-135m"), ("meta/llama-3.2-1b", "llama-3.2-1b"), ("/a/b.Q4_1.gguf", "b.Q4_1"),
     ("/data/mine.jsonl", "mine"), ("rte", "rte")])
 def test_a_run_folder_is_named_after_the_last_part_of_backbone_and_task(given, name):
-    assert train.name_of(given) == name
+    assert compare.name_of(given) == name
 
 
 @pytest.mark.parametrize(("family", "kind", "method", "lam"), [
@@ -43,7 +44,7 @@ def test_a_run_folder_is_named_after_the_last_part_of_backbone_and_task(given, n
     ("gptj", "commonsense", "lora-sibo", 0.3), ("gptj", "commonsense", "adapter-sibo", 0.1),
 ])
 def test_the_papers_lambda_is_the_recipes(family, kind, method, lam):
-    r = train.recipe(family, kind, method)
+    r = recipes.recipe(family, kind, method)
     assert (r.lam, r.lr, r.batch_size, r.micro_batch_size, r.epochs, r.warmup, r.cutoff, r.train_on_inputs) == (
         lam, 3e-4, 16, 4, 3.0, 100, 256, True)
     assert (r.rank, r.alpha, r.dropout, r.bottleneck) == (32, 64.0, 0.05, 256)
@@ -65,7 +66,7 @@ def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, caps
 
 
 def test_what_is_trained_whole_is_float32(monkeypatch, capsys, tmp_path, tiny_llama):
-    monkeypatch.setattr(train, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(options, "fast_bfloat16", lambda: True)
     code, *_ = command(monkeypatch, capsys, "--backbone", tiny_llama, "--method", "full,lora", "--steps", 1, "--limit",
                        1, "--rank", 2, "--out", tmp_path)
     kept = [json.loads((tmp_path / f"{name}-lr0.0003-seed0" / "config.json").read_text())["dtype"]
@@ -80,7 +81,7 @@ def test_the_peak_of_a_second_run_does_not_hold_the_first_ones():
     taken = torch.ones(100_000_000)
     after = estimate.peak_memory("cpu")
     del taken
-    estimate.peak_begins("cpu")
+    estimate.reset_peak("cpu")
     assert estimate.peak_memory("cpu") < after - 300_000_000
 
 
@@ -147,7 +148,7 @@ SMALL = {"model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermedia
 
 
 def small_run(method, **changes):
-    return train.Run(**{"method": method, "micro_batch_size": 2, "batch_size": 4, "cutoff": 16, "rank": 4,
+    return recipes.Run(**{"method": method, "micro_batch_size": 2, "batch_size": 4, "cutoff": 16, "rank": 4,
                         "bottleneck": 8, "lam": 0.2 if "sibo" in method else 0.0, "dtype": "float32"} | changes)
 
 
@@ -170,7 +171,7 @@ def kept_for_the_backward(layers, run):
     return sum(n for storage, n in found.items() if storage not in weights)
 
 
-@pytest.mark.parametrize(("method", "dtype"), [(x, "float32") for x in train.METHODS] + [("lora-sibo", "bfloat16")])
+@pytest.mark.parametrize(("method", "dtype"), [(x, "float32") for x in recipes.METHODS] + [("lora-sibo", "bfloat16")])
 def test_a_further_layer_costs_what_autograd_keeps_of_it(method, dtype):
     run = small_run(method, dtype=dtype)
     a, b = (small_estimate(n, run) for n in (2, 3))
@@ -250,19 +251,19 @@ def test_a_run_folder_that_holds_another_run_is_left_alone(monkeypatch, capsys, 
 
 
 def test_an_interrupted_run_begins_again_and_a_finished_one_is_only_read(tmp_path):
-    run = train.Run(out=str(tmp_path))
-    assert train.claim(run) is None
+    run = recipes.Run(out=str(tmp_path))
+    assert run_folder.claim(run) is None
     (tmp_path / "config.json").write_text(json.dumps(train.asdict(run)))
-    assert train.claim(run) is None
+    assert run_folder.claim(run) is None
     (tmp_path / "result.json").write_text('{"score": 1.0}')
-    assert train.claim(run) == {"score": 1.0}
+    assert run_folder.claim(run) == {"score": 1.0}
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_draft(monkeypatch, capsys, tmp_path, tiny_llama):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     code, _, err = command(monkeypatch, capsys, "--backbone", tiny_llama, "--dtype", "float32", "--steps", "1",
                            "--limit", "2", "--out", tmp_path / "run")
     assert code == 2 and "No space left on device" in err.splitlines()[-1]
@@ -271,16 +272,16 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_draft(monkeypatch, capsys, t
 
 def test_help_names_every_option_with_its_default(monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "--help")
-    assert code == 0 and all(f"--{f.name.replace('_', '-')} " in out for f in train.fields(train.Run))
+    assert code == 0 and all(f"--{f.name.replace('_', '-')} " in out for f in train.fields(recipes.Run))
 
 
 def test_lists_of_options_make_every_combination_once_and_only_where_a_method_uses_them():
-    args = train.parser().parse_args(["--method", "lora,lora-sibo", "--lam", "0.1,0.2", "--seeds", "0,1"])
-    found = [(one.method, one.lam, one.seed) for one in train.grid(args)]
+    args = options.parser().parse_args(["--method", "lora,lora-sibo", "--lam", "0.1,0.2", "--seeds", "0,1"])
+    found = [(one.method, one.lam, one.seed) for one in options.grid(args)]
     assert found == [("lora", None, 0), ("lora", None, 1), ("lora-sibo", 0.1, 0), ("lora-sibo", 0.1, 1),
                      ("lora-sibo", 0.2, 0), ("lora-sibo", 0.2, 1)]
     with pytest.raises(ValueError, match="--lam: found with --method lora,adapter"):
-        train.grid(train.parser().parse_args(["--method", "lora,adapter", "--lam", "0.1"]))
+        options.grid(options.parser().parse_args(["--method", "lora,adapter", "--lam", "0.1"]))
 
 
 def test_a_grid_goes_on_where_it_stopped_and_ends_in_one_table(monkeypatch, capsys, tmp_path, tiny_llama):
@@ -296,10 +297,10 @@ def test_a_grid_goes_on_where_it_stopped_and_ends_in_one_table(monkeypatch, caps
 
 def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny_llama):
     m = model.from_pretrained(tiny_llama)
-    rows = [data.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]
-    run = train.Run(backbone=str(tiny_llama), micro_batch_size=2)
+    rows = [batch.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]
+    run = recipes.Run(backbone=str(tiny_llama), micro_batch_size=2)
     losses = [float(model.loss(m, torch.tensor([r.ids]), torch.tensor([r.labels]))) for r in rows]
     counts = [2, 7, 4]
     expected = -sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
-    found = train.validation(m, None, train.Data(data.task("gsm8k"), [], [], []), rows, run)
+    found = train.validation(m, None, train.Data(tasks.task("gsm8k"), [], [], []), rows, run)
     assert found == pytest.approx(expected, rel=1e-5)

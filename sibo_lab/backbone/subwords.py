@@ -1,0 +1,167 @@
+"""Text <-> token ids for the three families: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2) and
+SentencePiece-BPE with byte fallback (LLaMA).
+
+Claim: the ids are those of the library each model was trained with; tests compare with `tokenizers` (tokenizer.json)
+and `sentencepiece` (tokenizer.model). The one exception is WordPiece on 749 characters on which the libraries' Unicode
+tables disagree, all but four of them newer than Unicode 3.2.
+Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 2019 (bytes), Kudo & Richardson 2018.
+Both BPEs run on tiktoken, which merges the neighbours of lowest rank. Nothing asks that a rank be an id: here ranks are
+merge priorities, and a table leads from ranks to ids.
+Departs from the official code, which takes transformers' LlamaTokenizer: that one differs from sentencepiece on leading
+and double spaces. Whatever a file asks for and is not known here is refused by name."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+import regex
+import tiktoken
+
+from sibo_lab import files
+
+Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
+SPACE = "▁"  # how SentencePiece spells a space
+# GPT-2's split into words; possessive quantifiers give the same matches without backtracking.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The same where each digit was split off before: blanks before a digit then stand at the end of their text.
+WORDS_DIGITS_APART = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
+# Ideographs that BERT makes words of their own, as `tokenizers` has them (one range begins at 2B920, not at 2B820).
+CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf"
+       r"\U0002f800-\U0002fa1f]")
+
+
+class Tokenizer:
+    """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
+    vocab_size is 1 + the largest id. added: as in tokenizer.json."""
+
+    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
+        for token in added:
+            if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
+                raise ValueError(f"unsupported added token {files.quoted(token['content'])}: single_word, or another id than "
+                                 "in the vocabulary")
+        self.vocab = vocab | {token["content"]: token["id"] for token in added}
+        if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
+            raise ValueError("expected a vocabulary of tokens with non-negative integers below 2^31 as ids")
+        self.vocab_size = 1 + max(self.vocab.values())
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
+        self.templates = templates
+        self.special = {token["id"] for token in added if token["special"]}
+        # A "normalized" token is spelled as the normalizer would leave it, and looked for in normalized text.
+        self.added = {token["content"]: token for token in added if not token["normalized"]}
+        self.added_normalized = {self._normalize(token["content"]): token for token in added if token["normalized"]}
+
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
+        """The ids of a text or of a pair, with the family's special tokens; nothing is padded or cut off.
+        ValueError where a text has half a surrogate pair: it has no UTF-8 form."""
+        parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
+        return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, special tokens left out. Broken UTF-8 is U+FFFD, and so is an id without a token:
+        embeddings are often padded to a round number, and a model may say what has no name."""
+        return self._join([self.spelled.get(i, self.unspelled) for i in map(int, ids) if i not in self.special])
+
+    def _encode(self, text: str) -> Iterator[int]:
+        text.encode()
+        for n, part in enumerate(_split(text, self.added)):
+            whole = [part] if isinstance(part, int) else _split(self._normalize(part), self.added_normalized)
+            for m, piece in enumerate(whole):
+                yield from [piece] if isinstance(piece, int) else self._pieces(piece, first=n == m == 0)
+
+
+class WordPiece(Tokenizer):
+    """BERT: clean; split at blanks, punctuation and ideographs; then the longest piece first.
+    Where the blanks were is not kept: decode puts one between any two words."""
+
+    unspelled = "\ufffd"
+
+    def __init__(self, *shared, lowercase: bool, strip_accents: bool | None, split_cjk: bool, max_chars: int = 100):
+        self.lowercase, self.split_cjk, self.max_chars = lowercase, split_cjk, max_chars
+        self.strip_accents = lowercase if strip_accents is None else strip_accents
+        super().__init__(*shared)
+        if self.unk_id is None:
+            raise ValueError("expected an unknown token such as [UNK] in the vocabulary")
+        self.spelled = {i: piece for piece, i in self.vocab.items()}
+        self.longest = max(map(len, self.vocab))
+
+    def _normalize(self, text: str) -> str:
+        text = regex.sub(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]", "", text)  # Cn, unassigned characters, are kept
+        text = regex.sub(r"\s", " ", text)
+        if self.split_cjk:
+            text = re.sub(CJK, r" \g<0> ", text)
+        if self.strip_accents:
+            text = regex.sub(r"\p{Mn}", "", unicodedata.normalize("NFD", text))
+        # BERT lowers each character by itself; str.lower() would look at the neighbours of a sigma.
+        return text.replace("Σ", "σ").lower() if self.lowercase else text
+
+    def _pieces(self, text: str, first: bool) -> Iterator[int]:
+        for word in regex.sub(r"[\p{P}$+<=>^`|~]", r" \g<0> ", text).split():
+            yield from self._longest_first(word)
+
+    def _longest_first(self, word: str) -> list[int]:
+        ids, start = [], 0
+        if len(word) > self.max_chars:
+            return [self.unk_id]
+        while start < len(word):
+            last = min(len(word), start + self.longest)
+            pieces = (("##" * (start > 0) + word[start:end], end) for end in range(last, start, -1))
+            piece, start = next(((p, end) for p, end in pieces if p in self.vocab), (None, 0))
+            if piece is None:
+                return [self.unk_id]
+            ids.append(self.vocab[piece])
+        return ids
+
+    def _join(self, pieces: list[str]) -> str:
+        return " ".join(pieces).replace(" ##", "")
+
+
+class BPE(Tokenizer):
+    """Both BPEs. ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
+    spelled: the bytes of each id. words: the pattern of what is merged by itself.
+    space: "" for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
+    Prepend and Replace, or Metaspace's "always", "first" and "never", which put no space before a leading one."""
+
+    unspelled = "\ufffd".encode()
+
+    def __init__(self, *shared, ranks: dict[bytes, list[int]], spelled: dict[int, bytes], words: str, space: str = ""):
+        self.space, self.words, self.ids = space, words, list(ranks.values())
+        super().__init__(*shared)
+        self.spelled = spelled | {token["id"]: token["content"].encode() for token in shared[1]}
+        self.engine = tiktoken.Encoding("sibo", pat_str=words, special_tokens={},
+                                        mergeable_ranks={data: rank for rank, data in enumerate(ranks)})
+        self.missing = bytes(b for b in range(256) if not self.ids[b])
+
+    def _normalize(self, text: str) -> str:
+        text = SPACE + text if self.space == "prefix" else text
+        return text.replace(" ", SPACE) if self.space in ("prefix", "replace") else text
+
+    def _pieces(self, text: str, first: bool) -> list[int]:
+        if self.space:
+            text = text.replace(" ", SPACE)
+            if not text.startswith(SPACE) and (self.space == "always" or self.space == "first" and first):
+                text = SPACE + text
+        if self.space or len(text) <= 100_000 and text.encode().translate(None, self.missing) == text.encode():
+            ranks = self.engine.encode_ordinary(text)
+        else:
+            # The slower way, word by word: tiktoken's regular expression overflows its stack on about a million blanks
+            # in a row; and a byte without a token (SmolLM2 lacks 21) is dropped after the split, before the merges.
+            words = (word.encode().translate(None, self.missing) for word in regex.findall(self.words, text))
+            ranks = [rank for word in words if word for rank in self.engine._encode_single_piece(word)]
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def _join(self, pieces: list[bytes]) -> str:
+        text = b"".join(pieces).decode(errors="replace")
+        return text.removeprefix(" ") if self.space in ("prefix", "always", "first") else text
+
+
+def _split(text: str, added: dict[str, dict]) -> Iterator[int | str]:
+    """The ids of added tokens in a text, and the strings between them; of several, the leftmost, then the longest."""
+    pattern, end = "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))), 0
+    for match in re.finditer(pattern, text) if pattern else ():
+        token, before = added[match.group()], text[end:match.start()]
+        if before := before.rstrip() if token["lstrip"] else before:
+            yield before
+        yield token["id"]
+        end = re.compile(r"\s*").match(text, match.end()).end() if token["rstrip"] else match.end()
+    if end < len(text):
+        yield text[end:]

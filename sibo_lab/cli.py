@@ -1,0 +1,86 @@
+"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage; a signal
+ends it where nothing is lost."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+
+from sibo_lab import parallel
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--offline", action="store_true", help="touch no network, as HF_HUB_OFFLINE=1")
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see python {self.prog} --help")
+
+
+def format_table(rows: Sequence[Sequence[object]], left: Container[int] = (0,)) -> str:
+    """Rows of cells as lines of text: the columns `left` begin alike, the others end alike."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell!s:{'<' if i in left else '>'}{width}}" for i, (cell, width) in
+                               enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+        argv: Sequence[str] | None = None) -> None:
+    """Runs `main` on the options in `argv` (None: the command line's); ValueError and OSError, which carry a line for the user, end it."""
+    try:
+        with parallel.group():
+            args = parser.parse_args(argv)
+            if args.offline:
+                os.environ["HF_HUB_OFFLINE"] = "1"
+            main(args)
+            print(end="", flush=True)  # not sys.stdout.flush(): all processes but the first have none
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, OSError) as e:
+        line = without_secrets(f"error: {' '.join(str(e).split())}")
+        if parallel.first_to_say(line):
+            print(line, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        line, code = e.args or ("stopped", 130)
+        if parallel.first_to_say(line):
+            print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the hub's tokens: neither one that looks so nor the one in use."""
+    text = re.sub(r"\bhf_\w{4,}", "hf_…", text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "…")
+    return text
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """Within it, Ctrl-C and SIGTERM are noted in the list, not obeyed: the caller stops where nothing is lost. A second
+    one is obeyed at once."""
+    asked: list[int] = []
+
+    def note(number: int, _) -> None:
+        if asked:
+            raise KeyboardInterrupt("stopped", 128 + number)
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

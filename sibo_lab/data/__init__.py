@@ -1,0 +1,1 @@
+"""Tasks: from the files of the benchmarks, or your own, to batches of token ids."""

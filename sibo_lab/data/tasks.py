@@ -1,0 +1,128 @@
+"""Every task by its short name (paper, Section 4.1): its files, its answers, its metric."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sibo_lab import files
+
+NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: the same matches, but no file's line can keep it busy
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else "".
+    `choices`: the answers that a commonsense question offers, in its own order and words; () where any may be given."""
+
+    instruction: str
+    output: str = ""  # what to learn to write; "" in test files
+    answer: str = ""  # what is scored: a number, a letter or a word
+    part: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5. `part`: "matched" or
+    "mismatched" for MNLI's test rows, else ""."""
+
+    text: str
+    pair: str | None
+    label: int | float
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be known of a task. Files are relative to the data directory; `test` () means held out of `train`."""
+
+    name: str
+    kind: str  # word-problems | arithmetic | commonsense | glue | own
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    counts: tuple[int, int] = (0, 0)  # published number of training and test examples; 0: not known
+    answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
+    held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
+    metric: str = "accuracy"  # the score: accuracy | matthews | f1 | pearson
+    columns: tuple = ()  # GLUE: label, sentence(s): their names in the header or, without one, places
+    classes: tuple[str, ...] = ()  # GLUE: the labels as written in the file; none: a score
+
+    @property
+    def num_labels(self) -> int:
+        """0: text to text, 1: regression, more: classes."""
+        return (len(self.classes) or 1) if self.kind == "glue" else 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        return {"word-problems": 96, "arithmetic": 256, "commonsense": 32, "glue": 0, "own": 256}[self.kind]
+
+
+GROUPS = ("arithmetic", "commonsense", "glue", "all")
+GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
+TASKS = {task.name: task for task in (
+    Task("word-problems", "word-problems", answers=NUMBER),
+    Task("gsm8k", "arithmetic", (GSM8K,), ("llm_adapters/gsm8k/test.json",), (7473, 1319), NUMBER),
+    Task("aqua", "arithmetic", (AQUA,), ("llm_adapters/AQuA/test.json",), (2728, 254), LETTER),
+    Task("mawps", "arithmetic", (MAWPS,), ("llm_adapters/mawps/test.json",), (1898, 238), NUMBER),
+    Task("svamp", "arithmetic", (), ("llm_adapters/SVAMP/test.json",), (0, 1000), NUMBER),
+    Task("addsub", "arithmetic", (), ("llm_adapters/AddSub/test.json",), (0, 395), NUMBER),
+    Task("multiarith", "arithmetic", (), ("llm_adapters/MultiArith/test.json",), (0, 600), NUMBER),
+    Task("singleeq", "arithmetic", (), ("llm_adapters/SingleEq/test.json",), (0, 508), NUMBER),
+    Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
+    Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
+    *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
+           answers) for name, folder, counts, answers in (
+        ("boolq", "boolq", (9427, 3270), "true|false"), ("piqa", "piqa", (0, 1838), "solution[12]"),
+        ("siqa", "social_i_qa", (0, 1954), "answer[1-5]"), ("hellaswag", "hellaswag", (0, 10042), "ending[1-4]"),
+        ("winogrande", "winogrande", (0, 1267), "option[12]"), ("arc-e", "ARC-Easy", (2251, 2376), "answer[1-5]"),
+        ("arc-c", "ARC-Challenge", (0, 1172), "answer[1-5]"), ("obqa", "openbookqa", (4957, 500), "answer[1-5]"))),
+    Task("commonsense170k", "commonsense", ("llm_adapters/ft-training_set/commonsense_170k.json",), held_out=120),
+    *(Task(name, "glue", (f"glue/{folder}/train.tsv",), tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()),
+           counts, metric=metric, columns=columns, classes=tuple(classes.split()))
+      for name, folder, devs, counts, metric, columns, classes in (
+        ("cola", "CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
+        ("sst2", "SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
+        ("mrpc", "MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
+        ("stsb", "STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
+        ("qqp", "QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
+        ("mnli", "MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
+         ("gold_label", "sentence1", "sentence2"), "entailment neutral contradiction"),
+        ("qnli", "QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"),
+         "entailment not_entailment"),
+        ("rte", "RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"),
+         "entailment not_entailment"))),
+)}
+
+
+def task(name: str) -> Task:
+    """The task of a short name, or of a user's own data by the path of a .json or .jsonl file; else ValueError."""
+    if Path(name).suffix in (".json", ".jsonl"):
+        path = str(Path(name).expanduser().absolute())  # a saved run finds its data from any working directory
+        return Task(path, "own", (path,), held_out=200)
+    if name not in TASKS:
+        near = difflib.get_close_matches(name.lower(), TASKS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(TASKS)}"
+        raise ValueError(f"unknown task {name!r}: {hint} (or give the path of a .json or .jsonl file)")
+    return TASKS[name]
+
+
+def parse(*names: str) -> list[Task]:
+    """The tasks of names, each of one or of several joined by +; ValueError if one model cannot answer them all."""
+    found = [task(one) for name in names
+             for one in ([name] if name.endswith((".json", ".jsonl")) else name.split("+"))]
+    if len({t.num_labels and t.name for t in found}) > 1:
+        raise ValueError(f"task {'+'.join(names)}: found tasks that need a head each, expected one, or text-to-text "
+                         "tasks")
+    return found
+
+
+def scored_whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:
+    """The test sets as they are scored: of a file that nothing is trained on nothing is held out, all of it counts."""
+    return [t if t in trained else replace(t, test=t.test or t.train) for t in tests]
+
+
+def data_dir(given: str | None) -> Path:
+    """Where the tasks' files stand: as given, else $SIBO_DATA, else data/ in the cache."""
+    return Path(given or os.environ.get("SIBO_DATA") or files.cache() / "data").expanduser()

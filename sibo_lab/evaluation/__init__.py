@@ -1,0 +1,1 @@
+"""Scores of a model, and of many runs side by side."""

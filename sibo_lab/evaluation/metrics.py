@@ -1,0 +1,80 @@
+"""Metrics and their intervals."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def student_t(df: int) -> float:
+    """The 97.5 % point of Student's t: with t = √df tan u its density is that of cos(u)^(df−1)."""
+    u = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos(u) ** (df - 1))
+    return float(math.sqrt(df) * np.tan(np.interp(0.95 * mass[-1], mass, u)))
+
+
+def last_five(curve: Sequence[float]) -> float:
+    """The paper's summary of a curve (Figures 5 and 6): the mean over the last five layers."""
+    return float(np.mean(curve[-5:]))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n (Wilson 1927): unlike the normal one never beyond [0, 1]."""
+    z = 1.959964
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
+
+
+def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
+              labels: np.ndarray) -> tuple[float, float]:
+    """95 % interval of any metric: its 2.5th and 97.5th percentile over 1,000 drawings of the examples, with
+    replacement and always the same (Efron 1979)."""
+    rng, n = np.random.default_rng(0), len(labels)
+    found = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """How far the share of right answers lies from the confidence in them, over bins of equal width, each weighed by
+    what it holds (expected calibration error, Guo et al. 2017)."""
+    of = np.minimum(confidence * bins, bins - 1).astype(int)
+    return float(np.abs(np.bincount(of, right - confidence)).sum() / len(right))
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of predictions that are right."""
+    return float(np.mean(predicted == labels))
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews' correlation of two classes: the Pearson correlation of their 0/1 values; 0 if either is constant."""
+    return pearson(predicted, labels)
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of class 1; 0 if it is neither predicted nor there."""
+    hits = np.sum((predicted == 1) & (labels == 1))
+    return float(2 * hits / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation coefficient; 0 if either is constant."""
+    a, b = a - a.mean(dtype=float), b - b.mean(dtype=float)
+    scale = math.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else 0.0
+
+
+def ranks(a: np.ndarray) -> np.ndarray:
+    """1 for the smallest, equal values sharing the mean of their ranks."""
+    _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of the ranks."""
+    return pearson(ranks(a), ranks(b))
+
+
+METRICS = {f.__name__: f for f in (accuracy, matthews, f1, pearson, spearman)}

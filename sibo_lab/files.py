@@ -1,0 +1,161 @@
+"""Files in and out: written beside their target and renamed; JSON and tensors read with checks.
+
+Nothing is ever unpickled. Files may come from strangers: what their headers claim is checked before memory is taken, and
+whatever is wrong with one is a ValueError that names it (tests/fuzz.py)."""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sibo_lab import parallel
+
+
+def cache() -> Path:
+    """$SIBO_CACHE, else ~/.cache/sibo (under $XDG_CACHE_HOME where that is set)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
+
+
+def offline() -> bool:
+    """Whether the network is not to be touched: HF_HUB_OFFLINE=1, which --offline sets."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """"; did you mean …?" with the names that resemble `name`, or nothing."""
+    found = difflib.get_close_matches(name.lower(), list(known), 3, 0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def check_archive(z: zipfile.ZipFile) -> None:
+    """ValueError naming a member that leads out of the folder, is a link, or is packed as no archive of ours is."""
+    for info in z.infolist():
+        name = info.filename
+        wrong = ("leads out of its folder" if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) else
+                 "is a link" if stat.S_ISLNK(info.external_attr >> 16) else
+                 "lies outside of the file" if not 0 <= info.header_offset < z.start_dir else
+                 "is encrypted, or packed in an unknown way" if info.flag_bits & 0x61 or info.extract_version > 45 or
+                 info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "")
+        if wrong:
+            raise ValueError(f"its member {quoted(name)} {wrong}")
+
+
+def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, "pt") as f:
+            names = list(f.offset_keys())
+        while names:  # mapped anew each 256 MB: what the caller converts shall not stay in memory beside its copy
+            with safe_open(file, "pt") as f:
+                seen = 0
+                while names and seen < 1 << 28:
+                    name = names.pop(0)
+                    tensor = f.get_tensor(name)
+                    seen += tensor.nbytes
+                    yield name, tensor
+                    del tensor
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)}); bring it anew") from None
+
+
+def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copies `stored` into `parameters`; ValueError naming the first missing, unexpected or mis-shaped tensor."""
+    for name in sorted(parameters.keys() | stored.keys()):
+        found = tuple(stored[name].shape) if name in stored else "none"
+        expected = tuple(parameters[name].shape) if name in parameters else "none"
+        if found != expected:
+            raise ValueError(f"{path}: tensor {quoted(name)}: found {found}, expected {expected}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(parallel.local_shard(stored[name], p))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, and its metadata."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected one that sibo.save wrote")
+    stored = dict(read_safetensors(file))
+    with safe_open(file, "pt") as f:
+        return stored, f.metadata() or {}
+
+
+def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    write(file, lambda draft: save_file({n: t.contiguous() for n, t in stored.items()}, draft, dict(metadata)))
+
+
+def write(file: Path, fill: Callable[[Path], object] | str) -> None:
+    """Writes text, or what `fill(draft path)` writes, beside `file`, flushes it to disk and renames it: whole or not at
+    all, whatever stops this process or its machine."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
+    try:
+        draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
+        flush(draft)
+        os.replace(draft, file)
+        flush(file.parent)
+    except SafetensorError as e:
+        raise OSError(f"{file}: could not be written ({e})") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """To disk with a file's content, or with the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; ValueError naming file and line if it is none."""
+    try:
+        found = parse_json(file.read_text(encoding="utf-8"), file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not valid JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def parse_json(text: str, file: object, line: int = 1) -> object:
+    """What a JSON text that begins on this line of `file` says; ValueError naming both if it is none (NaN is none)."""
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}, line {line + e.lineno - 1}: not valid JSON ({e.msg})") from None
+    except ValueError as e:  # NaN, or an integer of more than 4300 digits
+        raise ValueError(f"{file}, line {line}: not valid JSON ({e})") from None
+    except RecursionError:
+        raise ValueError(f"{file}, line {line}: nested too deeply, expected flat objects") from None
+
+
+def quoted(value: object) -> str:
+    """A value out of a file as an error shows it: its repr, and of one that is long or deep the ends of it."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return clipped(short.repr(value))
+
+
+def one_line(e: Exception) -> str:
+    """What another library's error says, on one line and no longer than that."""
+    return clipped(" ".join(str(e).split()))
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= 250 else f"{text[:250]}..."

@@ -1,0 +1,167 @@
+"""Many processes, many machines: whatever they say to each other is said here, with PyTorch's own engine.
+
+`torchrun train.py …` starts a process a device; each keeps the whole model (DistributedDataParallel) or, with --shard,
+a slice of it (FSDP2: Zhao et al. 2023). One process alone takes the same road with no group: each call is then the
+identity. The official code trains on one GPU, so nothing here stands in it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import collect_all
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """This process's number over all machines; 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are, over all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did: gloo on CPUs, NCCL on GPUs, a GPU a process.
+
+    ConnectionError where another process has ended, or has said nothing for half an hour."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # what "cuda" means in this process from now on
+    dist.init_process_group(timeout=timedelta(minutes=30))
+    try:
+        with redirect_stdout(None if rank() else sys.stdout):  # printing to None is silent
+            yield
+    except RuntimeError as e:  # gloo raises no class of its own
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise ConnectionError("lost touch with another process of this run: it ended, and says why, or is stuck; "
+                              "all of them end here") from e
+    dist.destroy_process_group()
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other process has said so yet: what all find wrong is to stand on the screen once."""
+    try:
+        return world() == 1 or dist.distributed_c10d._get_default_store().add(line, 1) == 1
+    except dist.DistError:  # the process that counts is gone
+        return True
+
+
+def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any:
+    """Does `work` on one process after the other (the first `ranks`; None: all) and returns its result there; a
+    ValueError or OSError of one is raised on all."""
+    if not dist.is_initialized():
+        return work()
+    result = None
+    for turn in range(world() if ranks is None else ranks):
+        error = [None]
+        if turn == rank():
+            try:
+                result = work()
+            except (ValueError, OSError) as e:
+                error = [e]
+        dist.broadcast_object_list(error, turn)
+        if error[0]:
+            raise error[0]
+    return result
+
+
+def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
+    """`m` as training calls it: its gradients are the mean over the processes. Alone: `m` itself.
+
+    `shard`: in place, a unit a block and one for the rest; each moves to `device` when it is cut, so a model on the
+    CPU never lies whole on a device. Optimizers are made behind this, for it replaces the parameters."""
+    if shard:
+        from torch.distributed.fsdp import fully_shard  # here: it takes a second that most commands need not wait
+
+        mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
+        for unit in (*m.blocks, m):
+            fully_shard(unit, mesh=mesh)
+        return m
+    if not dist.is_initialized():
+        return m
+    wrapped = DistributedDataParallel(m)
+    wrapped.register_comm_hook(None, _mean)
+    return wrapped
+
+
+def _mean(_, bucket):  # DDP refuses annotations that are strings, as they are here
+    """Tensor by tensor, so that where one lies in its bucket moves no last bit: DDP fills its buckets otherwise after
+    the first step, and a run gone on with would differ from one that never stopped."""
+    sums = [dist.all_reduce(grad.div_(world()), async_op=True).get_future() for grad in bucket.gradients()]
+    return collect_all(sums).then(lambda _: bucket.buffer())
+
+
+def is_sharded(m: nn.Module) -> bool:
+    return hasattr(m, "set_requires_gradient_sync")
+
+
+def accumulating(m: nn.Module, last: bool) -> AbstractContextManager:
+    """Around a micro-batch's forward and backward: gradients cross the network with the `last` one only."""
+    if is_sharded(m):
+        m.set_requires_gradient_sync(last)
+    return m.no_sync() if isinstance(m, DistributedDataParallel) and not last else nullcontext()
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of `x` over the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a slice. All processes must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local_shard(x: Tensor, like: Tensor) -> Tensor:
+    """The slice of a whole tensor `x` that this process holds of a tensor of that shape, where it is one of slices."""
+    if x.shape != like.shape or not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+
+
+def all_gather_dicts(mine: dict) -> dict:
+    """What all processes found, each for keys of its own."""
+    if not dist.is_initialized():
+        return mine
+    parts = [None] * world()
+    dist.all_gather_object(parts, mine)
+    return {k: v for part in parts for k, v in part.items()}
+
+
+@contextmanager
+def in_step(m: nn.Module) -> Iterator[None]:
+    """Within it, processes may run a sharded `m` a different number of times: every forward gathers slices, so whoever
+    is done runs along on one token until all are."""
+    if not is_sharded(m):
+        yield
+        return
+    device = next(m.parameters()).device
+
+    def anyone(busy: int) -> bool:
+        return bool(all_reduce(torch.tensor(busy, device=device)))
+
+    hook = m.register_forward_pre_hook(lambda *_: anyone(1) and None)
+    yield
+    hook.remove()
+    with torch.no_grad():
+        while anyone(0):
+            m(torch.zeros(1, 1, dtype=torch.int64, device=device))

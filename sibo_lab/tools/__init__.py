@@ -1,0 +1,1 @@
+"""What is built on train.py: the paper's studies, and the benchmark."""

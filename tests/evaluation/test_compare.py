@@ -1,0 +1,138 @@
+"""Tables of runs: what belongs together, the spread over seeds, and the interval of a difference."""
+
+import dataclasses
+import json
+import shlex
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sibo_lab.evaluation import compare, metrics, pictures
+from sibo_lab.training import recipes
+
+
+def run(folder, method="lora", seed=0, score=0.5, right=None, **settings):
+    config = dataclasses.asdict(recipes.Run(method=method, seed=seed, **{"lam": 0.2 if "sibo" in method else 0.0} | settings))
+    folder = folder / f"{method}-{seed}-{len(list(folder.iterdir()))}"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps({
+        "backbone": "tiny", "task": "words", "metric": "accuracy", "score": score, "parts": {}, "similarity": 0.5,
+        "trainable_parameters": 1000, "scored_on": "test",
+        "command": f"python train.py --data-dir {shlex.quote(config['data_dir'] or '')} --lr 1 --out={config['out']}"}))
+    if right is not None:
+        lines = [json.dumps({"task": "words", "right": bool(r)}) for r in right]
+        (folder / "answers.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@given(st.integers(1, 60))
+def test_the_quantile_of_students_t_is_scipys(df):
+    assert metrics.student_t(df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-3)
+
+
+def test_the_difference_pairs_equal_seeds_and_its_interval_is_students(tmp_path):
+    plain, sibo = {0: 0.50, 1: 0.60, 2: 0.55, 7: 0.9}, {0: 0.53, 1: 0.61, 2: 0.60}
+    for seed, score in plain.items():
+        run(tmp_path, "lora", seed, score)
+    for seed, score in sibo.items():
+        run(tmp_path, "lora-sibo", seed, score)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    mean, half = compare.difference(next(g for g in rows if g.plain))
+    oracle = scipy.stats.ttest_rel([sibo[s] for s in range(3)], [plain[s] for s in range(3)]).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx(tuple(oracle), rel=1e-3)
+
+
+def test_with_one_seed_the_interval_is_over_the_examples_that_both_answered(tmp_path):
+    a, b = np.array([1, 1, 1, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])
+    run(tmp_path, "adapter-sibo", 0, a.mean(), a)
+    run(tmp_path, "adapter", 0, b.mean(), b)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    mean, half = compare.difference(next(g for g in rows if g.plain))
+    assert mean == pytest.approx(1 / 6) and half == pytest.approx(1.96 * (a - b).std(ddof=1) / 6**0.5)
+
+
+def test_a_plain_run_of_other_settings_is_no_counterpart(tmp_path):
+    run(tmp_path, "lora", 0, rank=4)
+    run(tmp_path, "lora-sibo", 0, rank=8)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert [compare.difference(g) for g in rows] == [None, None]
+
+
+@pytest.mark.parametrize("differs", [{"task": "svamp"}, {"test": ("svamp",)}, {"limit": 5}, {"backbone": "minilm"},
+                                     {"score_on": "validation"}])
+def test_runs_that_are_scored_on_something_else_stand_in_another_table(tmp_path, differs):
+    run(tmp_path, "lora", 0)
+    run(tmp_path, "lora", 0, **differs)
+    assert [len(rows) for rows in compare.groups(compare.read([tmp_path]))] == [1, 1]
+
+
+def test_the_table_shows_mean_and_deviation_over_seeds_and_only_settings_that_differ(tmp_path):
+    for seed, score in enumerate((0.5, 0.6)):
+        run(tmp_path, "lora", seed, score)
+        run(tmp_path, "lora-sibo", seed, score + 0.1)
+    text = compare.tables(compare.read([tmp_path]))
+    assert text.splitlines()[1].split()[:3] == ["method", "lam", "seeds"] and "rank" not in text
+    assert text.splitlines()[2].split()[:6] == ["lora", "0", "2", "55.0", "±", "7.1"]
+    assert text.splitlines()[3].split()[6:9] == ["+10.0", "±", "0.0"]
+    markdown = compare.tables(compare.read([tmp_path]), markdown=True).splitlines()
+    assert len({line.count("|") for line in markdown[2:]}) == 1
+
+
+def test_a_label_says_what_sets_a_run_apart_and_nothing_else(tmp_path):
+    run(tmp_path, "adapter", 0)
+    run(tmp_path, "adapter-sibo", 0)
+    run(tmp_path, "adapter-sibo", 0, skip="plain")
+    run(tmp_path, "adapter-sibo", 0, side="parallel")
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert sorted(compare.name(g, rows) for g in rows) == [
+        "adapter", "adapter-sibo, mixed skip, side out", "adapter-sibo, mixed skip, side parallel",
+        "adapter-sibo, plain skip, side out"]
+
+
+def test_a_picture_is_drawn(tmp_path):
+    run(tmp_path, "lora")
+    pictures.draw_runs(compare.read([tmp_path]), tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
+    for seed in (0, 1):
+        run(tmp_path, "lora", seed, right=[1, 0], data_dir="/home/someone's/data files", out="/home/someone/runs")
+        run(tmp_path, "lora-sibo", seed, 0.6, right=[1, 1])
+    runs = compare.read([tmp_path])
+    compare.save(runs, tmp_path / "all.jsonl")
+    assert "someone" not in (tmp_path / "all.jsonl").read_text()
+    again = compare.read([tmp_path / "all.jsonl"])
+    assert {r.result["command"] for r in again} == {"python train.py --lr 1"}
+    assert compare.tables(again) == compare.tables(runs) and [r.right for r in again] == [r.right for r in runs]
+
+
+def test_the_training_loss_of_a_run_is_the_mean_of_each_quarter_of_its_steps_skipped_steps_left_out(tmp_path):
+    folder = run(tmp_path)
+    losses = [4.0, 2.0, 3.0, None, 1.0, 1.5, 0.5, 1.0]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    compare.save(compare.read([folder]), tmp_path / "all.jsonl")
+    for found in compare.read([folder]) + compare.read([tmp_path / "all.jsonl"]):
+        assert list(found.losses) == [3.0, 3.0, 1.25, 0.75]
+
+
+def test_no_finished_run_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        compare.read([tmp_path])
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"instruction": "a", "output": "b"}',
+                                  '{"config": {}, "result": {}, "right": {}}'])
+def test_a_line_that_is_no_saved_run_is_named(tmp_path, line):
+    (tmp_path / "runs.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="runs.jsonl, line 1: found .* expected a run that eval.py --table --save"):
+        compare.read([tmp_path / "runs.jsonl"])
+
+
+def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        compare.read([tmp_path / "nowhere"])

@@ -1,0 +1,104 @@
+"""The analyses on a tiny model: what they write, and the two that measure against a computation by hand."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+import model
+from sibo_lab import cli
+from sibo_lab.backbone import tokenizer
+from sibo_lab.data import batch, readers, tasks
+from sibo_lab.tools import study
+
+
+@pytest.fixture
+def mine(tmp_path):
+    words = "one two three four five six seven eight nine ten".split()
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in words]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    return tmp_path / "mine.json"
+
+
+def command(monkeypatch, capsys, tmp_path, name, *options):
+    argv = ["study.py", "--results", tmp_path / "results", name, *options]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    cli.run(study.main, study.parser())
+    (file,) = (tmp_path / "results").glob("*.csv")
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out.splitlines()[-1], list(csv.DictReader(file.open()))
+
+
+@pytest.mark.parametrize(("name", "runs"), [("lambda", 2 + 2 * 7), ("low-rank", 3), ("learned", 4 + 2)])
+def test_a_study_of_runs_writes_a_line_a_run_a_picture_and_a_line_for_the_table(monkeypatch, capsys, tmp_path,
+                                                                               tiny_llama, mine, name, runs):
+    said, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
+                         "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
+    assert len(rows) == runs and {float(r["lam"]) > 0 for r in rows if r["method"].endswith("-sibo")} == {True}
+    assert len(rows[0]["similarity_per_layer"].split()) == 3 and said.startswith(f"| {study.STUDIES[name].where} | `py")
+    assert ({r["frozen_too"] for r in rows} == {"True", "False"}) == (name == "low-rank")
+    again, _ = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
+                       "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
+    assert again == said
+
+
+def test_a_learned_lam_is_drawn_where_not_every_block_has_one(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    _, (row,) = command(monkeypatch, capsys, tmp_path, "learned", "--backbone", tiny_llama, "--task", mine, "--steps",
+                        1, "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs",
+                        "--method", "lora-sibo", "--learn-lam", "--targets", "blocks.1.mlp.up_proj")
+    assert len(row["lambda"].split()) == 1
+
+
+def test_norms_are_those_that_transformers_modules_have(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    from transformers import LlamaForCausalLM
+
+    _, rows = command(monkeypatch, capsys, tmp_path, "norms", "--backbone", tiny_llama, "--task", mine)
+    (example,) = readers.load(tasks.task(str(mine)), "test", tmp_path)
+    ids = tokenizer.from_pretrained(tiny_llama).encode(batch.prompt(example.instruction))
+    theirs, seen = LlamaForCausalLM.from_pretrained(tiny_llama).model, {}
+    for i, layer in enumerate(theirs.layers):
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: seen.update({f"blocks.{i}.mlp": out}))
+        layer.mlp.up_proj.register_forward_hook(
+            lambda _, args, out, i=i: seen.update({f"blocks.{i}.mlp.up_proj": args[0]}))
+    theirs.embed_tokens.register_forward_hook(lambda _, args, out: seen.update(h0=out))
+    theirs(torch.tensor([ids]))
+    rms = {name: h[0].square().mean(-1).sqrt().median().item() for name, h in seen.items()}
+    assert {r["module"]: float(r["rms_h"]) for r in rows} == pytest.approx({n: x for n, x in rms.items() if n != "h0"},
+                                                                          abs=1e-4)
+    assert [float(r["rms_h0"]) for r in rows] == pytest.approx([rms["h0"]] * 4, abs=1e-4)
+
+
+def test_the_mixing_costs_three_operations_an_element_and_no_product(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    said, rows = command(monkeypatch, capsys, tmp_path, "cost", "--backbone", tiny_llama, "--task", mine)
+    t = tokenizer.from_pretrained(tiny_llama)
+    (example,) = readers.load(tasks.task(str(mine)), "test", tmp_path)
+    elements = len(t.encode(batch.prompt(example.instruction))) * model.from_pretrained(tiny_llama).config.hidden_size
+    for r in rows:
+        assert int(r["flops_sibo"]) - int(r["flops_plain"]) == 3 * elements * 2  # two blocks, one module each
+        assert float(r["low"]) <= float(r["time_ratio"]) <= float(r["high"])
+
+
+def test_an_option_of_the_users_wins_over_the_studys_own(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    said, rows = command(monkeypatch, capsys, tmp_path, "lambda", "--backbone", tiny_llama, "--task", mine, "--steps",
+                         1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs", "--method",
+                         "lora,lora-sibo", "--lam", 0.4)
+    assert [(r["method"], float(r["lam"])) for r in rows] == [("lora", 0.0), ("lora-sibo", 0.4)] and "--lam 0.4" in said
+
+
+def test_runs_of_another_study_in_the_same_folder_are_no_part_of_this_one(monkeypatch, capsys, tmp_path, tiny_llama,
+                                                                         mine):
+    same = ("--backbone", tiny_llama, "--task", mine, "--steps", 1, "--dtype", "float32", "--validate", 0, "--out",
+            tmp_path / "runs")
+    command(monkeypatch, capsys, tmp_path, "low-rank", *same)
+    (tmp_path / "results").rename(tmp_path / "those")
+    _, rows = command(monkeypatch, capsys, tmp_path, "lambda", *same, "--method", "lora,lora-sibo", "--lam", 0.4)
+    assert [(r["lam"], r["frozen_too"]) for r in rows] == [("0.0", "False"), ("0.4", "False")]
+
+
+def test_a_dry_run_of_a_study_says_what_it_would_train_and_stops(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    monkeypatch.setattr(sys, "argv", ["study.py", "low-rank", "--backbone", str(tiny_llama), "--task", str(mine),
+                                      "--dry-run", "--results", str(tmp_path / "results")])
+    cli.run(study.main, study.parser())
+    assert capsys.readouterr().out.count("trainable parameters") == 3 and not (tmp_path / "results").exists()
