@@ -1,8 +1,8 @@
-"""BERT, GPT-J and LLaMA side by side: whole, plain, and with the weights that Hugging Face's files hold.
+"""BERT, GPT-J and LLaMA side by side, with the weights of Hugging Face's files.
 
 Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); config.json and the
-tensors' names and layouts as in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches to names.
-Departures from the official code: positions and masks follow the attention mask, so that padding changes no result.
+tensors' names and layouts as in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches by name.
+Departs from the official code: positions and masks follow the attention mask, so padding changes no result.
 
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sibo_lab import fast, files
-from sibo_lab.backbone import config, generate, locate, quantized, weights
+from sibo_lab import fast
+from sibo_lab.backbone import config, locate, quantized, weights
+from sibo_lab.backbone.generate import KeyValues, generate, to_float32  # noqa: F401  (model.generate is public)
+from sibo_lab.files import quoted
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
-    """Angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling
-    as in transformers' modeling_rope_utils.py: wavelengths past the trained context are stretched, the rest kept."""
-    # the power is taken, then the inverse, as in training: elsewhere rounded, logits differ by 1e-4 after 30 layers
+    """The angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling
+    as in transformers' modeling_rope_utils.py: only wavelengths beyond the trained context are stretched."""
+    # first the power, then the inverse, as in training: rounded otherwise, logits differ by 1e-4 after 30 layers
     frequency = 1 / theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the trained context
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the trained context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
@@ -47,7 +50,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-J's layout: element 2i is paired with 2i + 1, and only the first rotary_dim elements turn."""
+    """GPT-J's layout: element 2i is paired with 2i + 1; only the first rotary_dim elements turn."""
     turning, still = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
     a, b = turning[..., ::2], turning[..., 1::2]
     return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2), still), -1)
@@ -55,10 +58,9 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """A prompt's frame stands at the beginning of every row: computed once, it saves a third of a step. The rows
-    (B, T, ·) become one, (1, P + B (T−P), ·), P common tokens and then what is each row's own; only attention, where
-    a token meets those before it, sees them as rows again. Exact: the gradients of the common part add up (dropout
-    draws one mask for it, where rows of their own would have drawn several)."""
+    """Tokens that all rows of a batch begin with, such as a prompt's template: computed once, they save a third of a
+    training step. The rows (B, T, ·) become one, (1, P + B (T−P), ·): the P common tokens, then each row's own; only
+    attention sees rows again. Exact: the gradients of the common part add up (dropout draws one mask for it)."""
 
     rows: int  # B
     common: int  # P
@@ -73,39 +75,39 @@ class SharedPrefix:
 
 @dataclass
 class Context:
-    """What every block of one forward pass shares; `mask` None: every token sees all earlier ones (BERT: all)."""
+    """What all blocks share in one forward pass."""
 
-    mask: Tensor | None  # bool (B, 1, T, S)
+    mask: Tensor | None  # bool (B, 1, T, S); None: every token sees all earlier ones (BERT: all)
     cos: Tensor | None = None  # (B, 1, T, rotary/2)
     sin: Tensor | None = None
-    frame: SharedPrefix | None = None  # in training, where the rows of a batch begin alike
+    shared: SharedPrefix | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention; fewer key/value heads than query heads (GQA) share them in groups."""
+    """Multi-head attention; with fewer key/value heads than query heads (GQA), groups of queries share them."""
 
-    def __init__(self, c: config.Config, *, heads_kv: int, bias: bool, out_bias: bool, causal: bool, rotate: Callable | None,
-                 dropout: float, out_dropout: float):
+    def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
+                 out_dropout: float):
         super().__init__()
         d, D = c.hidden_size, c.d_head
         self.q_proj = nn.Linear(d, c.num_attention_heads * D, bias)
-        self.k_proj = nn.Linear(d, heads_kv * D, bias)
-        self.v_proj = nn.Linear(d, heads_kv * D, bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * D, d, out_bias)
+        self.k_proj = nn.Linear(d, c.heads_kv * D, bias)
+        self.v_proj = nn.Linear(d, c.heads_kv * D, bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * D, d, bias)
         self.dropout = nn.Dropout(out_dropout)
         self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
 
-    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
-        if ctx.frame:
-            q, k, v = ctx.frame.unpack(q), ctx.frame.unpack(k), ctx.frame.unpack(v)
+        if ctx.shared:
+            q, k, v = map(ctx.shared.unpack, (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if self.rotate:
             q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
         if past is not None:
             k, v = past.extend(k, v)  # (B, H, S, D)
         groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
-        if T == 1:  # one new token: the heads of a group are as good as further queries, and k, v need no copies
+        if T == 1:  # one new token: treat a group's heads as queries of one head, which saves copies of k and v
             q, causal = q.reshape(q.shape[0], k.shape[1], groups, -1), False
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         if T == 1:
             out = out.reshape(out.shape[0], -1, 1, self.head_dim)
         out = out.transpose(1, 2).flatten(2)
-        return self.dropout(self.o_proj(ctx.frame.pack(out) if ctx.frame else out))  # (B, T, d)
+        return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
 
 
 class MLP(nn.Module):
@@ -146,12 +148,12 @@ class LlamaBlock(nn.Module):
     def __init__(self, c: config.LlamaConfig):
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, heads_kv=c.num_key_value_heads, bias=c.attention_bias, out_bias=c.attention_bias,
-                              causal=True, rotate=rotate_halves, dropout=c.attention_dropout, out_dropout=0.0)
+        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves,
+                              dropout=c.attention_dropout, out_dropout=0.0)
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
         h = h + self.attn(self.attn_norm(h), ctx, past)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -160,42 +162,43 @@ class GPTJBlock(nn.Module):
     def __init__(self, c: config.GPTJConfig):
         super().__init__()
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=False, out_bias=False, causal=True,
-                              rotate=rotate_neighbours, dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
+        self.attn = Attention(c, bias=False, causal=True, rotate=rotate_neighbours,
+                              dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
 
-    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
         normed = self.norm(h)
-        return h + self.attn(normed, ctx, past) + self.mlp(normed)  # in parallel
+        return h + self.attn(normed, ctx, past) + self.mlp(normed)  # both in parallel
 
 
 class BertBlock(nn.Module):
     def __init__(self, c: config.BertConfig):
         super().__init__()
-        self.attn = Attention(c, heads_kv=c.num_attention_heads, bias=True, out_bias=True, causal=False, rotate=None,
+        self.attn = Attention(c, bias=True, causal=False, rotate=None,
                               dropout=c.attention_probs_dropout_prob, out_dropout=c.hidden_dropout_prob)
         self.attn_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.mlp = MLP(c, c.hidden_dropout_prob)
         self.mlp_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, h: Tensor, ctx: Context, past: generate.KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
         h = self.attn_norm(h + self.attn(h, ctx, past))
         return self.mlp_norm(h + self.mlp(h))
 
 
 def common_beginning(input_ids: Tensor, labels: Tensor) -> int:
-    """How many tokens all rows begin with and are asked alike, but for the last of them: what follows it differs."""
+    """How many first tokens and labels all rows share, without the last of these: what it predicts differs."""
     alike = ((input_ids == input_ids[:1]) & (labels == labels[:1])).all(0)
     return max(int(alike.int().cumprod(0).sum()) - 1, 0) if len(labels) > 1 else 0
 
 
 class Transformer(nn.Module):
-    """What the three families share: blocks, run one after the other."""
+    """What the three families share: a stack of blocks."""
 
     grad_checkpoint = False  # recompute each block's activations in the backward pass instead of keeping them
+    kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for whatever adapts this model
 
-    def run(self, h: Tensor, ctx: Context, cache: list[generate.KeyValues] | None = None) -> list[Tensor]:
-        """h (B, T, d) and what it is after each block."""
+    def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
+        """h (B, T, d), and h after each block."""
         states = [h]
         for i, block in enumerate(self.blocks):
             if self.grad_checkpoint and self.training:
@@ -206,12 +209,12 @@ class Transformer(nn.Module):
         return states
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> list[Tensor]:
-        """L+1 tensors (B, T, d): what enters the first block, then each block's output, the last one normalised."""
+        """L+1 tensors (B, T, d): what enters the first block, then each block's output, the last one normalized."""
         return self(input_ids, attention_mask, return_hidden=True, **inputs)
 
 
 class CausalLM(Transformer):
-    """Embedding, blocks, norm, head. A subclass gives the blocks, the rotary settings and the names of its weights."""
+    """Embedding, blocks, norm, head. A subclass adds the rotary settings and the names of its weights."""
 
     def __init__(self, c: config.Config, block: type[nn.Module], norm: nn.Module, head_bias: bool):
         super().__init__()
@@ -222,72 +225,76 @@ class CausalLM(Transformer):
         self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
-                cache: list[generate.KeyValues] | None = None, last: int = 1,
+                cache: list[KeyValues] | None = None, last: int = 1,
                 return_hidden: bool = False) -> Tensor | list[Tensor]:
         """Logits (B, T, V) of the next token at each position.
 
-        `labels` (B, T), -100 where nothing is asked: the mean cross-entropy instead, a scalar, of the tokens that are.
-        `cache` (see new_cache): input_ids continue what it holds, attention_mask (B, S) covers both; logits of the
-        `last` positions, (B, last, V), and the cache is extended in place. `return_hidden`: see hidden_states."""
-        T, past = input_ids.shape[1], cache[0].length if cache else 0
-        positions = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
-        mask, several = None, past > 0 and T > 1
-        if several and attention_mask is None:
-            raise ValueError(f"{T} tokens at once behind a cache of {past}: give the attention_mask with its padding")
-        if attention_mask is not None and (several or not bool(attention_mask.all())):
-            seen = attention_mask.bool()
-            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T): padding takes no position
-            if T == 1:
-                mask = seen[:, None, None]
-            else:  # a padding token sees itself, so that its row of the softmax is not empty
-                i = torch.arange(past + T, device=seen.device)
-                mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
-        frame = None
+        `labels` (B, T): instead, the mean cross-entropy of the labelled tokens; -100 marks the others.
+        `cache` (see new_cache): input_ids continue it, attention_mask (B, S) covers both; the logits (B, last, V) of the
+        `last` positions, and the cache grows in place. `return_hidden`: see hidden_states."""
+        positions, mask = self.positions_and_mask(input_ids, attention_mask, cache[0].length if cache else 0)
+        shared = None
         if labels is not None and mask is None and (common := common_beginning(input_ids, labels)):
-            frame = SharedPrefix(len(input_ids), common)
-        h = self.embed(frame.pack(input_ids) if frame else input_ids)  # (B, T, d): this is h0
+            shared = SharedPrefix(len(input_ids), common)
+        h = self.embed(shared.pack(input_ids) if shared else input_ids)  # (B, T, d): this is h0
         angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
-        ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype), frame)
+        ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype), shared)
         states = self.run(self.dropout(h), ctx, cache)
         if return_hidden:
             return [*states[:-1], self.norm(states[-1])]
-        h = states[-1]
-        if cache is not None:
-            return self.head(self.norm(h[:, -last:]))
-        if labels is None:
-            return self.head(self.norm(h))
+        if labels is not None and cache is None:
+            return self.mean_loss(states[-1], labels, shared)
+        return self.head(self.norm(states[-1] if cache is None else states[-1][:, -last:]))
+
+    def positions_and_mask(self, input_ids: Tensor, attention_mask: Tensor | None,
+                           past: int) -> tuple[Tensor, Tensor | None]:
+        """The positions (1 or B, T) of tokens after `past` others, and which tokens each sees (see Context)."""
+        T = input_ids.shape[1]
+        positions = torch.arange(past, past + T, device=input_ids.device)[None]
+        several = past > 0 and T > 1
+        if several and attention_mask is None:
+            raise ValueError(f"{T} tokens at once after a cache of {past}: pass the attention_mask, padding included")
+        if attention_mask is None or not several and bool(attention_mask.all()):
+            return positions, None
+        seen = attention_mask.bool()
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # padding takes no position
+        if T == 1:
+            return positions, seen[:, None, None]
+        i = torch.arange(past + T, device=seen.device)  # padding sees itself, so that no row of the softmax is empty
+        return positions, (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
+
+    def mean_loss(self, h: Tensor, labels: Tensor, shared: SharedPrefix | None) -> Tensor:
         targets, weight = F.pad(labels[:, 1:], (0, 1), value=-100), torch.ones_like(labels)
-        if frame:
-            targets, weight = frame.pack(targets), frame.pack(weight)
-            weight[:, :frame.common] = frame.rows
-        asked = targets != -100  # nowhere else is the head needed
+        if shared:
+            targets, weight = shared.pack(targets), shared.pack(weight)
+            weight[:, :shared.common] = shared.rows
+        asked = targets != -100  # the head is needed nowhere else
         h, targets, weight = self.norm(h[asked]), targets[asked], weight[asked]
         if type(self.head) is nn.Linear:
             return fast.cross_entropy(h, self.head.weight, self.head.bias, targets, weight)
-        losses = F.cross_entropy(generate.to_float32(self.head(h)), targets, reduction="none")  # a head with LoRA on it
+        losses = F.cross_entropy(to_float32(self.head(h)), targets, reduction="none")  # a head with LoRA on it
         return (losses * weight).sum() / weight.sum()
 
-    def new_cache(self, batch: int, capacity: int) -> list[generate.KeyValues]:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, a layer an entry."""
-        heads_kv = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
-        like, shape = self.norm.weight, (batch, heads_kv, capacity, self.config.d_head)
-        empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # of a sharded model too: no slice
-        return [generate.KeyValues(empty(), empty()) for _ in self.blocks]
+    def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
+        """An empty cache for `batch` sequences of up to `capacity` tokens, one entry per layer."""
+        like, shape = self.norm.weight, (batch, self.config.heads_kv, capacity, self.config.d_head)
+        empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # like.new_empty would be sharded too
+        return [KeyValues(empty(), empty()) for _ in self.blocks]
 
 
 class Llama(CausalLM):
     prefix = "model."
-    names = {
-        "embed_tokens.weight": "embed.weight",
-        "norm.weight": "norm.weight",
-        "lm_head.weight": "head.weight",
-        "layers.{}.self_attn.rotary_emb.inv_freq": None,  # None: known, and not needed
-        "layers.{}.input_layernorm.weight": "blocks.{}.attn_norm.weight",
-        "layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
-    } | {f"layers.{{}}.self_attn.{p}.{w}": f"blocks.{{}}.attn.{p}.{w}"
-         for p in ("q_proj", "k_proj", "v_proj", "o_proj") for w in ("weight", "bias")
-    } | {f"layers.{{}}.mlp.{p}.{w}": f"blocks.{{}}.mlp.{p}.{w}"
-         for p in ("gate_proj", "up_proj", "down_proj") for w in ("weight", "bias")}
+    names = weights.names({"embed_tokens": "embed", "norm": "norm", "lm_head": "head"}, "layers.{}", {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn.q_proj",
+        "self_attn.k_proj": "attn.k_proj",
+        "self_attn.v_proj": "attn.v_proj",
+        "self_attn.o_proj": "attn.o_proj",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.up_proj": "mlp.up_proj",
+        "mlp.down_proj": "mlp.down_proj",
+    }, unused=["layers.{}.self_attn.rotary_emb.inv_freq"])
 
     def __init__(self, c: config.LlamaConfig):
         super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), head_bias=False)
@@ -299,14 +306,15 @@ class Llama(CausalLM):
 
 class GPTJ(CausalLM):
     prefix = "transformer."
-    names = {
-        "wte.weight": "embed.weight",
-        "h.{}.attn.bias": None, "h.{}.attn.masked_bias": None,  # old files hold the causal mask
-        "h.{}.attn.out_proj.weight": "blocks.{}.attn.o_proj.weight",
-    } | {f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias") for a, b in (
-        ("ln_f", "norm"), ("lm_head", "head"), ("h.{}.ln_1", "blocks.{}.norm"),
-        ("h.{}.mlp.fc_in", "blocks.{}.mlp.fc_in"), ("h.{}.mlp.fc_out", "blocks.{}.mlp.fc_out"))
-    } | {f"h.{{}}.attn.{p}.weight": f"blocks.{{}}.attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj")}
+    names = weights.names({"wte": "embed", "ln_f": "norm", "lm_head": "head"}, "h.{}", {
+        "ln_1": "norm",
+        "attn.q_proj": "attn.q_proj",
+        "attn.k_proj": "attn.k_proj",
+        "attn.v_proj": "attn.v_proj",
+        "attn.out_proj": "attn.o_proj",
+        "mlp.fc_in": "mlp.fc_in",
+        "mlp.fc_out": "mlp.fc_out",
+    }, unused=["h.{}.attn.bias", "h.{}.attn.masked_bias"])  # old files hold the causal mask
 
     def __init__(self, c: config.GPTJConfig):
         super().__init__(c, GPTJBlock, nn.LayerNorm(c.hidden_size, c.layer_norm_eps), head_bias=True)
@@ -317,7 +325,7 @@ class GPTJ(CausalLM):
 
 
 class BertEmbeddings(nn.Module):
-    """Word + position + segment, normalised: its output is BERT's h0."""
+    """Word + position + segment, normalized: this is BERT's h0."""
 
     def __init__(self, c: config.BertConfig):
         super().__init__()
@@ -333,7 +341,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertHead(nn.Module):
-    """BERT's pooler (tanh of a linear of the first token) and a linear on it: n classes, or n = 1 number."""
+    """BERT's pooler (tanh of a linear of the first token), then a linear layer to n classes, or to n = 1 number."""
 
     def __init__(self, c: config.BertConfig, num_labels: int):
         super().__init__()
@@ -347,24 +355,25 @@ class BertHead(nn.Module):
 
 class Bert(Transformer):
     prefix = "bert."
-    names = {
-        "embeddings.word_embeddings.weight": "embeddings.word.weight",
-        "embeddings.position_embeddings.weight": "embeddings.position.weight",
-        "embeddings.token_type_embeddings.weight": "embeddings.segment.weight",
-        "embeddings.position_ids": None,
-        "cls.predictions.bias": None, "cls.predictions.decoder.weight": None, "cls.predictions.decoder.bias": None,
-    } | {f"{a}.{w}": b and f"{b}.{w}" for w in ("weight", "bias") for a, b in (
-        ("embeddings.LayerNorm", "embeddings.norm"), ("pooler.dense", "classifier.pooler"),
-        ("classifier", "classifier.out"), ("cls.seq_relationship", None), ("cls.predictions.transform.dense", None),
-        ("cls.predictions.transform.LayerNorm", None),
-        ("encoder.layer.{}.attention.self.query", "blocks.{}.attn.q_proj"),
-        ("encoder.layer.{}.attention.self.key", "blocks.{}.attn.k_proj"),
-        ("encoder.layer.{}.attention.self.value", "blocks.{}.attn.v_proj"),
-        ("encoder.layer.{}.attention.output.dense", "blocks.{}.attn.o_proj"),
-        ("encoder.layer.{}.attention.output.LayerNorm", "blocks.{}.attn_norm"),
-        ("encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc_in"),
-        ("encoder.layer.{}.output.dense", "blocks.{}.mlp.fc_out"),
-        ("encoder.layer.{}.output.LayerNorm", "blocks.{}.mlp_norm"))}
+    names = weights.names({
+        "embeddings.word_embeddings": "embeddings.word",
+        "embeddings.position_embeddings": "embeddings.position",
+        "embeddings.token_type_embeddings": "embeddings.segment",
+        "embeddings.LayerNorm": "embeddings.norm",
+        "pooler.dense": "classifier.pooler",
+        "classifier": "classifier.out",
+        **dict.fromkeys(("cls.seq_relationship", "cls.predictions.decoder", "cls.predictions.transform.dense",
+                         "cls.predictions.transform.LayerNorm")),  # None: the heads of pre-training are not needed
+    }, "encoder.layer.{}", {
+        "attention.self.query": "attn.q_proj",
+        "attention.self.key": "attn.k_proj",
+        "attention.self.value": "attn.v_proj",
+        "attention.output.dense": "attn.o_proj",
+        "attention.output.LayerNorm": "attn_norm",
+        "intermediate.dense": "mlp.fc_in",
+        "output.dense": "mlp.fc_out",
+        "output.LayerNorm": "mlp_norm",
+    }, unused=["embeddings.position_ids", "cls.predictions.bias"])
 
     def __init__(self, c: config.BertConfig, num_labels: int | None = None):
         super().__init__()
@@ -375,16 +384,16 @@ class Bert(Transformer):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, *,
                 labels: Tensor | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
-        """Last hidden states (B, T, d); with a classification head its logits (B, n), with `labels` (B,) too the mean
-        cross-entropy, or the mean squared error for n = 1. ValueError for more tokens than there are positions."""
+        """The last hidden states (B, T, d); with a classification head its logits (B, n); with `labels` (B,) the mean
+        cross-entropy, or for n = 1 the mean squared error. ValueError for more tokens than there are positions."""
         T, most = input_ids.shape[1], self.config.max_position_embeddings
         if T > most:
-            raise ValueError(f"found {T} tokens, expected at most {most}, the positions this BERT was trained with")
+            raise ValueError(f"expected at most {most} tokens, the positions of this BERT, got {T}; shorten the text")
         positions = torch.arange(T, device=input_ids.device)[None]
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-            if not bool(attention_mask[:, 0].all()):  # padded on the left: the first real token has position 0
+            if not bool(attention_mask[:, 0].all()):  # padding on the left: the first real token has position 0
                 positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
@@ -395,9 +404,10 @@ class Bert(Transformer):
         logits = self.classifier(states[-1])
         if labels is None:
             return logits
-        if logits.shape[-1] == 1:
-            return F.mse_loss(generate.to_float32(logits).squeeze(-1), labels.to(generate.to_float32(logits).dtype))
-        return F.cross_entropy(generate.to_float32(logits), labels)
+        logits = to_float32(logits)
+        if logits.shape[1] == 1:
+            return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
 
 
 FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
@@ -405,25 +415,42 @@ FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
 
 def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu",
                     num_labels: int | None = None, base_bits: int | None = None) -> nn.Module:
-    """The model of a short name, folder, .gguf file or hub id (see locate.py), in eval mode; .config is the
-    family's Config. `num_labels`: BERT with a head of so many classes (1: a number), new where the file has none.
-    `base_bits` 8 or 4: the blocks' linear weights in so many bits (see quantized.py), each as it comes from disk.
+    """The model of a short name, folder, .gguf file or hub id (see locate.py), in eval mode; m.config is its Config.
 
-    Raises ValueError naming an unsupported setting or a missing, unknown or mis-shaped tensor."""
+    Raises what locate, build and load_weights raise."""
     path = locate.locate(name_or_dir)
-    m = build(config.read_spec(path), path, num_labels)
+    return load_weights(build(config.read_spec(path), path, num_labels), path, dtype, device, base_bits)
+
+
+def build(spec: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
+    """A model without weights (on the meta device) from the contents of a config.json; `path` is for errors.
+
+    `num_labels`: a BERT with a head of so many classes (1: a number). ValueError names an unsupported setting."""
+    c = config.parse(spec, path)
+    family = FAMILIES[spec["model_type"]]
+    if num_labels and family is not Bert:
+        raise ValueError(f"num_labels {num_labels}: expected a BERT, the only one with a classifier, got {family.__name__}")
+    with torch.device("meta"), SkipInit():
+        return family(c, num_labels) if num_labels else family(c)
+
+
+def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+                 base_bits: int | None = None) -> nn.Module:
+    """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
+
+    A BERT's head starts small and random if the file has none. `base_bits` 8 or 4: the blocks' matrices are quantized
+    (see quantized.py) one by one as they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
+    has_head = any(name.startswith("classifier.") for name in expected)
     for name, tensor in weights.tensors(path):
-        new = weights.rename(weights.old_spelling(name, m.prefix), m.names, path)
-        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not num_labels:
+        new = weights.rename(name, m.names, path, m.prefix)
+        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not has_head:
             continue
         if new not in expected:
-            raise ValueError(f"{path}: found tensor {files.quoted(name)}, expected none of that name with this config.json")
-        if tensor.shape != expected[new].shape:
-            raise ValueError(f"{path}: tensor {name!r}: found shape {list(tensor.shape)}, expected "
-                             f"{list(expected[new].shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {name!r}: found {tensor.dtype}, expected floating-point numbers")
+            raise ValueError(f"{path}: unexpected tensor {quoted(name)}, which config.json leaves no place for")
+        if tensor.shape != expected[new].shape or not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name!r}: expected floating-point numbers of shape "
+                             f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
         if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
             name = new.removesuffix(".weight")
             m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))
@@ -434,27 +461,16 @@ def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.floa
         expected.pop("head.weight")
         m.head.weight = m.embed.weight
     if missing := [n for n in expected if not n.startswith("classifier.")]:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]!r}; "
-                         f"expected a whole {type(m).__name__}")
+        raise ValueError(f"{path}: expected a whole {type(m).__name__}, {len(missing)} tensors are missing, the first is "
+                         f"{missing[0]!r}")
     for name, empty in expected.items():  # a new head: small weights, no bias
-        put(m, name, torch.randn(empty.shape, dtype=dtype).to(device) * 0.02 if name.endswith("weight") else
-            torch.zeros(empty.shape, dtype=dtype, device=device))
+        draw = torch.randn if name.endswith("weight") else torch.zeros
+        put(m, name, (draw(empty.shape, dtype=dtype) * 0.02).to(device))
     return m.eval()
 
 
-def build(said: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
-    """A model without weights (on the meta device), from what config.json said."""
-    c = config.parse(said, path)
-    kind = FAMILIES[said["model_type"]]
-    if num_labels and kind is not Bert:
-        raise ValueError(f"num_labels {num_labels}: found a {kind.__name__}, expected a BERT; only it has a classifier")
-    with torch.device("meta"), Undrawn():
-        return kind(c, num_labels) if num_labels else kind(c)
-
-
-class Undrawn(TorchFunctionMode):
-    """Skips the drawing of initial weights: without storage there is nothing to draw, and PyTorch takes a second to
-    import what that needs."""
+class SkipInit(TorchFunctionMode):
+    """Skips drawing initial weights: they have no storage yet, and drawing would make PyTorch import for a second."""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         drawn = f in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
@@ -467,6 +483,6 @@ def put(m: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:
-    """Mean cross-entropy of the labelled tokens, each predicted from those before it; labels (B, T), -100: not asked.
-    For a BERT with a head: of labels (B,). Goes through m.__call__, as do hidden_states and generate."""
+    """The mean cross-entropy of the labelled tokens, each predicted from those before it; labels (B, T), -100: none.
+    For a BERT with a head: labels (B,). Goes through m.__call__, as do hidden_states and generate."""
     return m(input_ids, attention_mask, labels=labels, **inputs)

@@ -1,24 +1,22 @@
-"""Fine-tunes a backbone with adapters or LoRA, plain or SIBO: options, recipes, runs, and what they leave behind.
+"""Fine-tunes a backbone with adapters or LoRA, plain or SIBO: `python train.py` is the whole main job.
 
-`python train.py` is the whole main job. Recipes: the paper's Section 4.2 and the official scripts (LLM-Adapters); what
-they do not publish is chosen here and marked. Departures from the official code: the frozen model is scored too; the
-plain method is the same code with λ = 0; examples that the cutoff shortens are counted and reported."""
+`execute` tells the story of one run: load, baseline, inject, fit, save, score. Its options and recipes are in
+sibo_lab/training. Departures from the official code: the frozen model is scored too, the plain method is the same code
+with λ = 0, and examples that the cutoff shortens are counted and reported."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,11 +24,14 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import cli, files, parallel
-from sibo_lab.backbone import config, locate, quantized, subwords, tokenizer
+from sibo_lab.backbone import config, locate, tokenizer
+from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.evaluation import compare, metrics, pictures, scoring
-from sibo_lab.training import estimate, loop, options, recipes, resume, run_folder
-from sibo_lab.training.options import parser  # noqa: F401
+from sibo_lab.evaluation import compare, pictures, scoring
+from sibo_lab.placement import place
+from sibo_lab.training import estimate, loop, options, resume, run_folder
+from sibo_lab.training.options import parser
+from sibo_lab.training.recipes import Run
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Baseline:
     """What the frozen backbone scores: measured once, used by a run and its plain counterpart."""
 
     score: scoring.Score
-    curve: list[float]
+    curve: list[float]  # Eq. (3) of each hidden state
 
 
 @dataclass
@@ -51,22 +52,101 @@ class Data:
     tests: Sequence[tuple[tasks.Task, Sequence]]
 
 
-def measure(m: nn.Module, t: subwords.Tokenizer, tests: Sequence[tuple[tasks.Task, Sequence]], run: recipes.Run,
+@dataclass
+class Backbone:
+    """Where it is, what its config.json says, and the model without weights, of which each run fills a copy."""
+
+    path: Path
+    spec: dict
+    skeleton: nn.Module
+
+    def load(self, run: Run) -> nn.Module:
+        """With the seed set for whatever is drawn; to be sharded: on the CPU, where files are mapped."""
+        torch.manual_seed(run.seed)
+        return model.load_weights(copy.deepcopy(self.skeleton), self.path, getattr(torch, run.dtype),
+                                  "cpu" if run.shard else run.device, run.base_bits)
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+def execute(run: Run, d: Data, backbone: Backbone, baseline: Baseline | None = None,
+            every: resume.SaveEvery | None = None, resuming: bool = False) -> tuple[dict, Baseline]:
+    """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
+    out = Path(run.out)
+    estimate.reset_peak(run.device)
+    m = backbone.load(run)
+    t = tokenizer.for_model(backbone.path, m.config.vocab_size, "pad" if d.task.num_labels else "eos")
+    pad = t.eos_id if t.pad_id is None else t.pad_id
+    rows, valid = (encode(part, t, run, bool(d.task.num_labels)) for part in (d.train, d.valid))
+    cut, unlabelled = report_cut(rows, valid, run)
+    texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
+    if baseline is None:
+        if run.shard:
+            parallel.wrap(m, run.device, True)
+        baseline = Baseline(majority(d, t, run) if d.task.num_labels else measure(m, t, d.tests, run, 50),
+                            evaluation.layer_similarities(m, texts, pad))
+        if run.shard:  # what is cut up takes no adapters: they come first
+            m = backbone.load(run)
+    m = sibo.inject(m, run.settings) if run.settings else m.requires_grad_(True)
+    if not parallel.rank():
+        files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
+    validate = partial(validation, t=t, d=d, rows=valid, run=run) if valid else None
+    trained = loop.fit(m, rows, pad, run, validate, every, resuming)
+    sibo.save(m, out)
+    score, curve = measure(m, t, d.tests, run), evaluation.layer_similarities(m, texts, pad)
+    digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
+        task.name: batch.digest(test) for task, test in d.tests}
+    result = run_folder.result(m, run, score, curve, baseline.score, baseline.curve, cut, unlabelled, trained, digests)
+    if not parallel.rank():
+        files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in score.records))
+        files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
+    return result, baseline
+
+
+def encode(examples: Sequence, t: Tokenizer, run: Run, sentences: bool) -> list[batch.Row]:
+    """Examples, or a classifier's sentences, as token ids and labels, cut as the run says."""
+    if sentences:
+        return [batch.encode_sentence(e, t, run.cutoff) for e in examples]
+    return [batch.encode(e, t, run.cutoff, run.train_on_inputs, run.protocol) for e in examples]
+
+
+def report_cut(rows: Sequence[batch.Row], valid: Sequence[batch.Row], run: Run) -> tuple[int, int]:
+    """How many training examples the cutoff shortens, and how many it leaves without a label; both are reported.
+    ValueError where it leaves none of the training or validation examples with one."""
+    cut = sum(r.cut for r in rows)
+    unlabelled, unlabelled_valid = (sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part)
+                                    for part in (rows, valid))
+    for n, part, kind in ((unlabelled, rows, "training"), (unlabelled_valid, valid, "validation")):
+        if part and n == len(part):
+            raise ValueError(f"--cutoff {run.cutoff}: expected labelled tokens in the {n} {kind} examples, got none: "
+                             "their prompts fill it; raise it")
+    if cut and not parallel.rank():
+        print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
+    if unlabelled and not parallel.rank():
+        print(f"{unlabelled} of {len(rows)} training examples have no labelled token left and teach nothing (--cutoff)",
+              file=sys.stderr)
+    return cut, unlabelled
+
+
+def majority(d: Data, t: Tokenizer, run: Run) -> scoring.Score:
+    """What always guessing the commonest class scores: a BERT without a trained head knows no better."""
+    return scoring.mean({task.name: scoring.majority(task, d.train, encode(test, t, run, True))
+                         for task, test in d.tests})
+
+
+def measure(m: nn.Module, t: Tokenizer, tests: Sequence[tuple[tasks.Task, Sequence]], run: Run,
             first: int | None = None) -> scoring.Score:
     """The score of each test on its first examples, and of several their mean."""
-    found = {}
-    for task, test in tests:
-        if task.num_labels:
-            rows = [batch.encode_sentence(s, t, run.cutoff) for s in test[:first]]
-            found[task.name] = scoring.score_sentences(m, t, task, rows)
-        else:
-            found[task.name] = scoring.score_examples(m, t, task, test[:first], protocol=run.protocol)
-    return scoring.mean(found)
+    return scoring.mean({
+        task.name: scoring.score_sentences(m, t, task, encode(test[:first], t, run, True)) if task.num_labels
+        else scoring.score_examples(m, t, task, test[:first], protocol=run.protocol) for task, test in tests})
 
 
 @torch.no_grad()
-def validation(m: nn.Module, t: subwords.Tokenizer, d: Data, rows: Sequence[batch.Row], run: recipes.Run) -> float:
-    """How good the model is on the validation examples: GLUE's metric, or minus the loss a labelled token."""
+def validation(m: nn.Module, t: Tokenizer, d: Data, rows: Sequence[batch.Row], run: Run) -> float:
+    """How good the model is on the validation examples: GLUE's metric, or minus the loss per labelled token."""
     if d.task.num_labels:
         return scoring.score_sentences(m, t, d.task, rows).score
     total = loss = 0.0
@@ -79,155 +159,107 @@ def validation(m: nn.Module, t: subwords.Tokenizer, d: Data, rows: Sequence[batc
     return -loss / total
 
 
-def load(run: recipes.Run, task: tasks.Task) -> nn.Module:
-    """The backbone, with the seed set for all that is drawn anew; to be sharded: on the CPU, where files are mapped."""
-    torch.manual_seed(run.seed)
-    return model.from_pretrained(run.backbone, getattr(torch, run.dtype), "cpu" if run.shard else run.device,
-                                 task.num_labels or None, run.base_bits)
+# --------------------------------------------------------------------------------------------------------- command line
 
 
-def execute(run: recipes.Run, d: Data, before: Baseline | None = None, every: resume.SaveEvery | None = None,
-            go_on: bool = False) -> tuple[dict, Baseline]:
-    """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
-    out, task = Path(run.out), d.task
-    estimate.reset_peak(run.device)
-    m = load(run, task)
-    t = tokenizer.for_model(run.backbone, m.config.vocab_size, "pad" if task.num_labels else "eos")
-    pad = t.eos_id if t.pad_id is None else t.pad_id
-    encode = batch.encode_sentence if task.num_labels else partial(
-        batch.encode, train_on_inputs=run.train_on_inputs, protocol=run.protocol)
-    rows, valid = ([encode(e, t, run.cutoff) for e in part] for part in (d.train, d.valid))
-    cut = sum(r.cut for r in rows)
-    if cut and not parallel.rank():
-        print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    mute, mute_valid = (sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part)
-                        for part in (rows, valid))
-    for n, part, kind in ((mute, rows, "training"), (mute_valid, valid, "validation")):
-        if part and n == len(part):
-            raise ValueError(f"--cutoff {run.cutoff}: found no labelled token in any of the {n} {kind} examples: "
-                             "their prompts fill it; raise it")
-    if mute and not parallel.rank():
-        print(f"{mute} of {len(rows)} training examples have no labelled token left: they teach nothing (--cutoff)",
-              file=sys.stderr)
-    texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
-    if before is None:
-        if run.shard:
-            parallel.wrap(m, run.device, True)
-        before = Baseline(scoring.mean({of.name: scoring.majority(
-            of, d.train, [batch.encode_sentence(s, t, run.cutoff) for s in test]) for of, test in d.tests})
-                        if task.num_labels else measure(m, t, d.tests, run, 50),
-                        evaluation.layer_similarities(m, texts, pad))
-        if run.shard:  # what is cut up takes no adapters: they come first
-            m = load(run, task)
-    m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
-    if not parallel.rank():
-        files.write(out / "config.json", json.dumps(asdict(run), indent=2) + "\n")
-    trace = {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-             "git": run_folder.git_state(), "sha256": {"train": batch.digest(rows), "validation": batch.digest(valid)}
-             | {of.name: batch.digest(test) for of, test in d.tests}}
-    came = loop.fit(m, rows, pad, run, valid and partial(validation, t=t, d=d, rows=valid, run=run), every, go_on)
-    sibo.save(m, out)
-    after = measure(m, t, d.tests, run)
-    curve = evaluation.layer_similarities(m, texts, pad)
-    trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
-    result = {
-        "backbone": run.backbone, "method": run.method, "lambda": run_folder.learned_lam(m) if run.learn_lam else run.lam,
-        "task": run.task, "scored_on": run.score_on, "metric": after.metric, "score": after.score, "n": after.n,
-        "interval": after.interval, "parts": after.parts, "more": after.more, "empty": after.empty,
-        "answers_given": after.said, "baseline_score": before.score.score, "baseline_n": before.score.n,
-        "trainable_parameters": trained, "total_parameters": quantized.parameters(m), **came,
-        "peak_memory_bytes": estimate.peak_memory(run.device), "similarity": metrics.last_five(curve),
-        "baseline_similarity": metrics.last_five(before.curve), "examples_cut_off": cut,
-        "examples_without_label": mute,
-        "test_examples_cut_off": after.cut, "seed": run.seed,
-        "similarity_per_layer": curve, "baseline_similarity_per_layer": before.curve,
-        "command": run_folder.command(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()), **trace,
-    }
-    if not parallel.rank():
-        files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in after.records))
-        files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
-        shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
-    return result, before
-
-
-def main(args: argparse.Namespace, several: bool = False) -> list[recipes.Run]:
+def main(args: argparse.Namespace, several: bool = False) -> list[Run]:
     """One run, or (with lists, or `several`) a folder of runs and their table; returns those that are there now."""
-    several_args = options.grid(args)
-    several |= len(several_args) > 1
-    for one in several_args:
-        options.check(one)
-    learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
-    task, tests = learned[0], tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
-    if wrong := [t.name for t in tests if t.num_labels != task.num_labels]:
-        raise ValueError(f"--test: found {wrong[0]}, expected a task that a model of {args.task} can answer")
-    if task.num_labels and args.protocol == "paper":
-        raise ValueError(f"--protocol paper: found --task {task.name}, expected a text-to-text task, with a prompt "
-                         "and beams")
-    made, dry = task.kind == "word-problems", args.dry_run or args.explain
-    there = all((folder / file).is_file() for t in learned for file in t.train)
-    train = [] if made or dry and not there else [row for t in learned for row in readers.load(t, "train", folder)]
-    tests = [] if dry or args.score_on == "validation" else [(t, readers.load(t, "test", folder, args.limit))
-                                                             for t in tests]
-    said = dry and locate.SHAPES.get(args.backbone) or config.read_spec(
-        parallel.one_rank_at_a_time(lambda: locate.locate(args.backbone, config_only=dry)))
-    family = config.parse(said, args.backbone) and said["model_type"]
-    if (family == "bert") != bool(task.num_labels):
-        raise ValueError(f"--task {task.name}: found backbone {args.backbone}, a {family}, expected "
-                         + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"))
-    runs = [run_folder.folder_of(options.resolve(one, said, task, len(train)), args, several) for one in several_args]
-    if args.explain:
-        for run in runs:
-            if run.method == "full":
-                raise ValueError("--explain: found --method full, which adapts no module; expected an adapter or LoRA")
-            m = model.build(said, run.backbone, task.num_labels or None)
-            print(estimate.explain(sibo.inject(m, **run.settings())))
-        return []
+    choices = options.grid(args)
+    several |= len(choices) > 1
+    for one in choices:
+        options.check_options(one)
+    dry = args.dry_run or args.explain
+    learned, train, tests = read_data(args, dry)
+    backbone = find_backbone(args, learned[0], dry)
+    resolved = [options.resolve(one, backbone.spec["model_type"], learned[0], len(train)) for one in choices]
+    runs = [run_folder.folder_of(run, args, several) for run in resolved]
     if dry:
         for run in runs:
-            unknown = "epochs" if made or args.steps else "" if train else "steps"
-            told = [f"{f.name} {getattr(run, f.name)}" for f in fields(recipes.Recipe)
-                    if f.name != unknown and (f.name not in options.USED_BY or options.uses(run.method, options.USED_BY[f.name]))]
-            beams = [] if task.num_labels else [f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams"]
-            print(f"{estimate.dry_run(run, said, task)}\nrecipe: {', '.join(told + beams)}")
+            print(estimate.explain_run(run, backbone.skeleton) if args.explain else
+                  estimate.dry_run(run, backbone.spec, learned[0], "epochs" if run.task == "word-problems" or args.steps
+                                   else "" if train else "steps"))
         return []
-    for run in runs:  # whatever does not fit the model is said before weights are read
-        if run.method != "full":
-            sibo.inject(model.build(said, args.backbone, task.num_labels or None), **run.settings())
-    for of, test in () if parallel.rank() else tests:
-        if of.train and not of.test:
-            print(f"{of.name} has no test file: scored are {len(test)} of its examples, left out of the training",
-                  file=sys.stderr)
-        if seen := readers.overlap(train, test):
-            print(f"warning: {seen} of {of.name}'s {len(test)} test questions stand in the training set too: a right "
-                  f"answer to one may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
+    for run in runs:  # what does not fit the model is said before weights are read
+        if run.settings:
+            place(backbone.skeleton, run.settings)
+    warn_of_overlaps(learned[0], train, tests)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
-    claimed = parallel.one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
-    done = [result for _, result in sorted(parallel.all_gather_dicts(dict(enumerate(claimed or ()))).items())]
-    if not parallel.rank() and any(done):
-        print(f"{sum(map(bool, done))} of {len(runs)} runs are finished already: read, not run again", file=sys.stderr)
-    frozen = None
-    for i, run in enumerate(runs):
-        if done[i]:
-            continue
-        rows = readers.load(task, "train", folder, run.steps * run.batch_size, run.seed) if made else train
-        rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
-        d = Data(task, rows, valid, tests or [(task, valid)])
-        with parallel.one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
-            done[i], frozen = execute(run, d, frozen, args.save_every, args.resume)
-            if not parallel.rank():
-                pictures.draw_training([run], [done[i]])
+    results = train_all(runs, args, learned[0], train, tests, backbone)
     if parallel.rank():
         return runs
     if args.compare:
-        pictures.draw_training(runs, done)
+        pictures.draw_training(runs, results)
     if several:
         folder = Path(runs[0].out).parent
         print(f"{compare.tables(compare.read([folder]))}\n{folder}/")
     else:
-        print(compare.side_by_side(done) + "\n" + "\n".join(f"{r.out}/" for r in runs))
+        print(compare.side_by_side(results) + "\n" + "\n".join(f"{run.out}/" for run in runs))
     return runs
+
+
+def read_data(args: argparse.Namespace, dry: bool) -> tuple[list[tasks.Task], list, list[tuple[tasks.Task, list]]]:
+    """The tasks to learn, their training examples (word problems are made for each run), and each test's examples."""
+    learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
+    tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
+    if other := [t.name for t in tests if t.num_labels != learned[0].num_labels]:
+        raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
+    if learned[0].num_labels and args.protocol == "paper":
+        raise ValueError(f"--protocol paper: expected a text-to-text task, which has a prompt and beams, got --task "
+                         f"{args.task}")
+    made = learned[0].kind == "word-problems"
+    missing = not all((folder / file).is_file() for t in learned for file in t.train)
+    train = [] if made or dry and missing else [row for t in learned for row in readers.load(t, "train", folder)]
+    if dry or args.score_on == "validation":
+        return learned, train, []
+    return learned, train, [(t, readers.load(t, "test", folder, args.limit)) for t in tests]
+
+
+def find_backbone(args: argparse.Namespace, task: tasks.Task, dry: bool) -> Backbone:
+    """Located once, built once. A dry run of a large model reads its shape from a table and fetches nothing."""
+    spec, path = dry and locate.SHAPES.get(args.backbone), Path(args.backbone)
+    if not spec:
+        path = parallel.one_rank_at_a_time(lambda: locate.locate(args.backbone, config_only=dry))
+        spec = config.read_spec(path)
+    config.parse(spec, args.backbone)
+    if (spec["model_type"] == "bert") != bool(task.num_labels):
+        raise ValueError(f"--task {task.name}: expected "
+                         + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m")
+                         + f", got --backbone {args.backbone}, a {spec['model_type']}")
+    return Backbone(path, spec, model.build(spec, args.backbone, task.num_labels or None))
+
+
+def warn_of_overlaps(learned: tasks.Task, train: Sequence, tests: Sequence[tuple[tasks.Task, Sequence]]) -> None:
+    for task, test in () if parallel.rank() else tests:
+        if task.train and not task.test:
+            print(f"{task.name} has no test file: {len(test)} of its examples are left out of training and scored",
+                  file=sys.stderr)
+        if seen := readers.overlap(train, test):
+            print(f"warning: {seen} of {task.name}'s {len(test)} test questions are in the training set too: a right "
+                  f"answer to one may be memory; see python -m sibo_lab data overlap --train {learned.name}",
+                  file=sys.stderr)
+
+
+def train_all(runs: Sequence[Run], args: argparse.Namespace, task: tasks.Task, train: Sequence,
+              tests: Sequence[tuple[tasks.Task, Sequence]], backbone: Backbone) -> list[dict]:
+    """The results of the runs; those that are finished already are read. One process at a time trains in a folder."""
+    claimed = parallel.one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
+    results = [result for _, result in sorted(parallel.all_gather_dicts(dict(enumerate(claimed or ()))).items())]
+    if not parallel.rank() and any(results):
+        print(f"{sum(map(bool, results))} of {len(runs)} runs are finished already: read, not run again",
+              file=sys.stderr)
+    baseline = None
+    for i, run in enumerate(runs):
+        if results[i]:
+            continue
+        rows = train or readers.load(task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
+        rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
+        d = Data(task, rows, valid, tests or [(task, valid)])
+        with parallel.one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
+            results[i], baseline = execute(run, d, backbone, baseline, args.save_every, args.resume)
+            if not parallel.rank():
+                pictures.draw_training([run], [results[i]])
+    return results
 
 
 if __name__ == "__main__":

@@ -1,104 +1,89 @@
-"""One file of what was trained: its tensors, what `sibo.inject` was told, and what tells its backbone from others.
+"""One file of what was trained: its tensors, the settings of `sibo.inject`, and samples of the frozen backbone.
 
-In the official code λ is told by hand again when an adapter is loaded, and any backbone of the same shape takes it: a
-wrong λ or backbone is no error, only another score. Here the file knows both, and what does not fit is refused before
-the model is touched."""
+The official code has λ repeated by hand and takes any backbone of that shape. Here the file knows both, and what does
+not fit is refused before the model changes."""
 
 import json
 import math
+import re
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
-from sibo_lab import files, parallel, placement
+from sibo_lab import files, parallel
+from sibo_lab.files import quoted
+from sibo_lab.placement import place
+from sibo_lab.settings import Settings
+
+SAMPLE = ".frozen."  # no parameter's name begins so
 
 
 def write(file: Path, m: nn.Module) -> None:
-    """Exactly the trained tensors of `m`; ValueError where there is none."""
+    """Writes what is trained in `m`, and samples of its backbone. ValueError where nothing is trained."""
     trained = {n: parallel.full_tensor(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
     if not trained:
-        raise ValueError(f"{type(m).__name__}: found nothing trainable to save; save before merge, and after inject")
-    said = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
-    said["backbone"] = _fingerprint(m)
-    if parallel.rank() == 0:
-        files.write_tensors(file, trained, {"sibo": json.dumps(said)})
-
-
-def read(file: Path, m: nn.Module) -> tuple[placement.Settings | None, dict[str, Tensor]]:
-    """What `inject` was told (None: all of the model was trained) and the tensors.
-
-    Raises ValueError naming the file, where its settings, shapes or backbone are not those of `m`."""
-    stored, metadata = files.read_tensors(file)
-    said = files.parse_json(metadata.get("sibo", "null"), f"{file}, its settings")
-    known = {"backbone", *placement.Settings.__dataclass_fields__}
-    if not isinstance(said, dict) or not {"method"} <= said.keys() <= known:
-        raise ValueError(f"{file}: found settings {files.quoted(said)}, expected those of sibo.inject")
-    backbone = said.pop("backbone", None)
-    settings, widths = getattr(m, "sibo", None), {}
-    if not settings and said["method"] != "full":
-        try:
-            where = placement.place(m, placement.Settings(**said))
-        except ValueError as e:
-            raise ValueError(f"{file}: found settings {files.quoted(said)}, unfit for {type(m).__name__}: {e}") from e
-        settings, widths = where.settings, where.widths
-    if settings and (ours := json.loads(json.dumps(asdict(settings)))) != said:
-        key = next(k for k, v in ours.items() if k not in said or said[k] != v)
-        found = f"{key}={files.quoted(said[key])}" if key in said else f"without {key}"
-        raise ValueError(f"{file}: found settings {found}, expected the model's own {key}={ours[key]!r}")
-    shapes = {_plain(name): tuple(t.shape) for name, t in stored.items()}
-    for name, width in widths.items():  # said before `inject` makes them, as a few bytes can ask for any rank
-        expected = (settings.rank if settings.method == "lora" else settings.bottleneck, width)
-        if (shape := shapes.get(_plain(f"{name}.down"), "none")) != expected:
-            raise ValueError(f"{file}: tensor '{name}.down': found {shape}, expected {expected}")
-    if other := backbone and _unlike(backbone, m):
-        raise ValueError(f"{file}: found an adapter for another backbone ({other}); load the one it was trained on")
-    return settings, stored
-
-
-def _plain(name: str) -> str:
-    """The name without the wrappers around it: one target may lie inside another."""
-    return name.replace(".base.", ".")
-
-
-def _fingerprint(m: nn.Module) -> dict:
-    """What tells a frozen model from others: its settings, and some values of some of its frozen tensors (those kept in
-    fewer bits left out)."""
+        raise ValueError(f"{type(m).__name__}: expected trained tensors, got none; save before merge")
     frozen = {_plain(n): p for n, p in m.named_parameters() if not p.requires_grad and p.is_floating_point()}
-    names = list(frozen)[::max(1, len(frozen) // 8)]
-    return {"config": _config(m), "dtype": str(frozen[names[0]].dtype) if names else None,
-            "values": {n: _some(frozen[n]) for n in names}}
+    samples = {SAMPLE + n: _sample(frozen[n]) for n in list(frozen)[::len(frozen) // 8 + 1]}
+    spec = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
+    if parallel.rank() == 0:
+        files.write_tensors(file, trained | samples, {"sibo": json.dumps(spec | {"backbone": _config(m)})})
+
+
+def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
+    """The settings (None: all of `m` was trained) and the tensors. ValueError where they do not fit `m`."""
+    stored, metadata = files.read_tensors(file)
+    spec = files.parse_json(metadata.get("sibo", "null"), f"{file}, its settings")
+    samples = {n.removeprefix(SAMPLE): stored.pop(n) for n in list(stored) if n.startswith(SAMPLE)}
+    try:
+        config = spec.pop("backbone", {})
+        if "values" in config:  # as files held them until November 2026
+            dtype, old = getattr(torch, str(config["dtype"]).removeprefix("torch."), None), config["values"]
+            samples, config = {n: torch.tensor(v, dtype=dtype) for n, v in old.items()}, config["config"]
+        settings, widths = getattr(m, "sibo", None), {}
+        if not settings and spec["method"] != "full":
+            settings, widths, _ = place(m, Settings(**spec))
+        ours = json.loads(json.dumps(asdict(settings))) if settings else {"method": "full"}
+        if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:
+            raise ValueError(f"expected {wrong[0]}={ours.get(wrong[0])!r}, got {quoted(spec.get(wrong[0]))}")
+        shapes = {_plain(n): tuple(t.shape) for n, t in stored.items()}
+        for name, (d_in, _) in widths.items():  # a few bytes can ask for any rank: look first
+            expected = (settings.rank if settings.method == "lora" else settings.bottleneck, d_in)
+            if (shape := shapes.get(_plain(f"{name}.down"), "none")) != expected:
+                raise ValueError(f"tensor '{name}.down': expected {expected}, got {shape}")
+        _require_backbone(m, config, samples)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{file}: {e}") from e
+    return settings, {re.sub(r"\.logit$", ".lam_logit", n): t for n, t in stored.items()}  # its name until then
+
+
+def _plain(name: str) -> str:  # without the wrappers around it: one target may lie inside another
+    return name.replace(".base.", ".")
 
 
 def _config(m: nn.Module) -> dict:
     c = getattr(m, "config", None)  # transformers' own, which has a to_dict, knows paths and versions too
-    return json.loads(json.dumps(asdict(c))) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
+    return asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
 
 
-def _some(p: Tensor) -> list[float]:
+def _sample(p: Tensor) -> Tensor:  # at most 64 values, spread over all
     flat = parallel.full_tensor(p.detach()).flatten()
-    return flat[::max(1, len(flat) // 64)][:64].tolist()
+    return flat[::max(1, len(flat) // 64)][:64].clone()
 
 
-def _unlike(expected: dict, m: nn.Module) -> str | None:
-    """How `m` differs from the model of a fingerprint, or None: in a setting, or in a value (of another dtype: by more
-    than rounding to bfloat16 explains)."""
-    if not isinstance(expected, dict) or not all(isinstance(expected.get(k), dict) for k in ("config", "values")):
-        return f"described as {files.quoted(expected)}"
-    for key, found in _config(m).items() if expected["config"] else ():
-        value = expected["config"].get(key)
-        numbers = isinstance(value, float) and isinstance(found, float)
-        if found != value and not (numbers and math.isclose(found, value, rel_tol=1e-6)):
-            return f"{key} is {found}, not {files.quoted(value)}"
+def _require_backbone(m: nn.Module, config: dict, samples: dict[str, Tensor]) -> None:
+    """ValueError where `m` has another setting, or a value that rounding to its dtype does not explain."""
+    for key, got in _config(m).items() if config else ():
+        expected = config.get(key)
+        if got != expected and not (type(got) is type(expected) is float and math.isclose(got, expected, rel_tol=1e-6)):
+            raise ValueError(f"another backbone: expected {key} {quoted(expected)}, got {got}")
     parameters = {_plain(n): p for n, p in m.named_parameters()}
-    for name, values in expected["values"].items():
-        if name not in parameters:
-            return f"it has no tensor {files.quoted(name)}"
-        p = parameters[name]
-        rtol = 0.0 if expected.get("dtype") == str(p.dtype) else 2.0**-7
-        numbers = isinstance(values, list) and all(type(v) is float for v in values)
-        if p.is_floating_point() and not (numbers and len(values) == len(some := _some(p)) and
-                                          np.allclose(some, values, rtol, 0.01 * rtol)):
-            return f"the values of {name} are others"
-    return None
+    for name, expected in samples.items():
+        if (p := parameters.get(name)) is None:
+            raise ValueError(f"another backbone: expected a tensor {quoted(name)}, got none")
+        got, rtol = _sample(p), 0.0 if expected.dtype == p.dtype else 2.0**-7  # of bfloat16
+        if p.is_floating_point() and not (got.shape == expected.shape and torch.allclose(
+                got.double().cpu(), expected.double(), rtol, 0.01 * rtol)):  # quantised ones cannot be compared
+            raise ValueError(f"another backbone: expected other values in {name}")

@@ -1,10 +1,4 @@
-"""Four operations that PyTorch has too, but slow on CPUs or with much memory.
-
-`times` is a product of two precisions that converts the smaller of its factors.
-`dropout` draws where the next dropped element lies, not whether each one is: at p = 0.05 a thirteenth of the time.
-`cross_entropy` never holds the logits of all tokens at once: each chunk's gradient is taken while its logits are there.
-`packed` keeps the weights of a generating model in oneDNN's own layout: half the time of a step with few rows.
-"""
+"""Operations that PyTorch has too, but slower on CPUs or with more memory."""
 
 from __future__ import annotations
 
@@ -19,22 +13,23 @@ from torch import Tensor, nn
 
 
 def mixed_linear(x: Tensor, W: Tensor) -> Tensor:
-    """xW, with W (out, in) as nn.Linear stores it, in the precision of x; of few rows x is converted rather than W."""
-    if x.numel() <= 64 * x.shape[-1]:
+    """x Wᵀ in the precision of x, for W (out, in) as nn.Linear stores it."""
+    if x.numel() <= 64 * x.shape[-1]:  # few rows: converting x is cheaper than converting W
         return F.linear(x.to(W.dtype), W).to(x.dtype)
     return F.linear(x, W.to(x.dtype))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, for any p in [0, 1)."""
+    """F.dropout for p in [0, 1). On CPUs it draws the distances between dropped elements, not one number per element:
+    at p = 0.05 a thirteenth of the time."""
     if not (training and p):
         return x
     return _drop(x, p)[0] if x.device.type == "cpu" else F.dropout(x, p)
 
 
-@torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to the compiler, whose own random numbers are slow
+@torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, whose random numbers are slow
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
-    """x / (1 − p), and 0 at the given places. Linear in x and its own transpose: the backward pass is the same call."""
+    """x / (1 − p), and 0 at the given places. Its own transpose, and so its own backward pass."""
     y = _like(x)
     torch.div(x, 1 - p, out=y)
     y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
@@ -42,12 +37,12 @@ def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
 
 
 def _like(x: Tensor) -> Tensor:
-    """Empty, of x's shape and one element more behind it, where the places past the end point."""
+    """Empty, of x's shape, with one more element after it for places past the end."""
     return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
 
 
 def _draws(n: int, p: float) -> int:
-    """How many gaps to draw for n elements: more than there will be by 7 standard deviations or more."""
+    """How many gaps to draw for n elements: 7 standard deviations more than needed, or more."""
     return n * math.ceil(1.2 * 1024 * p) // 1024 + 64
 
 
@@ -79,8 +74,9 @@ _drop.register_autograd(lambda ctx, g, _: (_zero(g.contiguous(), *ctx.saved_tens
 
 
 def cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, weight: Tensor, chunk: int = 256) -> Tensor:
-    """Weighted mean over n rows of the cross-entropy of softmax(h Wᵀ + b) with labels (n,); h (n, d), W (V, d),
-    weight (n,). In float32 or wider; `chunk` rows at a time: over 50,000 words their logits take 50 MB."""
+    """Weighted mean over n rows of the cross-entropy of softmax(h Wᵀ + b) with labels (n,), in float32 or wider:
+    h (n, d), W (V, d), weight (n,). Each chunk's gradient is computed while its logits exist: 256 rows of 50,000 take
+    50 MB."""
     return _CrossEntropy.apply(h, W, b, labels, weight.double() / weight.sum(), chunk)
 
 
@@ -88,7 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, b, labels, weight, chunk):
         wide = torch.promote_types(h.dtype, torch.float32)
-        loss, weight = torch.zeros((), dtype=wide, device=h.device), weight[:, None].to(wide)
+        loss, weight = h.new_zeros((), dtype=wide), weight[:, None].to(wide)
         dh, dW, db = (torch.zeros_like(x) if need else None
                       for x, need in zip((h, W, b), ctx.needs_input_grad, strict=False))
         for h_, labels_, weight_, dh_ in zip(h.split(chunk), labels[:, None].split(chunk), weight.split(chunk),
@@ -113,9 +109,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def prepacked_weights(m: nn.Module, most: int = 2**30) -> Iterator[None]:
-    """Within it, each nn.Linear of a CPU model in bfloat16 multiplies with a copy of its weight in oneDNN's layout;
-    PyTorch repacks a weight in every call, which for a few rows takes longer than the product. No copy of a model of
-    more than `most` bytes is made."""
+    """While in it, each nn.Linear of a bfloat16 CPU model multiplies with a copy of its weight in oneDNN's layout, in
+    half the time for few rows: PyTorch repacks the weight in every call. Not for models of more than `most` bytes."""
     linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
                and x.weight.device.type == "cpu" and x.weight.dtype == torch.bfloat16]
     if sum(x.weight.numel() * 2 for x in linears) > most or not torch.backends.mkldnn.is_available():
@@ -134,10 +129,10 @@ def _linear(W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
-    """softmax(q kᵀ / √D) v over (B, H, T, D) and (B, H, S, D), `mask` bool, True where a query may look."""
+    """softmax(q kᵀ / √D) v for q (B, H, T, D) and k, v (B, H, S, D); `mask` (bool) is True where a query may look."""
     B, H, T, _ = q.shape
     if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and T <= 256:
-        # the formula as it stands: here PyTorch's fused kernel takes thrice as long, most of it in the backward pass
+        # the plain formula: here PyTorch's fused kernel takes three times as long, mostly in the backward pass
         later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

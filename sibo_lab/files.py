@@ -1,7 +1,7 @@
-"""Files in and out: written beside their target and renamed; JSON and tensors read with checks.
+"""Files in and out: atomic writes, and checked reads of JSON and tensors.
 
-Nothing is ever unpickled. Files may come from strangers: what their headers claim is checked before memory is taken, and
-whatever is wrong with one is a ValueError that names it (tests/fuzz.py)."""
+Files may come from strangers: nothing is unpickled here, what a header claims is checked before memory is allocated,
+and whatever is wrong is a ValueError that names the file (see tests/fuzz.py)."""
 
 import difflib
 import json
@@ -21,24 +21,24 @@ from sibo_lab import parallel
 
 
 def cache() -> Path:
-    """$SIBO_CACHE, else ~/.cache/sibo (under $XDG_CACHE_HOME where that is set)."""
+    """$SIBO_CACHE, else ~/.cache/sibo (or $XDG_CACHE_HOME/sibo)."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
 
 
 def offline() -> bool:
-    """Whether the network is not to be touched: HF_HUB_OFFLINE=1, which --offline sets."""
+    """Whether HF_HUB_OFFLINE, which --offline sets, forbids use of the network."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """"; did you mean …?" with the names that resemble `name`, or nothing."""
-    found = difflib.get_close_matches(name.lower(), list(known), 3, 0.5)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    """"; did you mean …?" with similar names, or ""."""
+    similar = difflib.get_close_matches(name.lower(), list(known), 4, 0.4)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def check_archive(z: zipfile.ZipFile) -> None:
-    """ValueError naming a member that leads out of the folder, is a link, or is packed as no archive of ours is."""
+    """ValueError names a member that leads out of the folder, is a link, or is packed in an unusual way."""
     for info in z.infolist():
         name = info.filename
         wrong = ("leads out of its folder" if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) else
@@ -54,7 +54,7 @@ def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, "pt") as f:
             names = list(f.offset_keys())
-        while names:  # mapped anew each 256 MB: what the caller converts shall not stay in memory beside its copy
+        while names:  # mapped again every 256 MB, or what was read stays in memory beside its copies
             with safe_open(file, "pt") as f:
                 seen = 0
                 while names and seen < 1 << 28:
@@ -64,23 +64,22 @@ def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensor
                     del tensor
     except SafetensorError as e:
-        raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)}); bring it anew") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)}); fetch or copy it again") from None
 
 
 def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copies `stored` into `parameters`; ValueError naming the first missing, unexpected or mis-shaped tensor."""
+    """Copies all of `stored` into `parameters`; ValueError names the first missing, unexpected or mis-shaped tensor."""
     for name in sorted(parameters.keys() | stored.keys()):
-        found = tuple(stored[name].shape) if name in stored else "none"
-        expected = tuple(parameters[name].shape) if name in parameters else "none"
-        if found != expected:
-            raise ValueError(f"{path}: tensor {quoted(name)}: found {found}, expected {expected}")
+        expected, got = (tuple(x[name].shape) if name in x else "none" for x in (parameters, stored))
+        if got != expected:
+            raise ValueError(f"{path}: tensor {quoted(name)}: expected {expected}, got {got}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(parallel.local_shard(stored[name], p))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of one safetensors file, and its metadata."""
+    """All tensors of a safetensors file, and its metadata."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, expected one that sibo.save wrote")
     stored = dict(read_safetensors(file))
@@ -94,9 +93,9 @@ def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapp
 
 def write(file: Path, fill: Callable[[Path], object] | str) -> None:
     """Writes text, or what `fill(draft path)` writes, beside `file`, flushes it to disk and renames it: whole or not at
-    all, whatever stops this process or its machine."""
+    all, even if the machine stops."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: picture writers go by it
+    draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: it is the format of a picture
     try:
         draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
         flush(draft)
@@ -109,7 +108,7 @@ def write(file: Path, fill: Callable[[Path], object] | str) -> None:
 
 
 def flush(path: Path) -> None:
-    """To disk with a file's content, or with the names in a folder."""
+    """Forces a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -118,7 +117,7 @@ def flush(path: Path) -> None:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object; ValueError naming file and line if it is none."""
+    """The JSON object in `file`; ValueError names the file and line if there is none."""
     try:
         found = parse_json(file.read_text(encoding="utf-8"), file)
     except FileNotFoundError:
@@ -126,12 +125,12 @@ def read_json(file: Path) -> dict:
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not valid JSON ({e})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: found a JSON {type(found).__name__}, expected an object")
+        raise ValueError(f"{file}: expected an object, got a JSON {type(found).__name__}")
     return found
 
 
 def parse_json(text: str, file: object, line: int = 1) -> object:
-    """What a JSON text that begins on this line of `file` says; ValueError naming both if it is none (NaN is none)."""
+    """The value of a JSON text that begins on this line of `file`; ValueError names both if it is not valid (NaN)."""
     def refuse(constant: str):
         raise ValueError(f"{constant} is no number")
 
@@ -146,16 +145,16 @@ def parse_json(text: str, file: object, line: int = 1) -> object:
 
 
 def quoted(value: object) -> str:
-    """A value out of a file as an error shows it: its repr, and of one that is long or deep the ends of it."""
+    """A value from a file as an error shows it: its repr, shortened if long or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
-    return clipped(short.repr(value))
+    return _clipped(short.repr(value))
 
 
 def one_line(e: Exception) -> str:
-    """What another library's error says, on one line and no longer than that."""
-    return clipped(" ".join(str(e).split()))
+    """Another library's error message, on one line."""
+    return _clipped(" ".join(str(e).split()))
 
 
-def clipped(text: str) -> str:
+def _clipped(text: str) -> str:
     return text if len(text) <= 250 else f"{text[:250]}..."

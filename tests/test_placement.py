@@ -1,6 +1,6 @@
-"""placement.py: which modules are adapted and which of them get h0, family by family, and every way to ask in vain.
+"""placement.py: which modules are adapted and which of them get h0, family by family, and every request that fails.
 
-Nothing runs here: the models stand on the meta device, without weights, so LLaMA-7B is as cheap as a toy."""
+Almost nothing runs here: the models are on the meta device, without weights, so LLaMA-7B is as cheap as a toy."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import model
 import sibo
-from sibo_lab import placement
+from sibo_lab.placement import find, find_all, place
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 LAYERS = (0, 1)
@@ -33,13 +33,13 @@ def theirs(family, head=False):
 
 
 def names(prefix, *targets):
-    """Those of both layers; {} stands for the layer's number."""
+    """These modules' names in both layers."""
     return {f"{prefix}.{i}.{t}" for i in LAYERS for t in targets}
 
 
 def placed(m, method="lora", lam=0.2, **settings):
     """(names of the adapted modules, names of those that get h0, the source of h0)."""
-    found = placement.place(m, sibo.Settings(method, lam, **settings))
+    found = place(m, sibo.Settings(method, lam, **settings))
     return set(found.widths), set(found.mixed), found.settings.h0
 
 
@@ -89,12 +89,12 @@ def test_inject_adapts_and_hooks_what_was_placed():
     m = sibo.inject(ours("llama"), rank=2)
     found = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found.keys() == names("blocks", *LLAMA_LORA)
-    assert {n for n, x in found.items() if x.fixed} == names("blocks", "mlp.up_proj")
+    assert {n for n, x in found.items() if x.lam_start} == names("blocks", "mlp.up_proj")
     assert {n for n, x in m.named_modules() if x._forward_hooks} == {"", "embed"}
 
 
 def test_bert_has_no_adapters_on_inputs():
-    with pytest.raises(ValueError, match="Bert: no known place for method 'adapter', side 'in'; name targets="):
+    with pytest.raises(ValueError, match="Bert: no known place for adapter, side in; expected targets="):
         placed(ours("bert"), "adapter", side="in")
 
 
@@ -134,7 +134,7 @@ def test_targets_of_ones_own_all_get_h0_unless_sibo_at_says_which():
 @pytest.mark.parametrize("m,wide", [(ours("llama"), "down_proj"), (ours("gptj"), "fc_out"), (theirs("gptj"), "fc_out")])
 def test_a_module_whose_input_is_not_d_wide_cannot_be_asked_to_take_h0(m, wide):
     for asked in ({"sibo_at": (wide,)}, {"targets": ("q_proj", wide)}):
-        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: its input is \d+ wide and h0 16, so it cannot take h0"):
+        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: expected an input 16 wide, as h0, got \d+; leave"):
             placed(m, **asked)
     assert placed(m, targets=("q_proj", wide), sibo_at=("q_proj",))  # plainly, it can be adapted
 
@@ -147,7 +147,7 @@ def test_h0_goes_to_adapted_modules_only(settings):
 
 
 def test_berts_lora_has_nothing_in_the_ffn_to_take_h0():
-    with pytest.raises(ValueError, match=r"sibo_at 'ffn': found \[\], expected some of the adapted \['q_proj', 'v_pr"):
+    with pytest.raises(ValueError, match=r"'ffn': expected some of the adapted \['q_proj', 'v_proj'\], got \[\]"):
         placed(ours("bert"), sibo_at="ffn")
 
 
@@ -156,19 +156,19 @@ def test_berts_lora_has_nothing_in_the_ffn_to_take_h0():
 
 def test_a_target_matches_whole_dotted_segments_from_the_right():
     m = ours("llama")
-    assert not any(placement.find(m, x) for x in ("proj", "_proj", "n.q_proj", "attn.q", "q_proj.attn", "attn..q_proj", ""))
-    assert set(placement.find(m, "q_proj")) == set(placement.find(m, "attn.q_proj")) == names("blocks", "attn.q_proj")
-    assert placement.find(m, "1.attn.q_proj") == placement.find(m, "blocks.1.attn.q_proj") == ["blocks.1.attn.q_proj"]
-    assert placement.find(m, "x.blocks.1.attn.q_proj") == []
+    assert not any(find(m, x) for x in ("proj", "_proj", "n.q_proj", "attn.q", "q_proj.attn", "attn..q_proj", ""))
+    assert set(find(m, "q_proj")) == set(find(m, "attn.q_proj")) == names("blocks", "attn.q_proj")
+    assert find(m, "1.attn.q_proj") == find(m, "blocks.1.attn.q_proj") == ["blocks.1.attn.q_proj"]
+    assert find(m, "x.blocks.1.attn.q_proj") == []
 
 
 def test_a_star_stands_for_exactly_one_segment():
     m = theirs("bert")
-    assert set(placement.find(m, "layer.*.output.dropout")) == names("encoder.layer", "output.dropout")
-    assert set(placement.find(m, "output.dropout")) == names("encoder.layer", "output.dropout", "attention.output.dropout")
-    assert placement.find(m, "layer.*.dropout") == []
-    assert set(placement.find(m, "1.attention.self.*")) == {f"encoder.layer.1.attention.self.{p}"
-                                                  for p in ("query", "key", "value", "dropout")}
+    assert set(find(m, "layer.*.output.dropout")) == names("encoder.layer", "output.dropout")
+    assert set(find(m, "output.dropout")) == names("encoder.layer", "output.dropout", "attention.output.dropout")
+    assert find(m, "layer.*.dropout") == []
+    assert set(find(m, "1.attention.self.*")) == {f"encoder.layer.1.attention.self.{p}"
+                                           for p in ("query", "key", "value", "dropout")}
 
 
 segments = st.lists(st.sampled_from(["a", "b", "ab", "0", "1"]), min_size=1, max_size=3)
@@ -183,32 +183,33 @@ def test_find_is_the_suffix_of_the_path_and_nothing_else(paths, target):
             if not hasattr(parent, path[depth - 1]):
                 parent.add_module(path[depth - 1], nn.Module())
     every = {tuple(path[:k]) for path in paths for k in range(1, len(path) + 1)}
-    assert set(placement.find(m, ".".join(target))) == {".".join(p) for p in every if p[-len(target):] == tuple(target)}
+    assert set(find(m, ".".join(target))) == {".".join(p) for p in every if p[-len(target):] == tuple(target)}
 
 
 def test_the_models_order_is_kept_and_no_module_is_found_twice():
     m = ours("llama")
-    assert placement.find_all(m, ["up_proj", "0.attn.q_proj", "q_proj"]) == [
+    assert find_all(m, ["up_proj", "0.attn.q_proj", "q_proj"]) == [
         "blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.attn.q_proj", "blocks.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("wrong,near", [("q_porj", "q_proj"), ("attn.q_prj", r"attn\.q_proj"), ("up", "up_proj"),
-                                        ("query_proj", "q_proj"), ("xyzzy", "no name is near")])
+                                        ("query_proj", "q_proj"), ("xyzzy", None)])
 def test_a_target_that_matches_nothing_is_an_error_with_the_near_names(wrong, near):
-    with pytest.raises(ValueError, match=f"target '{wrong}' matches no module of Llama; did you mean: .*{near}"):
+    hint = f"; did you mean .*{near}" if near else "$"
+    with pytest.raises(ValueError, match=f"'{wrong}': expected a module of this Llama, got none of that name{hint}"):
         placed(ours("llama"), targets=(wrong,))
 
 
 @pytest.mark.parametrize("settings", [{"targets": ("q_proj", "query")}, {"sibo_at": ("up_proj", "query")},
                                       {"targets": ("query", "q_proj"), "lam": 0.0}])
 def test_a_list_of_which_a_part_matches_is_an_error_too(settings):
-    with pytest.raises(ValueError, match="target 'query' matches no module"):
+    with pytest.raises(ValueError, match="'query': expected a module of this Llama, got none"):
         placed(ours("llama"), **settings)
 
 
 @pytest.mark.parametrize("target", ["norm", "embed", "mlp", "0"])
 def test_lora_goes_on_linears_only(target):
-    with pytest.raises(ValueError, match=r"found (RMSNorm|Embedding|SwiGLU|LlamaBlock), expected a nn\.Linear"):
+    with pytest.raises(ValueError, match=r"expected a nn\.Linear.* got a (RMSNorm|Embedding|SwiGLU|LlamaBlock)$"):
         placed(ours("llama"), targets=(target,), lam=0.0)
 
 
@@ -240,34 +241,43 @@ def test_any_module_is_adapted_by_target_and_source_and_then_computes_eq_5(bias)
                 alpha=4.0)
     assert m.sibo.h0 == "patches"
     h = h0 = frozen.patches(x)
-    for (norm, first, gelu, second, glu), (_, boosted, _, plain, _) in zip(frozen.steps, m.steps, strict=True):
-        nn.init.normal_(boosted.up), nn.init.normal_(plain.up)
+    for (norm, first, gelu, second, glu), (_, mixed, _, plain, _) in zip(frozen.steps, m.steps, strict=True):
+        nn.init.normal_(mixed.up), nn.init.normal_(plain.up)
         n = norm(h)
-        z = gelu(first(n) + 4 / 2 * (0.75 * n + 0.25 * h0) @ boosted.down.T @ boosted.up.T)
+        z = gelu(first(n) + 4 / 2 * (0.75 * n + 0.25 * h0) @ mixed.down.T @ mixed.up.T)
         h = h + glu(second(z) + 4 / 2 * z @ plain.down.T @ plain.up.T)
     torch.testing.assert_close(m(x), h, rtol=0, atol=1e-12)
     torch.testing.assert_close(sibo.merge(m)(x), h, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method,side,expected", [("lora", "out", (4, 6)), ("adapter", "out", (6, 6)),
+                                                  ("adapter", "in", (4, 4)), ("adapter", "parallel", (4, 6))])
+def test_a_linear_of_its_own_width_is_read_and_written_where_the_method_says(method, side, expected):
+    found = place(nn.Sequential(nn.Linear(4, 6)), sibo.Settings(method, 0.0, targets="0", side=side))
+    assert found.widths == {"0": expected}
+
+
 def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_h0():
     m = Mixer()
-    assert placement.place(m, sibo.Settings("adapter", targets=("steps.*",), h0="patches")).widths == {"steps.0": 8, "steps.1": 8}
-    with pytest.raises(ValueError, match=r"steps\.0: found Sequential, expected a nn\.Linear, or h0="):
+    found = place(m, sibo.Settings("adapter", targets=("steps.*",), h0="patches"))
+    assert found.widths == {"steps.0": (8, 8), "steps.1": (8, 8)}
+    with pytest.raises(ValueError, match=r"steps\.0: expected a nn\.Linear, or .* h0, got a Sequential"):
         placed(m, "adapter", lam=0.0, targets=("steps.*",))
 
 
 def test_without_known_names_targets_and_h0_have_to_be_given():
-    with pytest.raises(ValueError, match="Mixer: no known place for method 'lora', side 'out'; name targets="):
+    with pytest.raises(ValueError, match="Mixer: no known place for lora, side out; expected targets="):
         placed(Mixer())
-    with pytest.raises(ValueError, match=r"h0 None: found \[\], expected the one module whose output enters the first"):
+    with pytest.raises(ValueError, match=r"h0 None: expected one module, whose output enters block one, got \[\]"):
         placed(Mixer(), targets=("steps.*.1",))
     assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == ({"steps.0.1", "steps.1.1"}, set(), None)
 
 
 @pytest.mark.parametrize("h0,says", [
-    ("patch", r"h0 'patch': found \[\]"), ("0", r"h0 '0': found \['steps\.0', 'steps\.0\.0', 'steps\.1\.0'\]"),
-    ("drop", "h0 'drop': found no weight in this Dropout"),
-    ("steps.0.3", r"steps\.0\.1: its input is 8 wide and h0 16")])
+    ("patch", r"h0 'patch': expected one module.*, got \[\]"),
+    ("0", r"h0 '0': expected one module.*, got \['steps\.0', 'steps\.0\.0', 'steps\.1\.0'\]"),
+    ("drop", "h0: expected a module with weights, got a Dropout"),
+    ("steps.0.3", r"steps\.0\.1: expected an input 16 wide, as h0, got 8")])
 def test_a_source_that_is_absent_ambiguous_without_a_width_or_of_another_one_is_an_error(h0, says):
     with pytest.raises(ValueError, match=says):
         placed(Mixer(), targets=("steps.*.1",), h0=h0)
@@ -282,8 +292,8 @@ def test_a_target_inside_a_target_is_adapted_as_well():
 # -------------------------------------------------------------------------------- the paper's sizes, on the meta device
 
 
-def trained(said, **settings):
-    m = sibo.inject(model.build(said), **settings)
+def trained(config, **settings):
+    m = sibo.inject(model.build(config), **settings)
     return sum(p.numel() for p in m.parameters() if p.requires_grad), sum(p.numel() for p in m.parameters())
 
 
@@ -294,7 +304,7 @@ BERT_BASE = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num
              "num_attention_heads": 12, "intermediate_size": 3072}
 
 
-@pytest.mark.parametrize("said,settings,expected", [
+@pytest.mark.parametrize("config,settings,expected", [
     # q, k, v: 4096 + 4096 a rank; up: 4096 + 11008; down: 11008 + 4096
     (LLAMA_7B, {"method": "lora", "rank": 32}, 32 * 32 * (3 * 8192 + 2 * 15104)),
     (LLAMA_7B, {"method": "adapter", "bottleneck": 256}, 32 * 256 * 2 * 4096),
@@ -305,11 +315,11 @@ BERT_BASE = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num
     (BERT_BASE, {"method": "lora", "rank": 8}, 12 * 8 * 2 * 1536),
     (BERT_BASE, {"method": "adapter", "bottleneck": 64}, 12 * 2 * 64 * 1536),
 ])
-def test_trained_parameters_of_the_papers_models_are_those_computed_by_hand(said, settings, expected):
-    assert settings.get("learn_lam") or trained(said, **settings, lam=0.0)[0] == expected  # h0 costs no parameter
-    found, total = trained(said, **settings)
+def test_trained_parameters_of_the_papers_models_are_those_computed_by_hand(config, settings, expected):
+    assert settings.get("learn_lam") or trained(config, **settings, lam=0.0)[0] == expected  # h0 costs no parameter
+    found, total = trained(config, **settings)
     assert found == expected
-    assert total - found == sum(p.numel() for p in model.build(said).parameters())
+    assert total - found == sum(p.numel() for p in model.build(config).parameters())
 
 
 def test_llama_7b_counts_as_published():

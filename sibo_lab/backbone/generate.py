@@ -1,4 +1,4 @@
-"""Greedy and beam search over a cache of keys and values."""
+"""Greedy and beam search with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sibo_lab import fast
 
 @dataclass
 class KeyValues:
-    """One layer's keys and values of the tokens seen so far, (B, H, capacity, D), `length` of them filled."""
+    """One layer's cache, (B, H, capacity, D), of which `length` tokens are filled."""
 
     keys: Tensor
     values: Tensor
     length: int = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, H, T, D) behind what is there and returns all of it, (B, H, S, D)."""
+        """Appends k and v (B, H, T, D) and returns all there is, (B, H, S, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
@@ -30,31 +30,29 @@ class KeyValues:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """float32 or wider: what a softmax over a vocabulary needs."""
+    """x in float32 or wider, as a softmax over a vocabulary needs."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def require_eval(m: nn.Module) -> None:
-    """ValueError where dropout is on: what is measured then is another number each time."""
+    """ValueError if dropout is on, which changes every measurement."""
     if m.training:
-        raise ValueError(f"{type(m).__name__}: found it in training mode (dropout on), expected m.eval() before it is "
-                         "scored, asked or measured")
+        raise ValueError(f"{type(m).__name__}: expected eval mode, got training mode (dropout is on); call m.eval()")
 
 
 @torch.no_grad()
 def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
              num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
-    """Greedy, or with `num_beams` > 1 beam search as transformers does it (length_penalty 1, early_stopping False).
+    """Greedy search, or with `num_beams` > 1 transformers' beam search (length_penalty 1, early_stopping False).
 
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns the prompts and the new ids,
-    (B, T + at most max_new_tokens), filled up with pad_token_id (else eos_token_id) behind an EOS. Without
-    eos_token_id it never stops early."""
+    (B, T + at most max_new_tokens); pad_token_id (or else eos_token_id) fills a row after its EOS."""
     require_eval(m)
     if max_new_tokens < 1 or num_beams < 1:
-        raise ValueError(f"generate: found {max_new_tokens} new tokens and {num_beams} beams, expected 1 or more")
+        raise ValueError(f"generate: expected 1 or more new tokens and beams, got {max_new_tokens} and {num_beams}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not bool(mask[:, -1].all()):
-        raise ValueError("generate: found padding at the end of a prompt, expected it on the left")
+        raise ValueError("generate: expected padding on the left, got a prompt with padding at its end")
     pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
     with fast.prepacked_weights(m):
         if num_beams > 1:
@@ -63,21 +61,19 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
 
 
 def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
-         last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
-    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left, and a cache of `capacity`
-    tokens with the mask (B, T) over it.
-
-    What all prompts begin with is read once, for one row; in the cache the padding of the others stands behind it."""
+            last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
+    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left; and a cache of `capacity`
+    tokens, with its mask (B, T). What all prompts begin with is read once, and precedes the padding in the cache."""
     B, T = prompts.shape
     cache, i = m.new_cache(B, capacity), torch.arange(T, device=prompts.device)
     start = T - mask.sum(1, keepdim=True)  # (B, 1)
-    flush = prompts.gather(1, (start + i).clamp(max=T - 1))  # (B, T): as if padded on the right
-    alike = (flush == flush[:1]).all(0).int().cumprod(0).sum()
+    shifted = prompts.gather(1, (start + i).clamp(max=T - 1))  # (B, T): as if padded on the right
+    alike = (shifted == shifted[:1]).all(0).int().cumprod(0).sum()
     left = B > 1 and bool((mask == (i >= start)).all())
     common = max(int(torch.minimum(alike, T - start.max() - last)), 0) if left else 0
     if common:
-        m(flush[:1, :common], cache=(frame := m.new_cache(1, common)))
-        for kv, once in zip(cache, frame, strict=True):
+        m(shifted[:1, :common], cache=(shared := m.new_cache(1, common)))
+        for kv, once in zip(cache, shared, strict=True):
             kv.extend(once.keys, once.values)
         mask = ((i < common) | (i >= start + common)).to(mask.dtype)
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
@@ -86,18 +82,18 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
 def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int | None, pad: int) -> Tensor:
     B, T = prompts.shape
     out = torch.cat((prompts, prompts.new_full((B, max_new), pad)), 1)
-    rows, going = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
+    rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     for end in range(T, T + max_new):
         new = logits[:, -1].max(-1, keepdim=True).indices  # (rows, 1); argmax takes four times as long on a CPU
-        out[rows[going], end] = new[going, 0]
+        out[rows[unfinished], end] = new[unfinished, 0]
         if eos is not None:
-            going &= new[:, 0] != eos
-            if not going.any():
+            unfinished &= new[:, 0] != eos
+            if not unfinished.any():
                 return out[:, : end + 1]
-            if going.sum() <= 7 * len(rows) // 8:  # an eighth of the rows are done: go on without them
-                new, mask, rows, cache = new[going], mask[going], rows[going], [kv.select(going) for kv in cache]
-                going = going[going]
+            if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth of the rows are done: drop them
+                new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
+                cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
         if end + 1 < T + max_new:
             mask = torch.cat((mask, torch.ones_like(new)), 1)
             logits = m(new, mask, cache=cache)
@@ -107,16 +103,14 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int 
 def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int | None,
                  pad: int) -> Tensor:
     """Keeps the K likeliest continuations of each prompt; a finished one scores log p / its new tokens. A prompt is
-    done when its K finished ones are all better than anything still open could become at its present length."""
-    B, T = prompts.shape
-    device = prompts.device
+    done when its K finished ones all score better than an open one could at its present length."""
+    (B, T), device, eos = prompts.shape, prompts.device, -1 if eos is None else eos
     each = torch.arange(B, device=device)[:, None] * K  # (B, 1): where a prompt's beams begin among all B·K rows
     running = prompts[:, None].repeat(1, K, 1)  # (B, K, T…)
     scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=device).repeat(B, 1)  # at first the K beams are one
     done = torch.full((B, K, T + max_new), pad, device=device)
     done_scores = torch.full((B, K), -1e9, device=device)
-    is_done = torch.zeros(B, K, dtype=torch.bool, device=device)
-    open_ = torch.ones(B, 1, dtype=torch.bool, device=device)  # a prompt that could still improve
+    improving = torch.ones(B, 1, dtype=torch.bool, device=device)
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     rows = each.expand(B, K).flatten() // K  # each prompt is read once, then continued by its K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
@@ -126,31 +120,29 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
         top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K of them end here, K go on
         parent, token = index // V, index % V
         grown = torch.cat((_beams(running, parent), token[..., None]), -1)
-        ends = torch.full_like(token, n == max_new, dtype=torch.bool) | (token == (-1 if eos is None else eos))
+        ends = (token == eos) | (n == max_new)
 
-        finished = torch.where(ends & open_, top / n, -1e9)
+        finished = torch.where(ends & improving, top / n, -1e9)
         finished[:, K:] = -1e9  # a continuation outside the K best may not finish
         pool = torch.cat((done, F.pad(grown, (0, done.shape[-1] - grown.shape[-1]), value=pad)), 1)
         done_scores, best = torch.cat((done_scores, finished), 1).topk(K)
-        is_done = torch.cat((is_done, finished > -1e8), 1).gather(1, best)
         done = _beams(pool, best)
 
         scores, best = torch.where(ends, -1e9, top).topk(K)
         running = _beams(grown, best)
-        worst = torch.where(is_done, done_scores.min(1, keepdim=True).values, -1e9)
-        open_ &= (scores[:, :1] / n > worst).any(1, keepdim=True)
-        if not open_.any() or ends.all():
+        worst = torch.where(done_scores > -1e8, done_scores.min(1, keepdim=True).values, -1e9)  # -1e9: still free
+        improving &= (scores[:, :1] / n > worst).any(1, keepdim=True)
+        if not improving.any() or ends.all():
             break
         rows = (each + parent.gather(1, best)).flatten()
         cache = [kv.select(rows) for kv in cache]
         mask = torch.cat((mask, mask.new_ones(B * K, 1)), 1)
         logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
-    best = done[:, 0]
-    ended = best[:, T:T + n] == (-1 if eos is None else eos)
+    ended = done[:, 0, T:T + n] == eos
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
-    return best[:, :T + int(longest)]
+    return done[:, 0, :T + int(longest)]
 
 
 def _beams(sequences: Tensor, index: Tensor) -> Tensor:
-    """Of the sequences (B, N, T) those at `index` (B, K)."""
+    """(B, N, T) at `index` (B, K): (B, K, T)."""
     return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))

@@ -1,155 +1,155 @@
-"""LLaMA from a .gguf file: its metadata as config.json, its tensors by llama.cpp's names."""
+"""LLaMA from a .gguf file, by ggml's docs/gguf.md: its metadata in config.json's words, and its tensors.
+
+The gguf package only dequantizes: its reader believes every count (2^40 numbers keep it busy for days) and is slow."""
 
 import math
 import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import gguf
 import numpy as np
 import torch
 
-from sibo_lab import files
+from sibo_lab.files import quoted
 
-NAMES = {  # llama.cpp's names of a LLaMA's weights, and Hugging Face's
+NAMES = {  # llama.cpp's names, and Hugging Face's
     "token_embd.weight": "model.embed_tokens.weight",
-    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
-}
-NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
-                12: "<f8"}  # numpy's names of the value types; 8 is a string, 9 an array
-TYPES = {t: gguf.GGML_QUANT_SIZES[t] for t in gguf.GGMLQuantizationType  # numbers in a block, and its bytes
-              if t.name in ("F32", "F16") or t in gguf.quants._type_traits}
+} | {f"blk.{{}}.{theirs}.weight": f"model.layers.{{}}.{hf}.weight" for theirs, hf in {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items()}
+NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+U32, STRING, ARRAY, U64 = 4, 8, 9, 10
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a .gguf file: (rows, columns) or less, and its bytes, mapped."""
+class StoredTensor(NamedTuple):
+    shape: tuple[int, ...]  # (rows, columns)
+    kind: int  # ggml's type
+    data: np.ndarray  # its bytes, mapped
 
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    data: np.ndarray
 
-    def dequantized(self) -> torch.Tensor:
-        rows = self.data.reshape(*self.shape[:-1], -1)
-        return torch.from_numpy(gguf.quants.dequantize(rows, self.kind).copy())
+class Reader:
+    """Takes one value after another from a mapped file; every count is checked against its end."""
+
+    def __init__(self, path: Path):
+        self.path, self.at = path, 0
+        with open(path, "rb") as f:
+            self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+
+    def error(self, found: str) -> ValueError:
+        return ValueError(f"{self.path}: not a whole GGUF file (found {found}, at byte {self.at} of {len(self.data)})")
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise self.error(f"{size} bytes to come")
+        self.at += size
+        return self.data[self.at - size:self.at]
+
+    def numbers(self, kind: int, count: int) -> list:
+        if kind not in NUMBERS:
+            raise self.error(f"values of type {kind}")
+        return np.frombuffer(self.take(count * np.dtype(NUMBERS[kind]).itemsize), NUMBERS[kind]).tolist()
+
+    def number(self, kind: int) -> int:
+        return self.numbers(kind, 1)[0]
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number(U64)).decode()
+        except UnicodeDecodeError:
+            raise self.error("a string that is not UTF-8") from None
+
+    def value(self) -> object:
+        if (kind := self.number(U32)) != ARRAY:
+            return self.text() if kind == STRING else self.number(kind)
+        kind, count = self.number(U32), self.number(U64)
+        return [self.text() for _ in range(count)] if kind == STRING else self.numbers(kind, count)
+
+    def named(self, count: int, read: Callable[[], object]) -> dict:
+        entries = {}
+        for _ in range(count):
+            if (name := self.text()) in entries:
+                raise self.error(f"a second {quoted(name)}")
+            entries[name] = read()
+        return entries
+
+    def tensors(self, headers: Mapping, alignment: int) -> dict[str, StoredTensor]:
+        """headers: the (shape, type, offset) of each."""
+        known, sizes = {0, 1, *_library().quants._type_traits}, _library().GGML_QUANT_SIZES  # 0 and 1: F32 and F16
+        start, left, stored = -(-self.at // alignment) * alignment, len(self.data) - self.at, {}
+        for name, (shape, kind, offset) in headers.items():
+            block, size = sizes[kind] if kind in known else (1, 0)  # numbers in a block, and its bytes
+            if not size or not 1 <= len(shape) <= 4 or 0 in shape or shape[-1] % block:
+                raise self.error(f"tensor {quoted(name)} of type {kind} and shape {quoted(shape)}")
+            size *= math.prod(shape) // block
+            left -= size  # no two tensors may share their bytes
+            if left < 0 or start + offset + size > len(self.data):
+                raise self.error(f"{size} bytes for tensor {quoted(name)}")
+            stored[name] = StoredTensor(tuple(shape), kind, np.frombuffer(self.data, np.uint8, size, start + offset))
+        return stored
+
+
+def _library():
+    try:
+        import gguf  # here: Hugging Face's folders do not need it
+    except ImportError:
+        raise ValueError("a .gguf file needs the gguf package: pip install gguf") from None
+    return gguf
 
 
 def read(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
-    """The metadata and the tensors of a .gguf file; ValueError if it is none or is cut short.
-
-    Read here, by ggml's docs/gguf.md: the gguf package's reader believes every count (an array of 2^40 numbers keeps it
-    busy for days), and takes seconds for a vocabulary."""
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
-    at = 0
-
-    def torn(found: str) -> ValueError:
-        return ValueError(f"{path}: not a whole GGUF file (found {found}, at byte {at} of {len(data)})")
-
-    def take(size: int) -> int:
-        nonlocal at
-        if size > len(data) - at:
-            raise torn(f"{size} bytes to come")
-        at += size
-        return at - size
-
-    def numbers(kind: int, count: int) -> list:
-        if kind not in NUMBERS:
-            raise torn(f"values of type {kind}")
-        start = take(count * np.dtype(NUMBERS[kind]).itemsize)
-        return np.frombuffer(data, NUMBERS[kind], count, start).tolist() if count else []
-
-    def number(kind: int) -> int:
-        return numbers(kind, 1)[0]
-
-    def text() -> str:
-        try:
-            start = take(number(10))
-            return data[start:at].decode()
-        except UnicodeDecodeError:
-            raise torn("a string that is not UTF-8") from None
-
-    def value(kind: int) -> object:
-        if kind == 8:
-            return text()
-        if kind != 9:
-            return number(kind)
-        kind, count = number(4), number(10)
-        return [text() for _ in range(count)] if kind == 8 else numbers(kind, count)
-
-    def named(count: int, what: Callable[[], object]) -> dict:
-        found = {}
-        for _ in range(count):
-            if (name := text()) in found:
-                raise torn(f"a second {files.quoted(name)}")
-            found[name] = what()
-        return found
-
-    take(4)
-    if data[:4] != b"GGUF" or (version := number(4)) not in (2, 3):
-        raise torn(f"{data[:4]!r}" if data[:4] != b"GGUF" else f"version {version}, expected 2 or 3")
-    count, fields = number(10), named(number(10), lambda: value(number(4)))
-    listed = named(count, lambda: (numbers(10, number(4))[::-1], number(4), number(10)))
-    align = fields.get("general.alignment", 32)
-    if type(align) is not int or align < 1:
-        raise torn(f"general.alignment {files.quoted(align)}")
-    start, left, stored = -(-at // align) * align, len(data) - at, {}
-    for name, (shape, kind, offset) in listed.items():
-        block, size = TYPES.get(kind, (1, 0))
-        if not size or not 1 <= len(shape) <= 4 or 0 in shape or shape[-1] % block:
-            raise torn(f"tensor {files.quoted(name)} of type {kind} and shape {files.quoted(shape)}")
-        size *= math.prod(shape) // block
-        left -= size  # no two tensors may share their bytes
-        if left < 0 or start + offset + size > len(data):
-            raise torn(f"{size} bytes for tensor {files.quoted(name)}")
-        kind, buffer = gguf.GGMLQuantizationType(kind), np.frombuffer(data, np.uint8, size, start + offset)
-        stored[name] = StoredTensor(tuple(shape), kind, buffer)
-    return fields, stored
+    """The metadata and the tensors; ValueError if the file is no GGUF or is cut short."""
+    r = Reader(path)
+    if (magic := r.take(4)) != b"GGUF":
+        raise r.error(f"{magic!r}")
+    if (version := r.number(U32)) not in (2, 3):
+        raise r.error(f"version {version}, expected 2 or 3")
+    count = r.number(U64)
+    fields = r.named(r.number(U64), r.value)
+    headers = r.named(count, lambda: (r.numbers(U64, r.number(U32))[::-1], r.number(U32), r.number(U64)))
+    alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise r.error(f"general.alignment {quoted(alignment)}")
+    return fields, r.tensors(headers, alignment)
 
 
-def config(path: Path, field: Mapping, stored: Mapping[str, StoredTensor]) -> dict:
-    if field.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: found architecture {files.quoted(field.get('general.architecture'))}, expected llama")
-    if (scaling := field.get("llama.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"{path}: found rope scaling {files.quoted(scaling)}, expected none in a GGUF")
+def spec(path: Path, fields: Mapping, stored: Mapping[str, StoredTensor]) -> dict:
+    """The metadata as a config.json; ValueError names what is missing or not supported."""
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise ValueError(f"{path}: expected architecture 'llama', got {quoted(architecture)}")
+    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"{path}: expected no rope scaling in a GGUF, got {quoted(scaling)}")
     try:
         return {
-            "model_type": "llama", "hidden_act": "silu", "hidden_size": field["llama.embedding_length"],
-            "num_attention_heads": field["llama.attention.head_count"],
-            "num_hidden_layers": field["llama.block_count"], "intermediate_size": field["llama.feed_forward_length"],
-            "num_key_value_heads": field.get("llama.attention.head_count_kv"),
-            "head_dim": field.get("llama.attention.key_length"),
-            "rms_norm_eps": field["llama.attention.layer_norm_rms_epsilon"],
-            "rope_theta": field.get("llama.rope.freq_base", 10000.0),
-            "max_position_embeddings": field["llama.context_length"],
+            "model_type": "llama", "hidden_act": "silu", "hidden_size": fields["llama.embedding_length"],
+            "num_attention_heads": fields["llama.attention.head_count"],
+            "num_hidden_layers": fields["llama.block_count"], "intermediate_size": fields["llama.feed_forward_length"],
+            "num_key_value_heads": fields.get("llama.attention.head_count_kv"),
+            "head_dim": fields.get("llama.attention.key_length"),
+            "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+            "rope_theta": fields.get("llama.rope.freq_base", 10000.0),
+            "max_position_embeddings": fields["llama.context_length"],
             "vocab_size": stored["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in stored,
         }
     except KeyError as e:
-        raise ValueError(f"{path}: found no {e.args[0]!r} in its metadata, expected a LLaMA's") from None
+        raise ValueError(f"{path}: expected a LLaMA's metadata, got no {e.args[0]!r}") from None
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    field, stored = read(path)
-    said = config(path, field, stored)
+    """(llama.cpp's name, dequantized tensor) of each weight."""
+    fields, stored = read(path)
+    config = spec(path, fields, stored)
     for name, t in stored.items():
-        weight = t.dequantized()
+        weight = torch.from_numpy(_library().quants.dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
         if m := re.search(r"attn_([qk])\.weight", name):
-            # llama.cpp turns a pair (i, i + d/2) of each head into neighbours, for its rotary layout: turn it back
-            n = said["num_attention_heads" if m[1] == "q" else "num_key_value_heads"] or said["num_attention_heads"]
+            # for its rotary layout llama.cpp makes neighbours of each head's pairs (i, i + D/2): undo that
+            n = config["num_attention_heads" if m[1] == "q" else "num_key_value_heads"] or config["num_attention_heads"]
             if weight.ndim != 2 or len(weight) % (2 * n):
-                raise ValueError(f"{path}: tensor {name!r}: found shape {t.shape}, expected rows for {n} heads")
+                raise ValueError(f"{path}: tensor {name!r}: expected rows for {n} heads, got shape {t.shape}")
             weight = weight.view(n, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
         yield name, weight

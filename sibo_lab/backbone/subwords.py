@@ -1,14 +1,13 @@
-"""Text <-> token ids for the three families: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2) and
-SentencePiece-BPE with byte fallback (LLaMA).
+"""Text <-> token ids: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2), and SentencePiece-BPE with byte
+fallback (LLaMA).
 
-Claim: the ids are those of the library each model was trained with; tests compare with `tokenizers` (tokenizer.json)
-and `sentencepiece` (tokenizer.model). The one exception is WordPiece on 749 characters on which the libraries' Unicode
-tables disagree, all but four of them newer than Unicode 3.2.
+The ids are those of the library each model was trained with: tests compare them with `tokenizers` (tokenizer.json) and
+`sentencepiece` (tokenizer.model). The only exception: WordPiece on 749 characters on which the libraries' Unicode tables
+disagree, all but four newer than Unicode 3.2.
 Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 2019 (bytes), Kudo & Richardson 2018.
-Both BPEs run on tiktoken, which merges the neighbours of lowest rank. Nothing asks that a rank be an id: here ranks are
-merge priorities, and a table leads from ranks to ids.
-Departs from the official code, which takes transformers' LlamaTokenizer: that one differs from sentencepiece on leading
-and double spaces. Whatever a file asks for and is not known here is refused by name."""
+Both BPEs run on tiktoken, which merges the neighbours of lowest rank; here ranks are merge priorities, not ids.
+Departs from the official code: its LlamaTokenizer (transformers) treats leading and double spaces unlike sentencepiece.
+What a file asks for and is not supported is refused by name."""
 
 import re
 import unicodedata
@@ -17,48 +16,49 @@ from collections.abc import Iterable, Iterator
 import regex
 import tiktoken
 
-from sibo_lab import files
+from sibo_lab.files import quoted
 
 Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
 SPACE = "▁"  # how SentencePiece spells a space
-# GPT-2's split into words; possessive quantifiers give the same matches without backtracking.
+# GPT-2's split into words, with possessive quantifiers: the same matches without backtracking.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The same where each digit was split off before: blanks before a digit then stand at the end of their text.
+# The same after splitting off each digit: blanks before a digit then end their text.
 WORDS_DIGITS_APART = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
-# Ideographs that BERT makes words of their own, as `tokenizers` has them (one range begins at 2B920, not at 2B820).
+# Ideographs, each of which is a word to BERT, as in `tokenizers` (where one range begins at 2B920, not at 2B820).
 CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf"
        r"\U0002f800-\U0002fa1f]")
 
 
 class Tokenizer:
-    """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
-    vocab_size is 1 + the largest id. added: as in tokenizer.json."""
+    """What the families share: added tokens, special tokens around a text, and the ids of bos, eos, pad, unk (or None).
+
+    vocab_size is 1 + the largest id; `added` as in tokenizer.json."""
 
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
         for token in added:
-            if token["single_word"] or vocab.get(token["content"], token["id"]) != token["id"]:
-                raise ValueError(f"unsupported added token {files.quoted(token['content'])}: single_word, or another id than "
-                                 "in the vocabulary")
+            if token.get("single_word") or vocab.get(token["content"], token["id"]) != token["id"]:
+                raise ValueError(f"unsupported added token {quoted(token['content'])}: single_word, or with another id "
+                                 "than in the vocabulary")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
         if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
-            raise ValueError("expected a vocabulary of tokens with non-negative integers below 2^31 as ids")
+            raise ValueError("expected a vocabulary with non-negative integers below 2^31 as ids")
         self.vocab_size = 1 + max(self.vocab.values())
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
         self.templates = templates
         self.special = {token["id"] for token in added if token["special"]}
-        # A "normalized" token is spelled as the normalizer would leave it, and looked for in normalized text.
-        self.added = {token["content"]: token for token in added if not token["normalized"]}
-        self.added_normalized = {self._normalize(token["content"]): token for token in added if token["normalized"]}
+        # A "normalized" token is looked for in normalized text, spelled as the normalizer leaves it.
+        self.added = {token["content"]: token for token in added if not token.get("normalized")}
+        self.added_normalized = {self._normalize(token["content"]): token for token in added if token.get("normalized")}
 
     def encode(self, text: str, pair: str | None = None) -> list[int]:
         """The ids of a text or of a pair, with the family's special tokens; nothing is padded or cut off.
-        ValueError where a text has half a surrogate pair: it has no UTF-8 form."""
+        ValueError for half a surrogate pair, which has no UTF-8 form."""
         parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
         return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, special tokens left out. Broken UTF-8 is U+FFFD, and so is an id without a token:
-        embeddings are often padded to a round number, and a model may say what has no name."""
+        """The text of these ids without special tokens. U+FFFD stands for broken UTF-8, and for an id without a token,
+        which a model may write whose embeddings are padded to a round number."""
         return self._join([self.spelled.get(i, self.unspelled) for i in map(int, ids) if i not in self.special])
 
     def _encode(self, text: str) -> Iterator[int]:
@@ -70,8 +70,8 @@ class Tokenizer:
 
 
 class WordPiece(Tokenizer):
-    """BERT: clean; split at blanks, punctuation and ideographs; then the longest piece first.
-    Where the blanks were is not kept: decode puts one between any two words."""
+    """BERT: clean the text, split it at blanks, punctuation and ideographs, then take the longest piece first.
+    Blanks are lost: decode puts one between any two words."""
 
     unspelled = "\ufffd"
 
@@ -80,7 +80,7 @@ class WordPiece(Tokenizer):
         self.strip_accents = lowercase if strip_accents is None else strip_accents
         super().__init__(*shared)
         if self.unk_id is None:
-            raise ValueError("expected an unknown token such as [UNK] in the vocabulary")
+            raise ValueError("expected an unknown token such as [UNK] in the vocabulary, got none")
         self.spelled = {i: piece for piece, i in self.vocab.items()}
         self.longest = max(map(len, self.vocab))
 
@@ -91,7 +91,7 @@ class WordPiece(Tokenizer):
             text = re.sub(CJK, r" \g<0> ", text)
         if self.strip_accents:
             text = regex.sub(r"\p{Mn}", "", unicodedata.normalize("NFD", text))
-        # BERT lowers each character by itself; str.lower() would look at the neighbours of a sigma.
+        # BERT lowers one character at a time; str.lower() looks at a sigma's neighbours.
         return text.replace("Σ", "σ").lower() if self.lowercase else text
 
     def _pieces(self, text: str, first: bool) -> Iterator[int]:
@@ -117,9 +117,9 @@ class WordPiece(Tokenizer):
 
 class BPE(Tokenizer):
     """Both BPEs. ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
-    spelled: the bytes of each id. words: the pattern of what is merged by itself.
-    space: "" for byte-level BPE, else what becomes of spaces: "prefix" and "replace" as tokenizer.json's normalizers
-    Prepend and Replace, or Metaspace's "always", "first" and "never", which put no space before a leading one."""
+    spelled: the bytes of each id. words: the pattern of what is merged on its own.
+    space: "" for byte-level BPE, else how spaces are replaced: "prefix" and "replace" as tokenizer.json's normalizers
+    Prepend and Replace; "always", "first" and "never" as Metaspace, which adds no space before a leading one."""
 
     unspelled = "\ufffd".encode()
 
@@ -143,8 +143,8 @@ class BPE(Tokenizer):
         if self.space or len(text) <= 100_000 and text.encode().translate(None, self.missing) == text.encode():
             ranks = self.engine.encode_ordinary(text)
         else:
-            # The slower way, word by word: tiktoken's regular expression overflows its stack on about a million blanks
-            # in a row; and a byte without a token (SmolLM2 lacks 21) is dropped after the split, before the merges.
+            # Slower, word by word: tiktoken's regular expression overflows its stack on a million blanks in a row, and
+            # a byte without a token (SmolLM2 lacks 21) must be dropped after the split, before the merges.
             words = (word.encode().translate(None, self.missing) for word in regex.findall(self.words, text))
             ranks = [rank for word in words if word for rank in self.engine._encode_single_piece(word)]
         return [i for rank in ranks for i in self.ids[rank]]
@@ -155,13 +155,13 @@ class BPE(Tokenizer):
 
 
 def _split(text: str, added: dict[str, dict]) -> Iterator[int | str]:
-    """The ids of added tokens in a text, and the strings between them; of several, the leftmost, then the longest."""
+    """The ids of added tokens in a text, leftmost and then longest first, and the strings between them."""
     pattern, end = "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))), 0
     for match in re.finditer(pattern, text) if pattern else ():
         token, before = added[match.group()], text[end:match.start()]
-        if before := before.rstrip() if token["lstrip"] else before:
+        if before := before.rstrip() if token.get("lstrip") else before:
             yield before
         yield token["id"]
-        end = re.compile(r"\s*").match(text, match.end()).end() if token["rstrip"] else match.end()
+        end = re.compile(r"\s*").match(text, match.end()).end() if token.get("rstrip") else match.end()
     if end < len(text):
         yield text[end:]

@@ -1,25 +1,27 @@
-"""The tokenizer that belongs to a backbone."""
+"""The tokenizer of a backbone."""
 
+from os import PathLike
 from pathlib import Path
 
 from sibo_lab.backbone import locate, subwords, tokenizer_files
 
 
-def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:
-    """The tokenizer of a short name, a folder, a .gguf file or a hub id (see locate.py).
-    FileNotFoundError where a folder has none; ValueError naming the file that is malformed or not supported."""
+def from_pretrained(name_or_dir: str | PathLike) -> subwords.Tokenizer:
+    """The tokenizer of a short name, folder, .gguf file or hub id (see locate.py).
+
+    FileNotFoundError if a folder has none; ValueError names the file that is malformed or not supported."""
     return tokenizer_files.read(locate.locate(name_or_dir))
 
 
-def for_model(name_or_dir: str | Path, vocab_size: int, *roles: str) -> subwords.Tokenizer:
-    """from_pretrained, checked against the model: ValueError where an id has no row among its `vocab_size` embeddings,
-    or a special token is missing that its work needs (`roles`: eos to end an answer, pad to fill a batch)."""
-    t = from_pretrained(name_or_dir)
+def for_model(path: Path, vocab_size: int, *roles: str) -> subwords.Tokenizer:
+    """The tokenizer at a located path, checked against its model: ValueError if the model has fewer embeddings than it
+    has ids, or if a special token is missing (`roles`: eos ends an answer, pad fills a batch)."""
+    t = tokenizer_files.read(path)
     if t.vocab_size > vocab_size:
-        raise ValueError(f"{name_or_dir}: found a tokenizer of {t.vocab_size} ids, and {vocab_size} embeddings, which "
-                         "must be as many or more; bring the tokenizer that belongs to these weights")
+        raise ValueError(f"{path}: expected a tokenizer of at most {vocab_size} ids, one per embedding, got "
+                         f"{t.vocab_size}; bring the one that belongs to these weights")
     for role in roles:
         if getattr(t, f"{role}_id") is None:
-            raise ValueError(f"{name_or_dir}: found a tokenizer without {role} token, expected one; name it in "
+            raise ValueError(f"{path}: expected a tokenizer with a {role} token, got none; name it in "
                              "special_tokens_map.json or tokenizer_config.json")
     return t

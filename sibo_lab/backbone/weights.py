@@ -1,4 +1,4 @@
-"""Weights from a checkpoint folder: safetensors and pickles of plain tensors, by Hugging Face's names."""
+"""Weights from a checkpoint: safetensors, pickles of plain tensors, or a .gguf file, by Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -14,35 +14,37 @@ import torch
 
 from sibo_lab import files
 from sibo_lab.backbone import gguf
+from sibo_lab.files import quoted
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of each weight of the checkpoint at `path`, on the CPU, one shard at a time."""
+    """(Hugging Face's name, tensor) of each weight at `path`, on the CPU, one shard at a time."""
     if path.suffix == ".gguf":
         yield from ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
         return
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = path / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            said = files.read_json(index).get("weight_map")
-            names = set(map(str, said.values())) if isinstance(said, dict) else []
-            if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
-                raise ValueError(f"{index}: found shards {files.quoted(sorted(names)[:3])} in its weight_map, expected the "
-                                 "names of files beside it")
-            shards = [path / n for n in sorted(names)]
-        else:
-            shards = [path / f"{stem}.{suffix}"] if (path / f"{stem}.{suffix}").is_file() else []
-        for file in shards:
-            yield from (files.read_safetensors(file) if suffix == "safetensors" else _pickled_tensors(file))
-        if shards:
+    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", _pickled_tensors)):
+        if shards := _shards(path, file):
+            for shard in shards:
+                yield from read(shard)
             return
-    raise FileNotFoundError(f"{path}: found neither model.safetensors nor pytorch_model.bin, nor their index.json")
+    raise FileNotFoundError(f"{path}: expected model.safetensors, pytorch_model.bin or their index.json, got none")
+
+
+def _shards(path: Path, file: str) -> list[Path]:
+    index = path / f"{file}.index.json"
+    if not index.is_file():
+        return [path / file] if (path / file).is_file() else []
+    shards = files.read_json(index).get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
+        raise ValueError(f"{index}: expected the names of files beside it, got {quoted(names[:3])}")
+    return [path / n for n in names]
 
 
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with open(file, "rb") as f:
-            zipped = f.read(4) == b"PK\3\4"  # files older than PyTorch 1.6 are no archives and cannot be mapped
+            zipped = f.read(4) == b"PK\3\4"  # before PyTorch 1.6 these were no archives and could not be mapped
             f.seek(0)
             if zipped:
                 with zipfile.ZipFile(f) as z:
@@ -51,20 +53,20 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                         raise ValueError(f"its members claim {claimed} bytes of {size}")
                     with z.open(next((n for n in z.namelist() if n.endswith("/data.pkl")), "data.pkl")) as pickle:
                         _check_pickle(pickle)
-            else:  # its magic number, version, platform, tensors and their keys, each a pickle
+            else:  # five pickles: magic number, version, platform, tensors and their keys
                 for _ in range(5):
                     _check_pickle(f)
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as e:  # the unpickler meets a torn file with whatever its slices raise
+    except Exception as e:  # on a torn file the unpickler raises whatever its slices raise
         if isinstance(e, OSError) and e.filename:
             raise
         raise ValueError(f"{file}: not a file of plain tensors ({type(e).__name__}: {files.one_line(e)})") from None
     if not isinstance(stored, dict):
-        raise ValueError(f"{file}: found a {type(stored).__name__}, expected a dictionary of tensors")
+        raise ValueError(f"{file}: expected a dictionary of tensors, got a {type(stored).__name__}")
     for name, tensor in stored.items():
         whole = isinstance(tensor, torch.Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
-        if not isinstance(name, str) or not whole:  # a stride of 0 makes a large one of few bytes
-            raise ValueError(f"{file}: found {type(tensor).__name__} {files.quoted(name)}, expected names and whole tensors")
+        if not isinstance(name, str) or not whole:  # a stride of 0 makes a large tensor from few bytes
+            raise ValueError(f"{file}: expected names and whole tensors, got {type(tensor).__name__} {quoted(name)}")
         yield name, tensor
 
 
@@ -72,8 +74,8 @@ PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|te
 
 
 def _check_pickle(stream: IO[bytes]) -> None:
-    """Refuses what no dictionary of tensors needs. PyTorch's own unpickler runs no code either, but a few bytes can ask
-    it for a bytearray of any size, or to hash tuples of the same tuples for ever."""
+    """Refuses what no dictionary of tensors needs. PyTorch's unpickler runs no code either, but a few bytes can make it
+    allocate a bytearray of any size, or hash tuples of the same tuples forever."""
     last, memo = "", {}
     for op, arg, _ in pickletools.genops(stream):
         if op.name == "GLOBAL" and not PICKLED.fullmatch(arg):
@@ -86,17 +88,23 @@ def _check_pickle(stream: IO[bytes]) -> None:
             last = op.name
 
 
-def rename(name: str, names: Mapping[str, str | None], path: Path) -> str | None:
-    """Looks `name` up in a map whose {} stands for a layer's number; ValueError for a name it does not know."""
+def names(modules: Mapping[str, str | None], block: str, inside: Mapping[str, str],
+          unused: Iterable[str]) -> dict[str, str | None]:
+    """Hugging Face's names of weights and biases, and ours (None: known, but not needed), from the names of modules:
+    of those outside of the blocks, of a block, and of those inside; {} is a block's number."""
+    modules = {**modules, **{f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}}
+    return dict.fromkeys(unused) | {f"{theirs}.{leaf}": ours and f"{ours}.{leaf}"
+                                    for theirs, ours in modules.items() for leaf in ("weight", "bias")}
+
+
+def rename(name: str, names: Mapping[str, str | None], path: Path, prefix: str = "") -> str | None:
+    """Looks `name` up among such names, without the family's prefix; ValueError if it is unknown."""
+    name = name.removeprefix(prefix)
+    for old, new in (("gamma", "weight"), ("beta", "bias")):  # BERTs from TensorFlow
+        name = name.replace(f"LayerNorm.{old}", f"LayerNorm.{new}")
     number = re.search(r"\.(\d+)\.", name)
     template = name[: number.start()] + ".{}." + name[number.end():] if number else name
     if template not in names:
-        raise ValueError(f"{path}: found tensor {files.quoted(name)}, expected none of that name in this kind of model")
-    new = names[template]
-    return new.format(number[1]) if new and number else new
-
-
-def old_spelling(name: str, prefix: str) -> str:
-    """A tensor's name without the family's prefix and, in BERT files of TensorFlow descent, gamma and beta renamed."""
-    name = name.removeprefix(prefix)
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        raise ValueError(f"{path}: unexpected tensor {quoted(name)} in this kind of model")
+    ours = names[template]
+    return ours.format(number[1]) if ours and number else ours

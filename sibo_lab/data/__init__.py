@@ -1,1 +1,1 @@
-"""Tasks: from the files of the benchmarks, or your own, to batches of token ids."""
+"""Tasks: from the benchmarks' files, or your own, to batches of token ids."""

@@ -1,4 +1,7 @@
-"""From examples to token ids, labels and padded batches."""
+"""From examples to token ids, labels and padded batches.
+
+The official code indents its Alpaca prompt by accident; that is the protocol "paper" here, and
+"clean" is the default."""
 
 import hashlib
 import random
@@ -12,51 +15,54 @@ from sibo_lab.data import tasks
 
 
 @dataclass(frozen=True)
-class Row:
-    """One example as token ids. labels: one per token (-100: no loss there), or the GLUE label, or None (a prompt)."""
+class Row:  # its repr enters the digests of saved runs
+    """One example as token ids.
+
+    labels: one per token (-100: no loss there), a GLUE label, or None for a prompt."""
 
     ids: list[int]
     labels: list[int] | int | float | None = None
-    cut: bool = False  # the cutoff took something away
+    cut: bool = False  # the cutoff removed something
     types: list[int] | None = None  # BERT's token types: 0 first sentence, 1 second
-    part: str = ""  # as of its Sentence
+    part: str = ""  # its Sentence's
 
 
 _ABOVE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _INDENT = " " * 16
 PROMPTS = {  # by protocol
     "clean": _ABOVE + "\n\n### Instruction:\n{}\n\n### Response:\n",
-    # the official string, with all that its author did not mean to be in it: the linter's comment is part of the text
     "paper": (f"{_ABOVE}  # noqa: E501\n\n{_INDENT}### Instruction:\n{_INDENT}{{}}\n{_INDENT}\n"
-              f"{_INDENT}### Response:\n{_INDENT}"),
+              f"{_INDENT}### Response:\n{_INDENT}"),  # the linter's comment is part of the official string
 }
 
 
 def prompt(instruction: str, protocol: str = "clean") -> str:
-    """The Alpaca form, up to where the model begins to write: plain, or ("paper") indented as the official code's."""
+    """The Alpaca form, up to where the model begins to write."""
     return PROMPTS[protocol].format(instruction)
 
 
 def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, as the model is given them at generation, and those of `output` behind it.
+    """The ids of a prompt, the same as at generation, and those of the `output` that follows it.
 
-    Where the tokenizer would merge across the border, the output is spelled as it is alone, or behind a line feed.
-    ValueError if none of these continues the prompt."""
+    Where the tokenizer would merge across the border, the output is spelled as it is alone, or after
+    a line feed. ValueError if neither continues the prompt."""
     given, whole = tokenizer.encode(text), tokenizer.encode(text + output)
-    for before in (text, "", "\n"):  # alone, SentencePiece puts a space before the output; BPE merges line feeds
+    # An output alone gets a space before it from SentencePiece; after a prompt, BPE merges its line feeds.
+    for before in (text, "", "\n"):
         start, both = tokenizer.encode(before), tokenizer.encode(before + output)
         written = both[len(start):]
         if both[:len(start)] == start and tokenizer.decode(given + written) == tokenizer.decode(whole):
             return given, written
-    raise ValueError(f"the tokenizer cannot continue the prompt with the output {output[:40]!r}")
+    raise ValueError(f"the tokenizer cannot continue the prompt with the output {output[:40]!r}; remove the example")
 
 
-def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool = False, protocol: str = "clean") -> Row:
-    """Prompt, output and EOS as ids; the labels are the ids, with -100 on the prompt unless train_on_inputs.
+def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool = False,
+           protocol: str = "clean") -> Row:
+    """Prompt, output and EOS as ids; the labels are the ids, but -100 on a prompt not trained on.
 
-    The ids begin with exactly the ids of the prompt, which are what the model is given at generation. They are cut to
-    `cutoff` tokens from the right; a cut example has no EOS (it would teach to stop in mid-sentence), and one whose
-    prompt fills the cutoff has no label left. ValueError if the tokenizer cannot spell the output after the prompt."""
+    The ids begin with exactly those that the model is given at generation. They are cut to `cutoff`
+    tokens from the right. A cut example has no EOS, which would teach the model to stop in
+    mid-sentence, and no label left if its prompt fills the cutoff. Raises what continuation raises."""
     given, written = continuation(prompt(example.instruction, protocol), example.output, tokenizer)
     ids = given + written + [tokenizer.eos_id]
     labels = ids if train_on_inputs else [-100] * len(given) + ids[len(given):]
@@ -64,16 +70,18 @@ def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool
 
 
 def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
-    """[CLS] text [SEP] or [CLS] text [SEP] pair [SEP], at most `cutoff` tokens: the longer one loses its end first."""
+    """[CLS] text [SEP] or [CLS] text [SEP] pair [SEP], in at most `cutoff` tokens.
+
+    The longer sentence loses its end until both fit. ValueError if the tokenizer is not BERT's."""
     if len(special := tokenizer.encode("")) != 2:
-        raise ValueError(f"the tokenizer puts {len(special)} special tokens around a text, expected BERT's two: "
+        raise ValueError(f"expected a tokenizer that puts two special tokens around a text, got {len(special)}: "
                          "GLUE tasks need a BERT backbone")
     cls, sep = special
     parts = [tokenizer.encode(text)[1:-1] for text in (sentence.text, sentence.pair) if text is not None]
     room = max(0, cutoff - 1 - len(parts))
     cut = sum(map(len, parts)) > room
     while sum(map(len, parts)) > room:
-        max(reversed(parts), key=len).pop()  # of two as long, the second
+        max(reversed(parts), key=len).pop()  # of two equally long ones, the second
     ids, types = [cls], [0]
     for i, part in enumerate(parts):
         ids += [*part, sep]
@@ -82,10 +90,12 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
 
 
 def collate(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows padded to the longest: input_ids, attention_mask (B, T); labels (B, T) padded with -100, or (B,) for GLUE
-    (int64 classes, float32 scores); token_type_ids (B, T) for BERT. side: "right" to train, "left" to generate."""
+    """Rows padded to the longest, on the "right" to train or the "left" to generate.
+
+    input_ids, attention_mask (B, T); labels (B, T) padded with -100, or (B,) for GLUE (int64 classes,
+    float32 scores); token_type_ids (B, T) for BERT."""
     if side not in ("right", "left"):
-        raise ValueError(f'padding side is {side!r}, expected "right" or "left"')
+        raise ValueError(f'padding side: expected "right" or "left", got {side!r}')
 
     def pad(lists: list[list[int]], value: int) -> torch.Tensor:
         return pad_sequence([torch.tensor(items, dtype=torch.int64) for items in lists], True, value, side)
@@ -102,14 +112,16 @@ def collate(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torc
     return tensors
 
 
-def to_device(batch: dict[str, torch.Tensor], m: torch.nn.Module) -> dict[str, torch.Tensor]:
+def to_device(tensors: dict[str, torch.Tensor], m: torch.nn.Module) -> dict[str, torch.Tensor]:
     device = next(m.parameters()).device
-    return {k: v.to(device) for k, v in batch.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices into `lengths`: in an epoch each once, shuffled anew; its last batch may be smaller.
-    Neighbours of 16 batches are sorted by length before they are cut into batches, since padding is wasted work."""
+    """Endless batches of indices into `lengths`, each once per epoch, in a new order every epoch.
+
+    An epoch's last batch may be smaller. Every 16 batches are sorted by length before they are cut,
+    since padding is wasted work."""
     rng = random.Random(f"batches {seed}")
     while True:
         order = sorted(range(len(lengths)), key=lambda _: rng.random())
@@ -122,7 +134,7 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
 
 
 def digest(rows: Iterable) -> str:
-    """sha256 of examples or rows, in their order: what a run was trained or scored on."""
+    """sha256 of examples or rows, in order: what a run was trained or scored on."""
     found = hashlib.sha256()
     for row in rows:
         found.update(repr(row).encode())

@@ -1,4 +1,6 @@
-"""From the tasks' files, in the layout their authors publish, to examples."""
+"""Read the tasks' files, in the layouts their authors publish, as examples (paper, Section 4.1).
+
+A model wrote the outputs in LLM-Adapters' arithmetic test files: they are often wrong, and not read."""
 
 import hashlib
 import itertools
@@ -8,49 +10,50 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sibo_lab import files
-from sibo_lab.data import download, tasks, word_problems
+from sibo_lab.data import download, word_problems
+from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, NUMBER, Example, Sentence, Task
 
 
-def load(task: tasks.Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
-    """The examples of one split, "train" or "test": Example for text-to-text tasks, Sentence for GLUE (test: its dev
-    files).
+def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
+    """The examples of one split, "train" or "test": Sentences for GLUE (test: dev files), else Examples.
 
-    n: the first n only; of word problems n are made from the seed (by default 4000 to train on and 200 to test).
-    A test set without a file of its own is held out of the training file, by question. A count other than the published
-    one is reported on stderr. ValueError: a malformed or empty file, named with its line, or a task without training
-    file; FileNotFoundError: a missing file, with its source."""
+    n: only the first n; the seed makes the word problems (by default 4000 to train on, 200 to test).
+    A test set without a file of its own is held out of the training file, by question. Warns on
+    stderr of a count other than the published one. Raises ValueError for a malformed or empty file,
+    naming the line, and for a task without a training file; FileNotFoundError for a missing file,
+    naming its source."""
     if split not in ("train", "test"):
-        raise ValueError(f'split is {split!r}, expected "train" or "test"')
+        raise ValueError(f'split: expected "train" or "test", got {split!r}')
     if n is not None and n < 1:
-        raise ValueError(f"{n} examples of {task.name} were asked for, expected at least 1")
+        raise ValueError(f"{task.name}: expected at least 1 example to load, got {n}")
     if task.kind == "word-problems":
-        made = itertools.islice(word_problems.word_problems(split, seed), n or {"train": 4000, "test": 200}[split])
-        return [tasks.Example(*problem) for problem in made]
+        n = n or {"train": 4000, "test": 200}[split]
+        return [Example(*problem) for problem in itertools.islice(word_problems.word_problems(split, seed), n)]
     if split == "train" and not task.train:
         raise ValueError(f"{task.name} has no training file: train on math10k, math-mix, gsm8k, mawps or aqua, "
                          f"and evaluate on {task.name}")
     held_out = not task.test
-    files = task.train if split == "train" or held_out else task.test
-    rows = [row for file in files for row in _read(task, Path(data_dir) / file, file)]
-    expected = task.counts[split == "test" and not held_out]
-    if expected and len(rows) != expected:
-        paths = " + ".join(str(Path(data_dir) / file) for file in files)
-        print(f"warning: {paths} holds {len(rows)} examples, published are {expected}; it is used as it is",
-              file=sys.stderr)
+    names = task.train if split == "train" or held_out else task.test
+    rows = [row for name in names for row in _read(task, Path(data_dir), name)]
+    paths = " + ".join(str(Path(data_dir) / name) for name in names)
+    published = task.counts[split == "test" and not held_out]
+    if published and len(rows) != published:
+        print(f"warning: {paths}: expected the {published} examples that are published, got {len(rows)}; "
+              "they are used as they are", file=sys.stderr)
     if held_out:
         rows = hold_out(rows, task.held_out)[split == "test"]
         if not rows:
-            raise ValueError(f"{files[0]}: holds one question only and that is held out for the test; training needs "
-                             "at least two")
+            raise ValueError(f"{paths}: expected two or more different questions, got one; it is held out for the test")
     return rows[:n]
 
 
 def hold_out(rows: list, n: int) -> tuple[list, list]:
-    """The rest and a part of `rows` (Examples or Sentences): the n questions of lowest hash, at most a tenth and at
-    least one, with all their answers. In the order of their hashes, too: always the same, and as good as shuffled
-    (files are often sorted by source)."""
-    def question(row: tasks.Example | tasks.Sentence) -> str:
-        return row.instruction if isinstance(row, tasks.Example) else f"{row.text}\n{row.pair}"
+    """The rest of the rows (Examples or Sentences), and all those of the n questions of lowest hash.
+
+    At most a tenth of the questions is held out, and at least one. Both parts are in the order of the
+    hashes: always the same, and as good as shuffled (files are often sorted by source)."""
+    def question(row: Example | Sentence) -> str:
+        return "\n".join(map(str, _texts(row)))
 
     rows = sorted(rows, key=lambda row: hashlib.sha256(question(row).encode()).digest())
     questions = list(dict.fromkeys(map(question, rows)))
@@ -58,144 +61,151 @@ def hold_out(rows: list, n: int) -> tuple[list, list]:
     return [row for row in rows if question(row) not in held], [row for row in rows if question(row) in held]
 
 
-def _read(task: tasks.Task, path: Path, file: str) -> list:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: " + (
-            "check the path of your data" if task.kind == "own" else
-            f"`python -m sibo_lab data fetch {task.name} --data-dir {path.parents[file.count('/')]}` brings it from "
-            f"https://{download.address(file)}; or name another data folder with --data-dir or $SIBO_DATA"))
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # -sig: MRPC, and files written on Windows, begin with a BOM
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
-    reader = {tasks.GSM8K: _gsm8k, tasks.MAWPS: _mawps, tasks.AQUA: _aqua}.get(file, _sentences if task.kind == "glue" else _examples)
-    rows = list(reader(task, path, text))
-    if not rows:
-        raise ValueError(f"{path}: holds no examples")
-    return rows
-
-
-def _lines(text: str) -> list[str]:
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-
-
-def _entries(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSON list or of JSON lines, each with the place to name in errors."""
-    if path.suffix == ".jsonl":
-        entries = [(f"line {i}", files.parse_json(line, path, i)) for i, line in enumerate(_lines(text), 1) if line.strip()]
-    else:
-        if not isinstance(whole := files.parse_json(text, path), list):
-            raise ValueError(f"{path}, line 1: found a JSON {type(whole).__name__}, expected a list of objects")
-        entries = [(f"entry {i}", entry) for i, entry in enumerate(whole, 1)]
-    for place, entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, {place}: found {type(entry).__name__}, expected an object in braces")
-        yield f"{path}, {place}", entry
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names out of a file, as an error shows them."""
-    return ", ".join(files.quoted(name)[1:-1] for name in itertools.islice(names, 20)) or "nothing"
-
-
-def _field(where: str, entry: dict, key: str, types: tuple = (str,)) -> str:
-    if key not in entry:
-        raise ValueError(f"{where}: {key!r} is missing (found: {_listed(entry)})")
-    if type(entry[key]) not in types:
-        raise ValueError(f"{where}: {key!r} is {type(entry[key]).__name__}, expected {types[0].__name__}")
-    if not (value := str(entry[key])).strip():
-        raise ValueError(f"{where}: {key!r} is empty")
-    if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{where}: {key!r} holds half a surrogate pair, expected whole characters")
-    return value
-
-
-def _examples(task: tasks.Task, path: Path, text: str) -> Iterator[tasks.Example]:
-    """LLM-Adapters' four keys. A user's own file may leave out `input` and `answer`: the answer is the output then."""
-    for where, entry in _entries(path, text):
-        instruction = _field(where, entry, "instruction")
-        if str(entry.get("input") or "").strip():
-            instruction += "\n\n" + _field(where, entry, "input")
-        model_written = task.kind == "arithmetic" and task.test
-        output = "" if model_written else _field(where, entry, "output")
-        unanswered = task.kind == "own" and entry.get("answer") in (None, "")
-        answer = output if unanswered else _field(where, entry, "answer")
-        if task.answers and not re.fullmatch(task.answers, answer):
-            raise ValueError(f"{where}: answer {files.quoted(answer)} is none of {task.name}'s, expected {task.answers}")
-        yield tasks.Example(instruction, output, answer, choices=_choices(task, where, instruction, answer))
-
-
-def _choices(task: tasks.Task, where: str, instruction: str, answer: str) -> tuple[str, ...]:
-    """The words of the line that closes a commonsense question, "Answer format: solution1/solution2"; () elsewhere."""
-    line = task.kind == "commonsense" and re.search(r"Answer format: (\S+)\s*$", instruction)
-    choices = tuple(line[1].split("/")) if line else ()
-    if task.kind == "commonsense" and task.answers and not (
-            answer in choices and all(re.fullmatch(task.answers, choice) for choice in choices)):
-        raise ValueError(f"{where}: 'instruction' ends in {instruction[-50:]!r}, expected 'Answer format: ' and "
-                         f"choices of the form {task.answers}, separated by /, the answer {files.quoted(answer)} in them")
-    return choices
-
-
-def _gsm8k(task: tasks.Task, path: Path, text: str) -> Iterator[tasks.Example]:
-    """The calculator marks <<48/2=24>> go, and the last line "#### 72" becomes the closing sentence."""
-    for where, entry in _entries(path, text):
-        work, mark, answer = _field(where, entry, "answer").rpartition("\n#### ")
-        if not mark or not re.fullmatch(tasks.NUMBER, answer := answer.replace(",", "")):
-            raise ValueError(f"{where}: 'answer' has no last line '#### number'")
-        work = re.sub(r"<<[^<>\n]*>>", "", work)
-        yield tasks.Example(_field(where, entry, "question"), f"{work}\nThe answer is {answer}.", answer)
-
-
-def _mawps(task: tasks.Task, path: Path, text: str) -> Iterator[tasks.Example]:
-    """The equation is the worked answer: "X=((22.0-14.0)/4.0)" and 2.0 become "x = ((22 - 14) / 4)" and the closing."""
-    for where, entry in _entries(path, text):
-        answer = _field(where, entry, "ans", (float, int, str)).removesuffix(".0")
-        if not re.fullmatch(tasks.NUMBER, answer):  # 1e999 is infinite
-            raise ValueError(f"{where}: 'ans' is {files.quoted(answer)}, expected a number")
-        equation = re.sub(r"\.0\b", "", _field(where, entry, "equation")).replace("X", "x")
-        equation = " ".join(part.strip() for part in re.split(r"([-+*/=])", equation))
-        yield tasks.Example(_field(where, entry, "original_text"), f"{equation}\nThe answer is {answer}.", answer)
-
-
-def _aqua(task: tasks.Task, path: Path, text: str) -> Iterator[tasks.Example]:
-    r"""Columns: question with options, "(C)", rationale; \n is a line break. Options are set as in the test file."""
-    for i, line in enumerate(_lines(text), 1):
-        columns = line.replace("\\n", "\n").split("\t")
-        if len(columns) != 3 or not re.fullmatch(r"\([A-E]\)", columns[1]):
-            raise ValueError(f"{path}, line {i}: expected question, (letter) and rationale, separated by tabs")
-        question, letter, rationale = columns
-        question, _, options = question.partition("\nOptions:\n")
-        question += " Answer Choices: " + " ".join(options.split("\n"))
-        yield tasks.Example(question, f"{rationale}\nThe answer is {letter}.", letter[1])
-
-
-def _sentences(task: tasks.Task, path: Path, text: str) -> Iterator[tasks.Sentence]:
-    """GLUE's TSV: a quotation mark is a character like any other, and only a tab or a line feed separates."""
-    rows = [line.split("\t") for line in _lines(text)]
-    places, width, first = task.columns, 4, 0  # CoLA: no header, four columns
-    part = path.stem.partition("_")[2]  # dev_matched -> matched; dev, train -> ""
-    if rows and isinstance(places[0], str):
-        if missing := [name for name in places if name not in rows[0]]:
-            raise ValueError(f"{path}, line 1: the header has no column {missing[0]!r} (found: {_listed(rows[0])})")
-        places, width, first = [rows[0].index(name) for name in places], len(rows[0]), 1
-    for i, row in enumerate(rows[first:], first + 1):
-        if len(row) != width:
-            raise ValueError(f"{path}, line {i}: {len(row)} columns, expected {width} separated by tabs")
-        written, sentence, pair = (*(row[place] for place in places), None)[:3]
-        if task.classes and written not in task.classes:
-            raise ValueError(f"{path}, line {i}: label {files.quoted(written)}, expected {' or '.join(task.classes)}")
-        if not task.classes and not (re.fullmatch(r"[0-9]++\.?[0-9]*", written) and float(written) <= 5):
-            raise ValueError(f"{path}, line {i}: score {files.quoted(written)}, expected a number from 0 to 5")
-        yield tasks.Sentence(sentence, pair, task.classes.index(written) if task.classes else float(written), part)
-
-
 def overlap(train: list, test: list) -> int:
-    """How many rows of `test` (Examples or Sentences) stand in `train`: the question (or the sentences) has the same
-    letters and digits there, case, spaces and punctuation aside."""
-    def bare(row: tasks.Example | tasks.Sentence) -> str:
-        text = row.instruction if isinstance(row, tasks.Example) else f"{row.text} {row.pair or ''}"
-        return "".join(filter(str.isalnum, text.lower()))
+    """How many rows of `test` ask what a row of `train` asks: the same letters and digits, in any case."""
+    def bare(row: Example | Sentence) -> str:
+        return "".join(filter(str.isalnum, " ".join(text or "" for text in _texts(row)).lower()))
 
     known = {bare(row) for row in train}
     return sum(bare(row) in known for row in test)
+
+
+def _texts(row: Example | Sentence) -> tuple[str | None, ...]:
+    return (row.instruction,) if isinstance(row, Example) else (row.text, row.pair)
+
+
+def _read(task: Task, data_dir: Path, name: str) -> list:
+    path = data_dir / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; " + (
+            "check the path of your data" if task.kind == "own" else
+            f"`python -m sibo_lab data fetch {task.name} --data-dir {data_dir}` brings it from "
+            f"https://{download.address(name)}; or name another folder with --data-dir or $SIBO_DATA"))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # MRPC, and files written on Windows, begin with a BOM
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise ValueError(f"{path}, line {line}: expected UTF-8 text, got byte 0x{byte:02x}") from None
+    read = {GSM8K: _gsm8k, MAWPS: _mawps, AQUA: _aqua}.get(name, _sentences if task.kind == "glue" else _examples)
+    rows = list(read(task, path, text))
+    if not rows:
+        raise ValueError(f"{path}: expected examples, got none")
+    return rows
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines and their numbers; nothing but a line feed, with or without a carriage return, ends one."""
+    for i, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+        yield i, line.removesuffix("\r")
+
+
+def _entries(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or of JSON lines, each with its place for errors."""
+    if path.suffix == ".jsonl":
+        entries = [(f"{path}, line {i}", files.parse_json(line, path, i)) for i, line in _lines(text) if line.strip()]
+    else:
+        if not isinstance(content := files.parse_json(text, path), list):
+            raise ValueError(f"{path}, line 1: expected a JSON list of objects, got {type(content).__name__}")
+        entries = [(f"{path}, entry {i}", entry) for i, entry in enumerate(content, 1)]
+    for place, entry in entries:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{place}: expected an object in braces, got {type(entry).__name__}")
+        yield place, entry
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(files.quoted(name)[1:-1] for name in itertools.islice(names, 20)) or "nothing"
+
+
+def _field(place: str, entry: dict, key: str, types: tuple = (str,)) -> str:
+    if key not in entry:
+        raise ValueError(f"{place}: expected the key {key!r}, got {_listed(entry)}")
+    if type(entry[key]) not in types:
+        raise ValueError(f"{place}: {key!r}: expected {types[0].__name__}, got {type(entry[key]).__name__}")
+    value = str(entry[key])
+    if not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{place}: {key!r}: expected text, got {'half a surrogate pair' if value.strip() else 'none'}")
+    return value
+
+
+def _examples(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """LLM-Adapters' four keys; a user's own file may omit `input`, and `answer` if it is the output."""
+    for place, entry in _entries(path, text):
+        instruction = _field(place, entry, "instruction")
+        if str(entry.get("input") or "").strip():
+            instruction += "\n\n" + _field(place, entry, "input")
+        model_written = task.kind == "arithmetic" and task.test
+        output = "" if model_written else _field(place, entry, "output")
+        unanswered = task.kind == "own" and entry.get("answer") in (None, "")
+        answer = output if unanswered else _field(place, entry, "answer")
+        if task.answers and not re.fullmatch(task.answers, answer):
+            raise ValueError(f"{place}: 'answer': expected {task.name}'s {task.answers}, got {files.quoted(answer)}")
+        yield Example(instruction, output, answer, choices=_choices(task, place, instruction, answer))
+
+
+def _choices(task: Task, place: str, instruction: str, answer: str) -> tuple[str, ...]:
+    """The words that end a commonsense question: "Answer format: solution1/solution2"; else ()."""
+    if task.kind != "commonsense":
+        return ()
+    line = re.search(r"Answer format: (\S+)\s*$", instruction)
+    choices = tuple(line[1].split("/")) if line else ()
+    if task.answers and not (answer in choices and all(re.fullmatch(task.answers, choice) for choice in choices)):
+        raise ValueError(f"{place}: 'instruction': expected it to end in 'Answer format: ' and choices {task.answers} "
+                         f"joined by /, {files.quoted(answer)} among them, got {instruction[-50:]!r}")
+    return choices
+
+
+def _gsm8k(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """Drops the calculator marks <<48/2=24>>; the last line "#### 72" becomes the closing sentence."""
+    for place, entry in _entries(path, text):
+        work, mark, answer = _field(place, entry, "answer").rpartition("\n#### ")
+        if not mark or not re.fullmatch(NUMBER, answer := answer.replace(",", "")):
+            raise ValueError(f"{place}: 'answer': expected a last line '#### number', got none")
+        work = re.sub(r"<<[^<>\n]*>>", "", work)
+        yield Example(_field(place, entry, "question"), f"{work}\nThe answer is {answer}.", answer)
+
+
+def _mawps(task: Task, path: Path, text: str) -> Iterator[Example]:
+    """The equation becomes the worked answer: "X=((22.0-14.0)/4.0)" is "x = ((22 - 14) / 4)"."""
+    for place, entry in _entries(path, text):
+        answer = _field(place, entry, "ans", (float, int, str)).removesuffix(".0")
+        if not re.fullmatch(NUMBER, answer):  # 1e999 is infinite
+            raise ValueError(f"{place}: 'ans': expected a number, got {files.quoted(answer)}")
+        equation = re.sub(r"\.0\b", "", _field(place, entry, "equation")).replace("X", "x")
+        equation = " ".join(part.strip() for part in re.split(r"([-+*/=])", equation))
+        yield Example(_field(place, entry, "original_text"), f"{equation}\nThe answer is {answer}.", answer)
+
+
+def _aqua(task: Task, path: Path, text: str) -> Iterator[Example]:
+    r"""Question with options, "(C)" and rationale; \n is a line break; options as in the test file."""
+    for i, line in _lines(text):
+        columns = line.replace("\\n", "\n").split("\t")
+        if len(columns) != 3 or not re.fullmatch(r"\([A-E]\)", columns[1]):
+            raise ValueError(f"{path}, line {i}: expected question, (letter) and rationale, separated by tabs, "
+                             f"got {files.quoted(line)}")
+        question, letter, rationale = columns
+        question, _, options = question.partition("\nOptions:\n")
+        question += " Answer Choices: " + " ".join(options.split("\n"))
+        yield Example(question, f"{rationale}\nThe answer is {letter}.", letter[1])
+
+
+def _sentences(task: Task, path: Path, text: str) -> Iterator[Sentence]:
+    """GLUE's TSV, where only tabs and line feeds separate and a quotation mark is like any character."""
+    lines, positions, width = _lines(text), task.columns, 4  # CoLA: no header, four columns
+    part = path.stem.partition("_")[2]  # dev_matched -> matched; dev, train -> ""
+    if isinstance(positions[0], str) and (first := next(lines, None)):
+        header = first[1].split("\t")
+        if missing := [name for name in positions if name not in header]:
+            raise ValueError(f"{path}, line 1: expected a column {missing[0]!r}, got {_listed(header)}")
+        positions, width = [header.index(name) for name in positions], len(header)
+    for i, line in lines:
+        row = line.split("\t")
+        if len(row) != width:
+            raise ValueError(f"{path}, line {i}: expected {width} columns separated by tabs, got {len(row)}")
+        label, sentence, pair = (*(row[position] for position in positions), None)[:3]
+        if not (label in task.classes if task.classes else
+                re.fullmatch(r"[0-9]++\.?[0-9]*", label) and float(label) <= 5):
+            expected = " or ".join(task.classes) or "a number from 0 to 5"
+            raise ValueError(f"{path}, line {i}: label: expected {expected}, got {files.quoted(label)}")
+        yield Sentence(sentence, pair, task.classes.index(label) if task.classes else float(label), part)

@@ -1,6 +1,5 @@
 """Every task by its short name (paper, Section 4.1): its files, its answers, its metric."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,46 +7,44 @@ from pathlib import Path
 
 from sibo_lab import files
 
-NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: the same matches, but no file's line can keep it busy
+NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: no text makes it backtrack for long
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text-to-text problem. `part` names a group that is reported on its own as well ("new templates"), else "".
-    `choices`: the answers that a commonsense question offers, in its own order and words; () where any may be given."""
+    """A text-to-text problem."""
 
     instruction: str
     output: str = ""  # what to learn to write; "" in test files
     answer: str = ""  # what is scored: a number, a letter or a word
-    part: str = ""
-    choices: tuple[str, ...] = ()
+    part: str = ""  # a group that is also scored on its own, such as "new templates"
+    choices: tuple[str, ...] = ()  # the answers that a commonsense question offers; (): any
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A GLUE row: one sentence or a pair, and a class number or (STS-B) a score from 0 to 5. `part`: "matched" or
-    "mismatched" for MNLI's test rows, else ""."""
+    """A GLUE row: one sentence or a pair."""
 
     text: str
     pair: str | None
-    label: int | float
-    part: str = ""
+    label: int | float  # a class, or STS-B's score from 0 to 5
+    part: str = ""  # in MNLI's test: "matched" or "mismatched"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be known of a task. Files are relative to the data directory; `test` () means held out of `train`."""
+    """A task. Its files are relative to the data directory; without `test`, part of `train` is held out."""
 
     name: str
     kind: str  # word-problems | arithmetic | commonsense | glue | own
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
-    counts: tuple[int, int] = (0, 0)  # published number of training and test examples; 0: not known
+    counts: tuple[int, int] = (0, 0)  # published numbers of training and test examples; 0: unknown
     answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
-    held_out: int = 0  # without a test file: at most so many questions, and at most a tenth
-    metric: str = "accuracy"  # the score: accuracy | matthews | f1 | pearson
-    columns: tuple = ()  # GLUE: label, sentence(s): their names in the header or, without one, places
-    classes: tuple[str, ...] = ()  # GLUE: the labels as written in the file; none: a score
+    held_out: int = 0  # hold out at most this many questions, and at most a tenth
+    metric: str = "accuracy"  # accuracy | matthews | f1 | pearson
+    columns: tuple = ()  # GLUE: label and sentences, by name or, without a header, position
+    classes: tuple[str, ...] = ()  # GLUE: the labels as the file writes them; (): a score
 
     @property
     def num_labels(self) -> int:
@@ -59,17 +56,14 @@ class Task:
         return {"word-problems": 96, "arithmetic": 256, "commonsense": 32, "glue": 0, "own": 256}[self.kind]
 
 
-GROUPS = ("arithmetic", "commonsense", "glue", "all")
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
 TASKS = {task.name: task for task in (
     Task("word-problems", "word-problems", answers=NUMBER),
     Task("gsm8k", "arithmetic", (GSM8K,), ("llm_adapters/gsm8k/test.json",), (7473, 1319), NUMBER),
     Task("aqua", "arithmetic", (AQUA,), ("llm_adapters/AQuA/test.json",), (2728, 254), LETTER),
     Task("mawps", "arithmetic", (MAWPS,), ("llm_adapters/mawps/test.json",), (1898, 238), NUMBER),
-    Task("svamp", "arithmetic", (), ("llm_adapters/SVAMP/test.json",), (0, 1000), NUMBER),
-    Task("addsub", "arithmetic", (), ("llm_adapters/AddSub/test.json",), (0, 395), NUMBER),
-    Task("multiarith", "arithmetic", (), ("llm_adapters/MultiArith/test.json",), (0, 600), NUMBER),
-    Task("singleeq", "arithmetic", (), ("llm_adapters/SingleEq/test.json",), (0, 508), NUMBER),
+    *(Task(folder.lower(), "arithmetic", (), (f"llm_adapters/{folder}/test.json",), (0, count), NUMBER)
+      for folder, count in (("SVAMP", 1000), ("AddSub", 395), ("MultiArith", 600), ("SingleEq", 508))),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
     Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
     *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
@@ -97,32 +91,31 @@ TASKS = {task.name: task for task in (
 
 
 def task(name: str) -> Task:
-    """The task of a short name, or of a user's own data by the path of a .json or .jsonl file; else ValueError."""
+    """The task of a short name, or of the path of a .json or .jsonl file; ValueError for other names."""
     if Path(name).suffix in (".json", ".jsonl"):
-        path = str(Path(name).expanduser().absolute())  # a saved run finds its data from any working directory
+        path = str(Path(name).expanduser().absolute())  # a saved run finds it from any working directory
         return Task(path, "own", (path,), held_out=200)
     if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(TASKS)}"
-        raise ValueError(f"unknown task {name!r}: {hint} (or give the path of a .json or .jsonl file)")
+        hint = files.near(name, TASKS) or f"; expected one of {', '.join(TASKS)}"
+        raise ValueError(f"unknown task {name!r}{hint} (or give the path of a .json or .jsonl file)")
     return TASKS[name]
 
 
 def parse(*names: str) -> list[Task]:
-    """The tasks of names, each of one or of several joined by +; ValueError if one model cannot answer them all."""
+    """The tasks of names, several joined by +; ValueError if one model cannot answer them all."""
     found = [task(one) for name in names
              for one in ([name] if name.endswith((".json", ".jsonl")) else name.split("+"))]
     if len({t.num_labels and t.name for t in found}) > 1:
-        raise ValueError(f"task {'+'.join(names)}: found tasks that need a head each, expected one, or text-to-text "
-                         "tasks")
+        raise ValueError(f"task {'+'.join(names)}: expected text-to-text tasks or a single GLUE task, "
+                         "got tasks that each need their own head")
     return found
 
 
 def scored_whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:
-    """The test sets as they are scored: of a file that nothing is trained on nothing is held out, all of it counts."""
+    """The tasks to score: a file that was not trained on is scored whole, not only its held-out part."""
     return [t if t in trained else replace(t, test=t.test or t.train) for t in tests]
 
 
 def data_dir(given: str | None) -> Path:
-    """Where the tasks' files stand: as given, else $SIBO_DATA, else data/ in the cache."""
+    """Where the tasks' files are: as given, else $SIBO_DATA, else data/ in the cache."""
     return Path(given or os.environ.get("SIBO_DATA") or files.cache() / "data").expanduser()

@@ -19,7 +19,7 @@ def last_five(curve: Sequence[float]) -> float:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n (Wilson 1927): unlike the normal one never beyond [0, 1]."""
+    """95 % interval of a share of n (Wilson 1927), which never leaves [0, 1]."""
     z = 1.959964
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
@@ -27,17 +27,17 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
               labels: np.ndarray) -> tuple[float, float]:
-    """95 % interval of any metric: its 2.5th and 97.5th percentile over 1,000 drawings of the examples, with
-    replacement and always the same (Efron 1979)."""
+    """95 % interval of any metric (Efron 1979): its 2.5th and 97.5th percentiles over 1,000 samples of the
+    examples, drawn with replacement, the same ones every time."""
     rng, n = np.random.default_rng(0), len(labels)
-    found = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
-    low, high = np.percentile(found, (2.5, 97.5))
+    values = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
+    low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """How far the share of right answers lies from the confidence in them, over bins of equal width, each weighed by
-    what it holds (expected calibration error, Guo et al. 2017)."""
+    """Expected calibration error (Guo et al. 2017): the gap between confidence and accuracy, averaged over
+    bins of equal width, each weighted by its number of examples."""
     of = np.minimum(confidence * bins, bins - 1).astype(int)
     return float(np.abs(np.bincount(of, right - confidence)).sum() / len(right))
 
@@ -48,12 +48,12 @@ def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two classes: the Pearson correlation of their 0/1 values; 0 if either is constant."""
+    """Matthews correlation: for two classes, the Pearson correlation of their 0/1 values."""
     return pearson(predicted, labels)
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 if it is neither predicted nor there."""
+    """Harmonic mean of precision and recall of class 1; 0 if it is neither predicted nor present."""
     hits = np.sum((predicted == 1) & (labels == 1))
     return float(2 * hits / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
 
@@ -66,7 +66,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ranks(a: np.ndarray) -> np.ndarray:
-    """1 for the smallest, equal values sharing the mean of their ranks."""
+    """1 for the smallest; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]

@@ -200,7 +200,7 @@ def norms(args: argparse.Namespace, file: Path) -> str:
 
     hooks, lines = [], []
     for method in ("adapter", "lora"):
-        where = placement.place(m, placement.Settings(method))
+        where = placement.place(m, sibo.Settings(method))
         for name in where.mixed:
             def hook(_, args, output, key=(method, name)):
                 found[key] = rms(output if key[0] == "adapter" else args[0])
@@ -243,7 +243,7 @@ def cost(args: argparse.Namespace, file: Path) -> str:
             with FlopCounterMode(display=False) as counter:
                 loop.train_step(m, rows, len(rows), pad)
             width = max(len(r.ids) for r in rows)
-            mixed = sum(isinstance(x, sibo.SIBOLayer) and x.fixed > 0 for x in m.modules())
+            mixed = sum(isinstance(x, sibo.SIBOLayer) and x.lam_start > 0 for x in m.modules())
             flops[lam] = counter.get_total_flops(), 3 * len(rows) * width * m.config.hidden_size * mixed
             step[lam] = partial(bench.seconds, partial(loop.train_step, m, rows, len(rows), pad))
         lam = max(flops)

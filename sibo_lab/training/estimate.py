@@ -5,6 +5,7 @@ official code has nothing of the kind; its users find out from an out-of-memory 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import resource
 import sys
@@ -26,7 +27,8 @@ import sibo
 from sibo_lab import fast
 from sibo_lab.backbone import quantized
 from sibo_lab.data import tasks
-from sibo_lab.training import recipes
+from sibo_lab.evaluation import scoring
+from sibo_lab.training import options, recipes
 
 
 def reset_peak(device: str) -> None:
@@ -57,15 +59,15 @@ def explain(m: nn.Module) -> str:
             return f"{shape:14} ══► h0"
         if not isinstance(x, sibo.SIBOLayer):
             return shape
-        mixed = "h̃" if x.fixed else "h"
+        mixed = "h̃" if x.lam_start else "h"
         if isinstance(x, sibo.LoRA):
-            seen = mixed if x.s.frozen_too else "h"
-            formula = f"{seen}W + s·{mixed}AB, rank {x.s.rank}, Eq. ({5 if x.fixed else 2})"
+            seen = mixed if x.settings.frozen_too else "h"
+            formula = f"{seen}W + s·{mixed}AB, rank {x.settings.rank}, Eq. ({5 if x.lam_start else 2})"
         else:
-            skip = "sub-layer" if x.s.side == "parallel" else mixed if x.s.skip == "mixed" else "h"
-            where = {"out": "output", "in": "input", "parallel": "beside it"}[x.s.side]
-            formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {x.s.bottleneck}, Eq. ({4 if x.fixed else 1})"
-        lam = f"   ◄══ h0, λ = {x.fixed}{', learned' if x.logit is not None else ''}" if x.fixed else ""
+            skip = "sub-layer" if x.settings.side == "parallel" else mixed if x.settings.skip == "mixed" else "h"
+            where = {"out": "output", "in": "input", "parallel": "beside it"}[x.settings.side]
+            formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {x.settings.bottleneck}, Eq. ({4 if x.lam_start else 1})"
+        lam = f"   ◄══ h0, λ = {x.lam_start}{', learned' if x.lam_logit is not None else ''}" if x.lam_start else ""
         return f"{shape:14} {formula}{lam}"
 
     def shown(x: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
@@ -90,26 +92,38 @@ def explain(m: nn.Module) -> str:
                       *(f"{name:26} {said}".rstrip() for name, said in drawn)])
 
 
-def dry_run(run: recipes.Run, said: dict, task: tasks.Task) -> str:
-    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone."""
+def explain_run(run: recipes.Run, skeleton: nn.Module) -> str:
+    """Where h0 enters a backbone, of which `skeleton` has no weights: see `explain`."""
+    if not run.settings:
+        raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
+    return explain(sibo.inject(copy.deepcopy(skeleton), run.settings))
+
+
+def dry_run(run: recipes.Run, said: dict, task: tasks.Task, unknown: str = "") -> str:
+    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone; and the recipe,
+    but for a number of it that is not known yet ("steps", where the data are not there)."""
     m = model.build(said, run.backbone, task.num_labels or None)
     trained = frozen = sum(p.numel() for p in m.parameters()) - (
         m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
     tree = f"{type(m).__name__}: everything is trained, nobody gets h0"
     if run.method != "full":
-        tree = explain(sibo.inject(m, **run.settings()))
+        tree = explain(sibo.inject(m, run.settings))
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
     total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
                                                          if x.requires_grad and not n.startswith("classifier.")))
     python, taken = peak_memory("cpu"), memory(said, run, task.num_labels or None)
     parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in taken.items())
+    names = (*options.GROUPS["training"][:-1], "lam", "rank", "alpha", "dropout", "bottleneck", "dtype")
+    recipe = [f"{name} {run.config()[name]}" for name in names if name != unknown and options.uses(run.method, name)]
+    recipe += [] if task.num_labels else [f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams"]
     flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
     return "\n".join([f"{run.backbone}: {tree}",
                       f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
                       f"memory, estimated: {sum(taken.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
                       f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
                       f"beside that: {python / 1e9:.2f} GB here",
-                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run"])
+                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
+                      f"recipe: {', '.join(recipe)}"])
 
 
 class Alive(TorchDispatchMode):
@@ -152,7 +166,7 @@ def memory(said: dict, run: recipes.Run, num_labels: int | None = None) -> dict[
         for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
             if isinstance(x, nn.Linear):
                 m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
-        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, **run.settings())
+        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, run.settings)
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
         earlier = trained if run.batch_size > run.micro_batch_size else []
         for p in earlier:  # an earlier micro-batch left its gradients

@@ -85,7 +85,7 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
 
 def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW over what is trained in `m`, at the rate `lr`; λ's log-odds, where it is learned, LAM_PACE times that."""
-    weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".logit") == of_lam]
+    weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".lam_logit") == of_lam]
                      for of_lam in (False, True))
     return torch.optim.AdamW([{"params": weights, "lr": lr, "pace": 1},
                               {"params": lams, "lr": lr * LAM_PACE, "pace": LAM_PACE}], weight_decay=0.0, fused=True)

@@ -238,7 +238,7 @@ def test_a_learned_lams_log_odds_take_steps_50_times_a_weights(tmp_path, tiny_ll
     assert {n.rpartition(".")[2] for n in moved} == {"down", "up", "logit"}
     for name, by in moved.items():
         if not name.endswith(".down"):  # up is 0 yet, so that down has no gradient
-            assert by.max().item() == pytest.approx(0.05 if name.endswith(".logit") else 0.001, rel=1e-3)
+            assert by.max().item() == pytest.approx(0.05 if name.endswith(".lam_logit") else 0.001, rel=1e-3)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypatch, capsys, tmp_path, tiny_llama):

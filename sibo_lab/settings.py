@@ -1,0 +1,72 @@
+"""What the method is told: one object from the command line to the mixing of h0, and the paper's choice of modules.
+
+Source: the paper's Sections 4.2 (modules) and 4.4 (where h0 goes)."""
+
+from dataclasses import Field, dataclass, field, fields
+from math import inf
+
+from sibo_lab.files import quoted
+
+Names = str | tuple[str, ...] | None
+
+
+def of(default: object, *allowed: object, used_by: str = "") -> Field:
+    """A field of Settings: its words, or the range of its numbers, and what the names of the methods using it hold."""
+    return field(default=default, metadata={"allowed": allowed, "used_by": used_by})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `sibo.inject` takes, and what is saved with the trained weights. None: the paper's choice for the model."""
+
+    method: str = of("lora", "lora", "adapter")
+    lam: float = of(0.2, 0, 1, used_by="-sibo")  # λ; 0: the plain method, h0 is neither captured nor needed
+    targets: Names = of(None, used_by="a")  # by the last dotted segments of their names, * for any one segment
+    sibo_at: Names = of(None, used_by="-sibo")  # which of them get h0: attn, ffn, both, or names
+    h0: str | None = of(None)  # the module whose output is h0
+    rank: int = of(32, 1, inf, used_by="lora")
+    alpha: float = of(64.0, -1e9, 1e9, used_by="lora")  # s = alpha / rank
+    dropout: float = of(0.0, 0, 1, used_by="lora")  # on the input of the low-rank path
+    bottleneck: int = of(256, 1, inf, used_by="adapter")
+    side: str = of("out", "out", "in", "parallel", used_by="adapter")  # of the module (parallel: He et al. 2022)
+    skip: str = of("mixed", "mixed", "plain", used_by="adapter-sibo")  # h̃ + …, Eq. (4), or h + …
+    learn_lam: bool = of(False, False, True, used_by="-sibo")  # λ = sigmoid of one number per module (Section 7)
+    frozen_too: bool = of(False, False, True, used_by="lora-sibo")  # the frozen weight sees h̃ as well (Table 6)
+
+    def __post_init__(self):
+        for f in fields(self):
+            check(f, getattr(self, f.name))
+        if self.learn_lam and not self.lam:
+            raise ValueError("lam: expected above 0 where it is learned (a sigmoid never starts at 0), got 0")
+        if 0 < self.dropout < 1e-6:
+            raise ValueError(f"dropout: expected 0 or at least 1e-6 (below, 1 − p is 1), got {self.dropout}")
+
+
+def check(f: Field, value: object) -> None:
+    """ValueError unless a field of Settings allows `value`, which may come from a file or a command line."""
+    allowed = f.metadata["allowed"]
+    if not allowed:
+        several = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        fits = isinstance(value, str | None) or several and f.type == Names
+        expected = "a name, or several" if f.type == Names else "a name"
+    elif isinstance(f.default, str | bool):
+        fits, expected = type(value) is type(f.default) and value in allowed, " or ".join(map(str, allowed))
+    else:
+        low, high = allowed
+        fits = isinstance(value, (int, type(f.default))) and not isinstance(value, bool) and low <= value < high
+        expected = f"in [{low:g}, {high:g})" if high < inf else f"at least {low}"
+    if not fits:
+        raise ValueError(f"{f.name}: expected {expected}, got {quoted(value)}")
+
+
+QKV, MLP, BOTH = ("q_proj", "k_proj", "v_proj"), {"ffn": ("mlp",)}, {"attn": ("attn",), "ffn": ("mlp",)}
+LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names: sources of h0; LoRA's modules by place (h0
+    # does not fit the "wide" ones); adapters' modules by side and place; the place that gets h0
+    (("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)},
+     {"out": MLP, "in": {"ffn": ("gate_proj", "up_proj")}, "parallel": MLP}, "ffn"),
+    (("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)},
+     {"out": MLP, "in": {"ffn": ("fc_in",)}, "parallel": MLP}, "ffn"),
+    (("embeddings",), {"attn": ("q_proj", "v_proj")}, {"out": BOTH, "parallel": BOTH}, "attn"),
+    (("embeddings",), {"attn": ("query", "value")},
+     {"out": {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}}, "attn"),
+)

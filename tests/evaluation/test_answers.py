@@ -1,0 +1,69 @@
+"""sibo_lab/evaluation/answers.py: the answer that a response gives, and what counts as right."""
+
+from pathlib import Path
+
+import pytest
+
+from sibo_lab.data import readers, tasks
+from sibo_lab.evaluation import answers
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the published files are not here")
+
+
+@pytest.mark.parametrize(("name", "response", "answer"), [
+    ("gsm8k", "She has 3 + 4 = 7 apples. The answer is 7.", "7."),      # the official pattern keeps a full stop
+    ("gsm8k", "It costs $1,234.50 in all", "1234.50"),
+    ("gsm8k", "It fell to -5 degrees", "-5"),
+    ("gsm8k", "I do not know.", None),
+    ("aqua", "The answer is (C)", "C"),
+    ("aqua", "Adding, we find (C)", "A"),                               # the first capital A-E anywhere
+    ("aqua", "no idea", None),
+    ("boolq", "the correct answer is false, not true", "false"),
+    ("piqa", "solution2", "solution2"),
+    ("siqa", "answer9 or answer3", "answer3"),
+    ("hellaswag", "ending4", "ending4"),
+    ("winogrande", "", None),
+    ("math10k", " 7 ", "7"),
+    ("math10k", " ", None),
+])
+def test_an_answer_is_found_as_the_official_code_finds_it(name, response, answer):
+    assert answers.answer_of(tasks.task(name), response) == answer
+
+
+@pytest.mark.parametrize(("response", "letter"), [
+    ("Adding, we find (C)", "C"), ("By Bayes, (D)", "D"), ("The answer is E.", "E"), ("A or B", "B"), ("CAB", None)])
+def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
+    assert answers.last_letter(response) == letter
+
+
+@pytest.mark.parametrize(("name", "response", "gold", "right"), [
+    ("gsm8k", "The answer is 36.", "36.0", True),
+    ("gsm8k", "The answer is 36.0009", "36", True),
+    ("gsm8k", "The answer is 36.002", "36", False),
+    ("gsm8k", "36 apples, 2 each", "36", False),
+    ("gsm8k", "", "36", False),
+    ("gsm8k", "9" * 400, "9", False),
+    ("mawps", "x = 11 / 6\nThe answer is 1.8333", "1.8333333333333335", True),
+    ("aqua", "C is right", "C", True),
+    ("aqua", "By C, and D", "D", False),
+    ("obqa", "the correct answer is answer4", "answer4", True),
+    ("obqa", "Answer4", "answer4", False),
+    ("math10k", "so 3 + 4 = 7\nThe answer is 7.", "7.0", True),
+    ("math10k", "All right.\nThe answer is (C).", "C", True),
+    ("math10k", "All right.\nThe answer is (C).", "B", False),
+    ("commonsense170k", "the correct answer is true", "true", True),
+    ("mine.json", "Paris.", "paris", True),
+    ("mine.json", "The capital is Paris", "Paris", True),
+    ("mine.json", "It is untrue", "true", False),
+    ("mine.json", "1,234", "1234", True),
+])
+def test_right_is_a_number_within_a_thousandth_or_the_very_word(name, response, gold, right):
+    assert answers.is_right(tasks.task(name), response, gold) is right
+
+
+@real
+@pytest.mark.parametrize("name", ["gsm8k", "mawps", "boolq", "arc-e", "obqa", "math-mix"])
+def test_the_output_to_learn_counts_as_right(name):     # not so AQuA's: the official rule takes the first letter
+    rows = readers.load(tasks.task(name), "train", REAL)
+    assert all(answers.is_right(tasks.task(name), row.output, row.answer) for row in rows)
