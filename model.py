@@ -1,7 +1,7 @@
 """BERT, GPT-J and LLaMA side by side, with the weights of Hugging Face's files.
 
-Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); config.json and the
-tensors' names and layouts as in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches by name.
+Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); names and layouts as
+in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches to modules by name.
 Departs from the official code: positions and masks follow the attention mask, so padding changes no result.
 
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
@@ -32,7 +32,8 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | Non
     as in transformers' modeling_rope_utils.py: only wavelengths beyond the trained context are stretched."""
     # first the power, then the inverse, as in training: rounded otherwise, logits differ by 1e-4 after 30 layers
     frequency = 1 / theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
@@ -58,12 +59,20 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Tokens that all rows of a batch begin with, such as a prompt's template: computed once, they save a third of a
-    training step. The rows (B, T, ·) become one, (1, P + B (T−P), ·): the P common tokens, then each row's own; only
-    attention sees rows again. Exact: the gradients of the common part add up (dropout draws one mask for it)."""
+    """Tokens that all rows of a batch begin with, such as a prompt's template; sharing them saves a third of a step.
+
+    The rows (B, T, ·) become one, (1, P + B (T−P), ·): P common tokens, then each row's own; only attention sees rows.
+    Exact: the gradients of the common tokens add up (dropout draws one mask for them)."""
 
     rows: int  # B
     common: int  # P
+
+    @classmethod
+    def of(cls, input_ids: Tensor, labels: Tensor) -> SharedPrefix | None:
+        """The first tokens and labels that all rows share, without the last of these: what follows it differs."""
+        alike = ((input_ids == input_ids[:1]) & (labels == labels[:1])).all(0)
+        common = int(alike.int().cumprod(0).sum()) - 1
+        return cls(len(labels), common) if len(labels) > 1 and common > 0 else None
 
     def pack(self, x: Tensor) -> Tensor:
         return torch.cat((x[:1, :self.common], x[:, self.common:].flatten(0, 1)[None]), 1)
@@ -84,7 +93,7 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; with fewer key/value heads than query heads (GQA), groups of queries share them."""
+    """Multi-head attention; groups of query heads may share a key/value head (GQA)."""
 
     def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
                  out_dropout: float):
@@ -107,7 +116,7 @@ class Attention(nn.Module):
         if past is not None:
             k, v = past.extend(k, v)  # (B, H, S, D)
         groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
-        if T == 1:  # one new token: treat a group's heads as queries of one head, which saves copies of k and v
+        if T == 1:  # one new token: a group's heads pass as queries of one head, without copies of k and v
             q, causal = q.reshape(q.shape[0], k.shape[1], groups, -1), False
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -185,12 +194,6 @@ class BertBlock(nn.Module):
         return self.mlp_norm(h + self.mlp(h))
 
 
-def common_beginning(input_ids: Tensor, labels: Tensor) -> int:
-    """How many first tokens and labels all rows share, without the last of these: what it predicts differs."""
-    alike = ((input_ids == input_ids[:1]) & (labels == labels[:1])).all(0)
-    return max(int(alike.int().cumprod(0).sum()) - 1, 0) if len(labels) > 1 else 0
-
-
 class Transformer(nn.Module):
     """What the three families share: a stack of blocks."""
 
@@ -230,12 +233,10 @@ class CausalLM(Transformer):
         """Logits (B, T, V) of the next token at each position.
 
         `labels` (B, T): instead, the mean cross-entropy of the labelled tokens; -100 marks the others.
-        `cache` (see new_cache): input_ids continue it, attention_mask (B, S) covers both; the logits (B, last, V) of the
-        `last` positions, and the cache grows in place. `return_hidden`: see hidden_states."""
+        `cache` (see new_cache): input_ids continue it, in place, attention_mask (B, S) covers both; logits (B, last, V)
+        of the `last` positions. `return_hidden`: see hidden_states."""
         positions, mask = self.positions_and_mask(input_ids, attention_mask, cache[0].length if cache else 0)
-        shared = None
-        if labels is not None and mask is None and (common := common_beginning(input_ids, labels)):
-            shared = SharedPrefix(len(input_ids), common)
+        shared = SharedPrefix.of(input_ids, labels) if labels is not None and mask is None else None
         h = self.embed(shared.pack(input_ids) if shared else input_ids)  # (B, T, d): this is h0
         angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
         ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype), shared)
@@ -285,15 +286,10 @@ class CausalLM(Transformer):
 class Llama(CausalLM):
     prefix = "model."
     names = weights.names({"embed_tokens": "embed", "norm": "norm", "lm_head": "head"}, "layers.{}", {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn.q_proj",
-        "self_attn.k_proj": "attn.k_proj",
-        "self_attn.v_proj": "attn.v_proj",
-        "self_attn.o_proj": "attn.o_proj",
-        "post_attention_layernorm": "mlp_norm",
-        "mlp.gate_proj": "mlp.gate_proj",
-        "mlp.up_proj": "mlp.up_proj",
-        "mlp.down_proj": "mlp.down_proj",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm",
+        "self_attn.q_proj": "attn.q_proj", "self_attn.k_proj": "attn.k_proj",
+        "self_attn.v_proj": "attn.v_proj", "self_attn.o_proj": "attn.o_proj",
+        "mlp.gate_proj": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj", "mlp.down_proj": "mlp.down_proj",
     }, unused=["layers.{}.self_attn.rotary_emb.inv_freq"])
 
     def __init__(self, c: config.LlamaConfig):
@@ -307,13 +303,8 @@ class Llama(CausalLM):
 class GPTJ(CausalLM):
     prefix = "transformer."
     names = weights.names({"wte": "embed", "ln_f": "norm", "lm_head": "head"}, "h.{}", {
-        "ln_1": "norm",
-        "attn.q_proj": "attn.q_proj",
-        "attn.k_proj": "attn.k_proj",
-        "attn.v_proj": "attn.v_proj",
-        "attn.out_proj": "attn.o_proj",
-        "mlp.fc_in": "mlp.fc_in",
-        "mlp.fc_out": "mlp.fc_out",
+        "ln_1": "norm", "attn.q_proj": "attn.q_proj", "attn.k_proj": "attn.k_proj", "attn.v_proj": "attn.v_proj",
+        "attn.out_proj": "attn.o_proj", "mlp.fc_in": "mlp.fc_in", "mlp.fc_out": "mlp.fc_out",
     }, unused=["h.{}.attn.bias", "h.{}.attn.masked_bias"])  # old files hold the causal mask
 
     def __init__(self, c: config.GPTJConfig):
@@ -341,7 +332,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertHead(nn.Module):
-    """BERT's pooler (tanh of a linear of the first token), then a linear layer to n classes, or to n = 1 number."""
+    """BERT's pooler, of the first token, and a linear layer to n classes, or n = 1 number."""
 
     def __init__(self, c: config.BertConfig, num_labels: int):
         super().__init__()
@@ -356,23 +347,16 @@ class BertHead(nn.Module):
 class Bert(Transformer):
     prefix = "bert."
     names = weights.names({
-        "embeddings.word_embeddings": "embeddings.word",
-        "embeddings.position_embeddings": "embeddings.position",
-        "embeddings.token_type_embeddings": "embeddings.segment",
-        "embeddings.LayerNorm": "embeddings.norm",
-        "pooler.dense": "classifier.pooler",
-        "classifier": "classifier.out",
-        **dict.fromkeys(("cls.seq_relationship", "cls.predictions.decoder", "cls.predictions.transform.dense",
-                         "cls.predictions.transform.LayerNorm")),  # None: the heads of pre-training are not needed
+        "embeddings.word_embeddings": "embeddings.word", "embeddings.position_embeddings": "embeddings.position",
+        "embeddings.token_type_embeddings": "embeddings.segment", "embeddings.LayerNorm": "embeddings.norm",
+        "pooler.dense": "classifier.pooler", "classifier": "classifier.out",
+        "cls.seq_relationship": None, "cls.predictions.decoder": None,  # the heads of pre-training
+        "cls.predictions.transform.dense": None, "cls.predictions.transform.LayerNorm": None,
     }, "encoder.layer.{}", {
-        "attention.self.query": "attn.q_proj",
-        "attention.self.key": "attn.k_proj",
-        "attention.self.value": "attn.v_proj",
-        "attention.output.dense": "attn.o_proj",
-        "attention.output.LayerNorm": "attn_norm",
-        "intermediate.dense": "mlp.fc_in",
-        "output.dense": "mlp.fc_out",
-        "output.LayerNorm": "mlp_norm",
+        "attention.self.query": "attn.q_proj", "attention.self.key": "attn.k_proj",
+        "attention.self.value": "attn.v_proj", "attention.output.dense": "attn.o_proj",
+        "attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "mlp_norm",
+        "intermediate.dense": "mlp.fc_in", "output.dense": "mlp.fc_out",
     }, unused=["embeddings.position_ids", "cls.predictions.bias"])
 
     def __init__(self, c: config.BertConfig, num_labels: int | None = None):
@@ -384,8 +368,8 @@ class Bert(Transformer):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, *,
                 labels: Tensor | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
-        """The last hidden states (B, T, d); with a classification head its logits (B, n); with `labels` (B,) the mean
-        cross-entropy, or for n = 1 the mean squared error. ValueError for more tokens than there are positions."""
+        """Hidden states (B, T, d); with a head its logits (B, n); with `labels` (B,) too the mean cross-entropy, or for
+        n = 1 the mean squared error. ValueError for more tokens than there are positions."""
         T, most = input_ids.shape[1], self.config.max_position_embeddings
         if T > most:
             raise ValueError(f"expected at most {most} tokens, the positions of this BERT, got {T}; shorten the text")
@@ -416,20 +400,18 @@ FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
 def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu",
                     num_labels: int | None = None, base_bits: int | None = None) -> nn.Module:
     """The model of a short name, folder, .gguf file or hub id (see locate.py), in eval mode; m.config is its Config.
-
-    Raises what locate, build and load_weights raise."""
+    Arguments and errors: see build and load_weights."""
     path = locate.locate(name_or_dir)
     return load_weights(build(config.read_spec(path), path, num_labels), path, dtype, device, base_bits)
 
 
 def build(spec: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
-    """A model without weights (on the meta device) from the contents of a config.json; `path` is for errors.
+    """A model without weights (on the meta device) from a config.json's contents; `path` is for errors.
 
     `num_labels`: a BERT with a head of so many classes (1: a number). ValueError names an unsupported setting."""
-    c = config.parse(spec, path)
-    family = FAMILIES[spec["model_type"]]
+    c, family = config.parse(spec, path), FAMILIES[spec["model_type"]]
     if num_labels and family is not Bert:
-        raise ValueError(f"num_labels {num_labels}: expected a BERT, the only one with a classifier, got {family.__name__}")
+        raise ValueError(f"num_labels {num_labels}: expected a BERT, only it has a classifier, got a {family.__name__}")
     with torch.device("meta"), SkipInit():
         return family(c, num_labels) if num_labels else family(c)
 
@@ -439,15 +421,15 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
     """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
 
     A BERT's head starts small and random if the file has none. `base_bits` 8 or 4: the blocks' matrices are quantized
-    (see quantized.py) one by one as they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
+    (see quantized.py) as they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
-    has_head = any(name.startswith("classifier.") for name in expected)
+    headless = getattr(m, "classifier", None) is None
     for name, tensor in weights.tensors(path):
         new = weights.rename(name, m.names, path, m.prefix)
-        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and not has_head:
+        if new is None or new == "head.weight" and tied or headless and new.startswith("classifier."):
             continue
         if new not in expected:
-            raise ValueError(f"{path}: unexpected tensor {quoted(name)}, which config.json leaves no place for")
+            raise ValueError(f"{path}: unexpected tensor {quoted(name)} for this config.json")
         if tensor.shape != expected[new].shape or not tensor.is_floating_point():
             raise ValueError(f"{path}: tensor {name!r}: expected floating-point numbers of shape "
                              f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
@@ -461,8 +443,7 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
         expected.pop("head.weight")
         m.head.weight = m.embed.weight
     if missing := [n for n in expected if not n.startswith("classifier.")]:
-        raise ValueError(f"{path}: expected a whole {type(m).__name__}, {len(missing)} tensors are missing, the first is "
-                         f"{missing[0]!r}")
+        raise ValueError(f"{path}: {len(missing)} tensors are missing for a {type(m).__name__}, such as {missing[0]!r}")
     for name, empty in expected.items():  # a new head: small weights, no bias
         draw = torch.randn if name.endswith("weight") else torch.zeros
         put(m, name, (draw(empty.shape, dtype=dtype) * 0.02).to(device))
@@ -470,11 +451,12 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
 
 
 class SkipInit(TorchFunctionMode):
-    """Skips drawing initial weights: they have no storage yet, and drawing would make PyTorch import for a second."""
+    """Skips initial weights: the meta device holds none, and drawing them makes PyTorch import for a second."""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        drawn = f in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
-        return None if drawn else f(*args, **(kwargs or {}))
+        if f not in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_):
+            return f(*args, **(kwargs or {}))
+        return None
 
 
 def put(m: nn.Module, name: str, tensor: Tensor) -> None:
@@ -483,6 +465,6 @@ def put(m: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:
-    """The mean cross-entropy of the labelled tokens, each predicted from those before it; labels (B, T), -100: none.
-    For a BERT with a head: labels (B,). Goes through m.__call__, as do hidden_states and generate."""
+    """The mean cross-entropy of the labelled tokens, each predicted from those before it: labels (B, T), -100 for none;
+    of a BERT with a head: labels (B,). Goes through m.__call__, as hidden_states and generate do."""
     return m(input_ids, attention_mask, labels=labels, **inputs)

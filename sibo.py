@@ -114,10 +114,10 @@ class FoldedLoRA(nn.Module):
         return self.base(torch.cat((h, low.to(h.dtype)), -1))
 
 
-def inject(m: nn.Module, method: str | Settings = "lora", lam: float = 0.2, **settings) -> nn.Module:
+def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> nn.Module:
     """Freezes `m`, puts adapters or LoRA on it, in place, as `Settings` say (its keywords), and returns it.
     A child called `classifier` is trained whole. ValueError for what does not fit, before `m` is touched."""
-    s = method if isinstance(method, Settings) else Settings(method, lam, **settings)
+    s = Settings(method, lam, **settings)
     if hasattr(m, "sibo"):
         raise ValueError(f"{type(m).__name__}: expected a model not injected yet, got {m.sibo}; load it again")
     (m.sibo, widths, mixed), residual = place(m, s), InitialResidual()
@@ -164,16 +164,16 @@ def merge(m: nn.Module) -> nn.Module:
 
 
 def save(m: nn.Module, folder: str | Path) -> None:
-    """Writes what is trained, and the settings, to folder/adapter.safetensors; ValueError where nothing is trained."""
+    """Writes folder/adapter.safetensors: the settings and what is trained. ValueError where nothing is."""
     adapter_file.write(Path(folder, "adapter.safetensors"), m)
 
 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
-    """Injects as folder/adapter.safetensors says (unless `m` is injected already), loads it strictly, and returns `m`.
+    """Injects as folder/adapter.safetensors says (unless `m` is injected), loads it strictly, and returns `m`.
     ValueError names the file and the tensor, setting or backbone that does not fit."""
     file = Path(folder, "adapter.safetensors")
     settings, stored = adapter_file.read(file, m)
     if not hasattr(m, "sibo"):
-        m = inject(m, settings) if settings else m.requires_grad_(True)
+        m = inject(m, **vars(settings)) if settings else m.requires_grad_(True)
     files.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, file)
     return m

@@ -88,7 +88,7 @@ def execute(run: Run, d: Data, backbone: Backbone, baseline: Baseline | None = N
                             evaluation.layer_similarities(m, texts, pad))
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)
-    m = sibo.inject(m, run.settings) if run.settings else m.requires_grad_(True)
+    m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
     if not parallel.rank():
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
     validate = partial(validation, t=t, d=d, rows=valid, run=run) if valid else None

@@ -35,7 +35,7 @@ def write(file: Path, m: nn.Module) -> None:
 def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     """The settings (None: all of `m` was trained) and the tensors. ValueError where they do not fit `m`."""
     stored, metadata = files.read_tensors(file)
-    spec = files.parse_json(metadata.get("sibo", "null"), f"{file}, its settings")
+    spec = files.parse_json(metadata.get("sibo", "{}"), f"{file}, its settings")
     samples = {n.removeprefix(SAMPLE): stored.pop(n) for n in list(stored) if n.startswith(SAMPLE)}
     try:
         config = spec.pop("backbone", {})
@@ -43,7 +43,7 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
             dtype, old = getattr(torch, str(config["dtype"]).removeprefix("torch."), None), config["values"]
             samples, config = {n: torch.tensor(v, dtype=dtype) for n, v in old.items()}, config["config"]
         settings, widths = getattr(m, "sibo", None), {}
-        if not settings and spec["method"] != "full":
+        if not settings and spec.get("method") != "full":
             settings, widths, _ = place(m, Settings(**spec))
         ours = json.loads(json.dumps(asdict(settings))) if settings else {"method": "full"}
         if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:

@@ -1,5 +1,5 @@
-"""How a command ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage; a signal
-ends it where nothing is lost."""
+"""How a command starts and ends: bad input is one line on stderr and exit code 2, never a traceback or a page of usage;
+a signal stops it where nothing is lost."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from sibo_lab import parallel
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse with errors of one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -25,39 +25,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def format_table(rows: Sequence[Sequence[object]], left: Container[int] = (0,)) -> str:
-    """Rows of cells as lines of text: the columns `left` begin alike, the others end alike."""
+    """Rows of cells as lines of text; the columns `left` are aligned on the left, the others on the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell!s:{'<' if i in left else '>'}{width}}" for i, (cell, width) in
                                enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+def run(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser,
         argv: Sequence[str] | None = None) -> None:
-    """Runs `main` on the options in `argv` (None: the command line's); ValueError and OSError, which carry a line for the user, end it."""
+    """Calls `main` with the options in `argv` (None: the command line's). A ValueError or OSError holds a line for the
+    user, and ends the command."""
     try:
         with parallel.group():
             args = parser.parse_args(argv)
             if args.offline:
                 os.environ["HF_HUB_OFFLINE"] = "1"
             main(args)
-            print(end="", flush=True)  # not sys.stdout.flush(): all processes but the first have none
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+            print(end="", flush=True)  # not sys.stdout.flush(): only the first process has a stdout
+        return
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails too
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
-        line = without_secrets(f"error: {' '.join(str(e).split())}")
-        if parallel.first_to_say(line):
-            print(line, file=sys.stderr)
-        sys.exit(2)
+        line, code = without_secrets(f"error: {' '.join(str(e).split())}"), 2
     except KeyboardInterrupt as e:
         line, code = e.args or ("stopped", 130)
-        if parallel.first_to_say(line):
-            print(line, file=sys.stderr)
-        sys.exit(code)
+    if parallel.first_to_say(line):
+        print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def without_secrets(text: str) -> str:
-    """`text` without the hub's tokens: neither one that looks so nor the one in use."""
+    """`text` without the hub's tokens: the one in use, and any that looks like one."""
     text = re.sub(r"\bhf_\w{4,}", "hf_…", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "…")
@@ -66,8 +65,8 @@ def without_secrets(text: str) -> str:
 
 @contextmanager
 def stop_asked() -> Iterator[list[int]]:
-    """Within it, Ctrl-C and SIGTERM are noted in the list, not obeyed: the caller stops where nothing is lost. A second
-    one is obeyed at once."""
+    """Within it, a first Ctrl-C or SIGTERM is only noted in the list, so that the caller can stop where nothing is
+    lost; a second one stops at once."""
     asked: list[int] = []
 
     def note(number: int, _) -> None:
@@ -75,7 +74,7 @@ def stop_asked() -> Iterator[list[int]]:
             raise KeyboardInterrupt("stopped", 128 + number)
         asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # others get no signals
+    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield asked
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

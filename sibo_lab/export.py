@@ -1,8 +1,8 @@
 """A run as other libraries' files, and theirs as ours: peft's LoRA folders, Hugging Face's checkpoint folders.
 
-peft (0.21) holds W + s·AB and nothing of h0, so it takes plain LoRA, exactly, and nothing else. A Hugging Face folder
-takes what is folded into the weights: all of a plain LoRA; of LoRA-SIBO all but its branch h0·[A][λsB], which stands in
-a file of its own, with the weights under a name that transformers does not load alone, in silence, as another model."""
+peft (0.21) holds W + s·AB and nothing of h0, so it takes plain LoRA only. A Hugging Face folder takes what folds into
+the weights: all of a plain LoRA; of LoRA-SIBO all but the branch h0·[A][λsB], which gets a file of its own, and the
+weights a name that transformers does not load: without the branch they would be another model."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sibo
 from sibo_lab import files
@@ -18,123 +18,123 @@ from sibo_lab.backbone import config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "generation_config.json")
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+              "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
+PEFT = "base_model.model."  # begins all of peft's names
 
 
 def their_name(m: nn.Module, ours: str) -> str:
-    """Hugging Face's name of a module or weight of ours: blocks.3.attn.q_proj of a LLaMA is
+    """Hugging Face's name of one of our modules or weights: a LLaMA's blocks.3.attn.q_proj is
     model.layers.3.self_attn.q_proj. A BERT without a head is their BertModel, whose names have no prefix."""
     number = re.search(r"\.(\d+)\.", ours)
     template = ours.replace(number[0], ".{}.", 1) if number else ours
-    for theirs, mine in m.names.items():
-        for end in ("", ".weight"):
-            if mine == template + end:
-                bare = re.match(r"lm_head|classifier", theirs) or hasattr(m, "classifier") and m.classifier is None
-                return ("" if bare else m.prefix) + theirs.removesuffix(end).format(number[1] if number else "")
-    raise ValueError(f"{ours}: found no name of it in transformers' {type(m).__name__}, so it cannot be written there")
+    names = {mine: theirs for theirs, mine in m.names.items()}
+    theirs = names.get(template) or names.get(f"{template}.weight", "").removesuffix(".weight")
+    if not theirs:
+        raise ValueError(f"{ours}: expected a part that transformers' {type(m).__name__} has too, got one of ours only")
+    bare = re.match(r"lm_head|classifier", theirs) or hasattr(m, "classifier") and m.classifier is None
+    return ("" if bare else m.prefix) + theirs.format(number and number[1])
 
 
 def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
-    """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights.
-
-    ValueError for what peft cannot express: adapters, λ > 0, and full fine-tuning, which has no adapter at all."""
+    """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights. ValueError for
+    what peft cannot express: adapters, λ > 0, full fine-tuning."""
     s = getattr(m, "sibo", None)
     if s is None or s.method != "lora" or s.lam:
-        found = "a model trained whole" if s is None else "adapters" if s.method != "lora" else f"λ = {s.lam}"
-        raise ValueError(f"--export peft: found {found}, expected a plain LoRA: peft's modules never see h0, and none "
-                         "is a bottleneck adapter; LoRA-SIBO can be exported with hf, folded")
-    tensors, adapted = {}, []
-    for name, x in m.named_modules():
-        if isinstance(x, sibo.LoRA):
-            adapted.append(their_name(m, name))
-            tensors |= {f"base_model.model.{adapted[-1]}.lora_A.weight": x.down,
-                        f"base_model.model.{adapted[-1]}.lora_B.weight": x.up}
-    head = [(n, p) for n, p in m.named_parameters() if n.startswith("classifier.")]
-    tensors |= {f"base_model.model.{their_name(m, n)}": p for n, p in head}
+        got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else f"λ = {s.lam}"
+        raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft's modules never see h0, and none is a "
+                         "bottleneck adapter; LoRA-SIBO can be exported with hf, folded")
+    loras = {their_name(m, n): x for n, x in m.named_modules() if isinstance(x, sibo.LoRA)}
+    head = {PEFT + their_name(m, n): p for n, p in m.named_parameters() if n.startswith("classifier.")}
+    tensors = {f"{PEFT}{n}.lora_{letter}.weight": p for n, x in loras.items()
+               for letter, p in (("A", x.down), ("B", x.up))} | head
     files.write_tensors(folder / "adapter_model.safetensors", {n: p.detach() for n, p in tensors.items()}, {})
     files.write(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "base_model_name_or_path": backbone, "inference_mode": True, "bias": "none",
         "task_type": "SEQ_CLS" if head else "FEATURE_EXTRACTION" if hasattr(m, "classifier") else "CAUSAL_LM",
         "r": s.rank, "lora_alpha": s.alpha, "lora_dropout": s.dropout,
-        "target_modules": adapted,  # whole names: of a last one alone peft would adapt every module that has it
+        "target_modules": list(loras),  # full names: peft adapts every module that ends in a short one
         "modules_to_save": ["classifier", "pooler"] if head else None}, indent=2) + "\n")
 
 
 def from_peft(m: nn.Module, folder: Path) -> nn.Module:
     """Puts a LoRA that peft saved onto our model `m`, in place, and returns it; ValueError for any other kind."""
-    file = folder / "adapter_config.json"
-    said = files.read_json(file)
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False),
-                       ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}), ("lora_bias", False)):
-        if (found := said.get(key, plain)) not in (plain, None):
-            raise ValueError(f"{file}: found {key} {found!r}, expected {plain!r}, as plain LoRA has it")
-    stored = files.read_tensors(folder / "adapter_model.safetensors")[0]
-    ours = {f"base_model.model.{their_name(m, n)}": n for n, x in m.named_modules() if isinstance(x, nn.Linear)}
-    names = {n.rpartition(".lora_")[0] for n in stored if ".lora_" in n}
-    if unknown := sorted(names - ours.keys()):
-        raise ValueError(f"{folder}: found a LoRA on {unknown[0][:200]!r}, expected modules of this model")
-    sibo.inject(m, "lora", 0.0, targets=tuple(sorted(ours[n] for n in names)), rank=said.get("r"),
-                alpha=said.get("lora_alpha"), dropout=said.get("lora_dropout") or 0.0)
-    back = {f"{n}.{theirs}": f"{ours[n]}.{mine}" for n in names
-            for mine, theirs in (("down", "lora_A.weight"), ("up", "lora_B.weight"))}
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    spec, stored = files.read_json(file), files.read_tensors(weights)[0]
+    for key, plain in PLAIN_LORA.items():
+        if spec.get(key, plain) not in (plain, None):
+            raise ValueError(f"{file}: expected {key} {plain!r}, as in plain LoRA, got {files.quoted(spec[key])}")
+    ours = {PEFT + their_name(m, n): n for n, x in m.named_modules() if isinstance(x, nn.Linear)}
+    adapted = {n.rpartition(".lora_")[0] for n in stored if ".lora_" in n}
+    if unknown := sorted(adapted - ours.keys()):
+        raise ValueError(f"{folder}: expected LoRA on modules of this model, got it on {files.quoted(unknown[0])}")
+    sibo.inject(m, "lora", 0.0, targets=tuple(sorted(ours[n] for n in adapted)), rank=spec.get("r"),
+                alpha=spec.get("lora_alpha"), dropout=spec.get("lora_dropout") or 0.0)
     trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    back |= {f"base_model.model.{their_name(m, n)}": n for n in trained if n.startswith("classifier.")}
-    files.assign(trained, {back.get(n, n): t for n, t in stored.items()}, folder / "adapter_model.safetensors")
+    names = {PEFT + their_name(m, n): n for n in trained if n.startswith("classifier.")}
+    for n in adapted:
+        names |= {f"{n}.lora_A.weight": f"{ours[n]}.down", f"{n}.lora_B.weight": f"{ours[n]}.up"}
+    files.assign(trained, {names.get(n, n): t for n, t in stored.items()}, weights)
     return m
 
 
 def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
-    """Folds the LoRA of `m` into its weights, in place, and writes them as a Hugging Face folder, with the files of the
-    backbone's folder or .gguf file `source` beside them. With λ > 0: see `attach`.
-
-    ValueError for adapters, which no weight holds, and for frozen_too, whose W reads h̃."""
+    """Folds the LoRA of `m` into its weights, in place, and writes them as a Hugging Face folder, with the tokenizer
+    from the backbone's folder `source`; λ > 0: see `attach`. ValueError for adapters and frozen_too, which no weight
+    holds."""
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
-        raise ValueError("--export hf: found frozen_too, whose frozen weights read h̃; transformers has no such module")
-    if s and s.lam:  # a BERT's embeddings are a module of theirs whose parts alone have names in the map
+        raise ValueError("--export hf: expected a W that reads h, got frozen_too, where it reads h̃; transformers has "
+                         "no such module")
+    if s and s.lam:  # of BERT's embeddings, only the parts have names in the map
         h0 = their_name(m, f"{s.h0}.word").rpartition(".")[0] if s.h0 == "embeddings" else their_name(m, s.h0)
     if s:
         sibo.merge(m)
-    folded = {n: x for n, x in m.named_modules() if isinstance(x, sibo.FoldedLoRA)}
+    tensors, branch = _folded(m)
+    head, spec = getattr(m, "classifier", None), config.read_spec(source)
+    kind = {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM",
+            "bert": "BertForSequenceClassification" if head else "BertModel"}[spec["model_type"]]
+    spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    if head:
+        n = head.out.out_features
+        spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
+                 "problem_type": "regression" if n == 1 else "single_label_classification"}
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():  # never in a .gguf file
+            files.write(folder / file, lambda draft, file=file: shutil.copyfile(source / file, draft))
+    if branch:
+        files.write_tensors(folder / "h0_branch.safetensors", branch, {"h0": h0})
+    files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
+    files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
+
+
+def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a merged model by Hugging Face's names, and h0's branch: A (r, d) and B (d_out, r) by module."""
+    folded = {f"{n}.base.weight": x for n, x in m.named_modules() if isinstance(x, sibo.FoldedLoRA)}
     tensors, branch = {}, {}
     for name, p in m.state_dict().items():
         if name == "h0_down.weight" or ".lora." in name or name == "head.weight" and m.config.tie_word_embeddings:
             continue
-        if (owner := name.removesuffix(".base.weight")) in folded:
-            theirs, rank = their_name(m, owner), s.rank
-            start = folded[owner].index * rank
-            branch |= {f"{theirs}.A": m.h0_down.weight[start:start + rank], f"{theirs}.B": p[:, -rank:]}
-            name, p = f"{owner}.weight", p[:, :-rank]
-        tensors[their_name(m, name.replace(".base.", "."))] = p
-    said = config.read_spec(source)
-    head = getattr(m, "classifier", None)
-    kind = {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM",
-            "bert": "BertForSequenceClassification" if head else "BertModel"}[said["model_type"]]
-    said |= {"architectures": [kind], "dtype": str(p.dtype).removeprefix("torch.")}
-    if head:
-        n = head.out.out_features
-        said |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
-                 "problem_type": "regression" if n == 1 else "single_label_classification"}
-    for file in TOKENIZER_FILES if source.is_dir() else ():
-        if (source / file).is_file():
-            files.write(folder / file, lambda draft, file=file: shutil.copyfile(source / file, draft))
-    if branch:
-        files.write_tensors(folder / "h0_branch.safetensors", branch, {"h0": h0})
-    files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors,
-                             {"format": "pt"})
-    files.write(folder / "config.json", json.dumps(said, indent=2) + "\n")
+        theirs = their_name(m, name.replace(".base.", "."))
+        if name in folded:
+            A = m.h0_down.weight.split(m.sibo.rank)[folded[name].index]
+            module, p, B = theirs.removesuffix(".weight"), p[:, :-len(A)], p[:, -len(A):]
+            branch |= {f"{module}.A": A, f"{module}.B": B}
+        tensors[theirs] = p
+    return tensors, branch
 
 
 @torch.no_grad()
 def attach(theirs: nn.Module, folder: Path) -> nn.Module:
-    """Puts a folded LoRA-SIBO, as to_hugging_face wrote it, into transformers' own model of that config.json, in place:
+    """Puts a folded LoRA-SIBO, as to_hugging_face wrote it, into transformers' own model of its config.json, in place:
     the weights, and h0's branch as hooks: y ← y + (h0 A) B."""
     weights, _ = files.read_tensors(folder / "folded.safetensors")
-    branch, said = files.read_tensors(folder / "h0_branch.safetensors")
-    parameters = {n: p for n, p in theirs.named_parameters()  # tied, or of a BertModel, which we have without one
+    branch, metadata = files.read_tensors(folder / "h0_branch.safetensors")
+    parameters = {n: p for n, p in theirs.named_parameters()  # a tied head; a pooler that our BertModel lacks
                   if n in weights or not n.startswith(("lm_head.", "pooler."))}
     files.assign(parameters, weights, folder / "folded.safetensors")
     seen = {}
-    theirs.get_submodule(said["h0"]).register_forward_hook(lambda _, args, h0: seen.update(h0=h0))
+    theirs.get_submodule(metadata["h0"]).register_forward_hook(lambda _, args, h0: seen.update(h0=h0))
     for name in {n[:-2] for n in branch}:
         def add(_, args, y, A=branch[f"{name}.A"], B=branch[f"{name}.B"]):
             return y + seen["h0"].to(A.dtype) @ A.T @ B.T

@@ -1,7 +1,5 @@
 """Operations that PyTorch has too, but slower on CPUs or with more memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +25,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return _drop(x, p)[0] if x.device.type == "cpu" else F.dropout(x, p)
 
 
-@torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, whose random numbers are slow
+@torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, which draws slowly
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
-    """x / (1 − p), and 0 at the given places. Its own transpose, and so its own backward pass."""
+    """x / (1 − p), and 0 at the given places. Linear in x and its own transpose: the backward pass is the same call."""
     y = _like(x)
     torch.div(x, 1 - p, out=y)
     y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
@@ -37,7 +35,7 @@ def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
 
 
 def _like(x: Tensor) -> Tensor:
-    """Empty, of x's shape, with one more element after it for places past the end."""
+    """Empty, of x's shape, with one more element after it, for the places past the end."""
     return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
 
 
@@ -75,8 +73,7 @@ _drop.register_autograd(lambda ctx, g, _: (_zero(g.contiguous(), *ctx.saved_tens
 
 def cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, weight: Tensor, chunk: int = 256) -> Tensor:
     """Weighted mean over n rows of the cross-entropy of softmax(h Wᵀ + b) with labels (n,), in float32 or wider:
-    h (n, d), W (V, d), weight (n,). Each chunk's gradient is computed while its logits exist: 256 rows of 50,000 take
-    50 MB."""
+    h (n, d), W (V, d), weight (n,). Each chunk's gradient is taken with its logits: 256 rows of 50,000 fill 50 MB."""
     return _CrossEntropy.apply(h, W, b, labels, weight.double() / weight.sum(), chunk)
 
 

@@ -1,10 +1,11 @@
 """Files in and out: atomic writes, and checked reads of JSON and tensors.
 
-Files may come from strangers: nothing is unpickled here, what a header claims is checked before memory is allocated,
-and whatever is wrong is a ValueError that names the file (see tests/fuzz.py)."""
+Files may come from strangers: nothing is unpickled here, headers are checked before memory is allocated, and anything
+wrong is a ValueError that names the file (see tests/fuzz.py)."""
 
 import difflib
 import json
+import mmap
 import os
 import re
 import reprlib
@@ -48,6 +49,22 @@ def check_archive(z: zipfile.ZipFile) -> None:
                  info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "")
         if wrong:
             raise ValueError(f"its member {quoted(name)} {wrong}")
+
+
+class Reader:
+    """Takes bytes one after another; `whole` begins its errors, as in "m.gguf: not a whole GGUF file"."""
+
+    def __init__(self, data: bytes | mmap.mmap, whole: str):
+        self.data, self.whole, self.at = data, whole, 0
+
+    def error(self, found: str) -> ValueError:
+        return ValueError(f"{self.whole} (found {found}, at byte {self.at} of {len(self.data)})")
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise self.error(f"{size} bytes to come")
+        self.at += size
+        return self.data[self.at - size:self.at]
 
 
 def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

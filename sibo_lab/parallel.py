@@ -1,10 +1,8 @@
-"""Many processes, many machines: whatever they say to each other is said here, with PyTorch's own engine.
+"""Many processes on many machines: all that passes between them.
 
-`torchrun train.py …` starts a process a device; each keeps the whole model (DistributedDataParallel) or, with --shard,
-a slice of it (FSDP2: Zhao et al. 2023). One process alone takes the same road with no group: each call is then the
-identity. The official code trains on one GPU, so nothing here stands in it."""
-
-from __future__ import annotations
+`torchrun train.py …` starts one process per device; each holds the whole model (DistributedDataParallel) or, with
+--shard, a slice of it (FSDP2: Zhao et al. 2023). For a single process every call is the identity. The official code
+trains on one GPU."""
 
 import os
 import sys
@@ -26,35 +24,34 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are, over all machines."""
+    """The number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did: gloo on CPUs, NCCL on GPUs, a GPU a process.
-
-    ConnectionError where another process has ended, or has said nothing for half an hour."""
+    """Joins the processes that torchrun started, if any (CPUs: gloo; GPUs: NCCL, one per process). ConnectionError when
+    another one ends, or is silent for half an hour."""
     if "RANK" not in os.environ:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # what "cuda" means in this process from now on
+        torch.cuda.set_device(local)  # the one that "cuda" means
     dist.init_process_group(timeout=timedelta(minutes=30))
     try:
         with redirect_stdout(None if rank() else sys.stdout):  # printing to None is silent
             yield
-    except RuntimeError as e:  # gloo raises no class of its own
+    except RuntimeError as e:  # gloo has no exception class of its own
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        raise ConnectionError("lost touch with another process of this run: it ended, and says why, or is stuck; "
-                              "all of them end here") from e
+        raise ConnectionError("lost touch with another process of this run: it ended (its own error says why) or "
+                              "is stuck; all end here") from e
     dist.destroy_process_group()
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other process has said so yet: what all find wrong is to stand on the screen once."""
+    """Whether no other process said so before: an error of all is printed once."""
     try:
         return world() == 1 or dist.distributed_c10d._get_default_store().add(line, 1) == 1
     except dist.DistError:  # the process that counts is gone
@@ -62,8 +59,8 @@ def first_to_say(line: str) -> bool:
 
 
 def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any:
-    """Does `work` on one process after the other (the first `ranks`; None: all) and returns its result there; a
-    ValueError or OSError of one is raised on all."""
+    """Calls `work` on each process (or the first `ranks`) in turn, which gets its own result. A ValueError or OSError of
+    one is raised on all."""
     if not dist.is_initialized():
         return work()
     result = None
@@ -81,12 +78,10 @@ def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any
 
 
 def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
-    """`m` as training calls it: its gradients are the mean over the processes. Alone: `m` itself.
-
-    `shard`: in place, a unit a block and one for the rest; each moves to `device` when it is cut, so a model on the
-    CPU never lies whole on a device. Optimizers are made behind this, for it replaces the parameters."""
+    """`m` as training calls it, with gradients averaged over the processes. `shard`: sliced in place, block by block, so
+    that `device` never holds all of it. The parameters are new then: make the optimizer afterwards."""
     if shard:
-        from torch.distributed.fsdp import fully_shard  # here: it takes a second that most commands need not wait
+        from torch.distributed.fsdp import fully_shard  # takes a second that most commands need not wait
 
         mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
         for unit in (*m.blocks, m):
@@ -99,9 +94,9 @@ def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
     return wrapped
 
 
-def _mean(_, bucket):  # DDP refuses annotations that are strings, as they are here
-    """Tensor by tensor, so that where one lies in its bucket moves no last bit: DDP fills its buckets otherwise after
-    the first step, and a run gone on with would differ from one that never stopped."""
+def _mean(_, bucket):
+    """Tensor by tensor: DDP rearranges its buckets after the first step, also of a resumed run, and a tensor's place in
+    them must change no bit."""
     sums = [dist.all_reduce(grad.div_(world()), async_op=True).get_future() for grad in bucket.gradients()]
     return collect_all(sums).then(lambda _: bucket.buffer())
 
@@ -111,7 +106,7 @@ def is_sharded(m: nn.Module) -> bool:
 
 
 def accumulating(m: nn.Module, last: bool) -> AbstractContextManager:
-    """Around a micro-batch's forward and backward: gradients cross the network with the `last` one only."""
+    """Around a micro-batch's forward and backward: gradients are exchanged after the `last` one only."""
     if is_sharded(m):
         m.set_requires_gradient_sync(last)
     return m.no_sync() if isinstance(m, DistributedDataParallel) and not last else nullcontext()
@@ -125,12 +120,12 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a slice. All processes must ask."""
+    """All of a tensor that may be sliced; every process must call."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local_shard(x: Tensor, like: Tensor) -> Tensor:
-    """The slice of a whole tensor `x` that this process holds of a tensor of that shape, where it is one of slices."""
+    """This process's slice of `x`, if `like`, of the same shape, is sliced; else `x`."""
     if x.shape != like.shape or not hasattr(like, "full_tensor"):
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -139,7 +134,7 @@ def local_shard(x: Tensor, like: Tensor) -> Tensor:
 
 
 def all_gather_dicts(mine: dict) -> dict:
-    """What all processes found, each for keys of its own."""
+    """The processes' dicts in one; their keys differ."""
     if not dist.is_initialized():
         return mine
     parts = [None] * world()
@@ -149,19 +144,19 @@ def all_gather_dicts(mine: dict) -> dict:
 
 @contextmanager
 def in_step(m: nn.Module) -> Iterator[None]:
-    """Within it, processes may run a sharded `m` a different number of times: every forward gathers slices, so whoever
-    is done runs along on one token until all are."""
+    """Lets processes call a sharded `m` different numbers of times. A call gathers slices from all, so a process that is
+    done joins in, on one token, until all are."""
     if not is_sharded(m):
         yield
         return
     device = next(m.parameters()).device
 
-    def anyone(busy: int) -> bool:
+    def any_busy(busy: int) -> bool:
         return bool(all_reduce(torch.tensor(busy, device=device)))
 
-    hook = m.register_forward_pre_hook(lambda *_: anyone(1) and None)
+    hook = m.register_forward_pre_hook(lambda *_: any_busy(1) and None)
     yield
     hook.remove()
     with torch.no_grad():
-        while anyone(0):
+        while any_busy(0):
             m(torch.zeros(1, 1, dtype=torch.int64, device=device))

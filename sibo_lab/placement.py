@@ -60,7 +60,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     widths = {name: _widths(name, m.get_submodule(name), s, d) for name in names}
     for name in names:
         if name in mixed and widths[name][0] != d:
-            raise ValueError(f"{name}: expected an input {d} wide, as h0, got {widths[name][0]}; leave it out of sibo_at")
+            raise ValueError(f"{name}: expected inputs {d} wide, as h0, got {widths[name][0]}; leave it out of sibo_at")
     return Placement(replace(s, targets=targets, sibo_at=at, h0=source), widths, mixed)
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from sibo_lab.data import download
 
 ROOT = Path(__file__).parent.parent
+DATA, TABLE = ("-m", "sibo_lab", "data"), ("-m", "sibo_lab", "table")
 SHARED = ROOT.parent / "shared" / "data"
 WRITTEN = {"config.json", "metrics.jsonl", "adapter.safetensors", "result.json", "answers.jsonl", "curves.png",
            "similarity.png"}
@@ -21,7 +22,7 @@ PROMISED = {"backbone", "method", "lambda", "task", "metric", "score", "baseline
 
 
 def python(*args, cwd=ROOT):
-    """Runs a command of the project in a process of its own; (exit code, stdout, stderr)."""
+    """Runs one of the project's commands in its own process; (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     return done.returncode, done.stdout, done.stderr
@@ -82,9 +83,9 @@ def test_a_run_and_its_plain_counterpart_leave_what_the_readme_promises(llm_run)
 
 def test_a_saved_run_scores_the_same_again_and_merged(llm_run):
     folder, _ = llm_run
-    said = f"accuracy {result(folder)['score']:.4f} (n 4"
-    assert succeeds("eval.py", folder).startswith(said)
-    assert succeeds("eval.py", folder, "--merge").startswith(said)
+    line = f"accuracy {result(folder)['score']:.4f} (n 4"
+    assert succeeds("eval.py", folder).startswith(line)
+    assert succeeds("eval.py", folder, "--merge").startswith(line)
 
 
 def test_a_saved_run_answers_a_question_merged_or_not(llm_run):
@@ -101,14 +102,28 @@ def test_bert_learns_a_small_task_and_scores_the_same_again_and_merged(bert_run)
         assert succeeds("eval.py", folder / "run", *args).startswith(f"accuracy {r['score']:.4f} (n {r['n']};")
 
 
-def test_training_warns_of_test_questions_that_stand_in_the_training_set(bert_run):
+def test_training_warns_of_test_questions_that_are_in_the_training_set_too(bert_run):
     folder, err = bert_run
     n = result(folder / "run")["n"]
-    assert f"warning: {n} of rte's {n} test questions stand in the training set too" in err
+    assert f"warning: {n} of rte's {n} test questions are in the training set too" in err
 
 
-def test_the_data_command_lists_what_there_is(tmp_path):
-    assert "glue/MNLI/dev_mismatched.tsv" in succeeds("data.py", "list", "--data-dir", tmp_path)
+def test_the_data_command_lists_the_files_of_all_tasks(tmp_path):
+    assert "glue/MNLI/dev_mismatched.tsv" in succeeds(*DATA, "list", "--data-dir", tmp_path)
+
+
+def test_a_table_of_runs_is_the_same_by_either_command(llm_run, tmp_path):
+    runs = llm_run[0].parent
+    tables = [succeeds(*args, runs, "--out", tmp_path / "table.png") for args in (TABLE, ("eval.py", "--table"))]
+    assert tables[0] == tables[1] and "lora-sibo" in tables[0] and (tmp_path / "table.png").is_file()
+
+
+def test_a_run_is_exported_by_either_command(llm_run, tmp_path):
+    folder = llm_run[0].with_name("llm-plain")  # its λ is 0: peft can load it
+    succeeds("-m", "sibo_lab", "export", folder, "peft", tmp_path / "a")
+    succeeds("eval.py", folder, "--export", "peft", tmp_path / "b")
+    files = [{f.name: f.read_bytes() for f in (tmp_path / x).iterdir()} for x in "ab"]
+    assert files[0] == files[1] and "adapter_config.json" in files[0]
 
 
 def test_a_backbone_is_scored_without_a_run(tmp_path):
@@ -127,7 +142,8 @@ def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = python("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2,
                           "--bottleneck", 8, "--dtype", "float32", "--out", tmp_path / "run")
-    assert code == 0 and result(tmp_path / "run")["n"] == 1 and "scored are 1 of its examples, left out of the" in err
+    assert code == 0 and result(tmp_path / "run")["n"] == 1
+    assert "1 of its examples are left out of training and scored" in err
     mine = tmp_path / "mine.jsonl"
     assert "(n 10;" in succeeds("eval.py", "--backbone", tiny_llama, "--task", mine)
     both = succeeds("eval.py", "--backbone", tiny_llama, "--task", f"{mine},word-problems", "--limit", 2)
@@ -141,20 +157,22 @@ def test_real_rte_trains_and_scores(tmp_path):
     assert result(tmp_path / "run")["n"] == 32
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    p = subprocess.Popen([sys.executable, "data.py", "list"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_reader_that_closes_the_pipe_early_is_no_error():
+    p = subprocess.Popen([sys.executable, *DATA, "list"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     p.stdout.close()
     assert (p.stderr.read(), p.wait()) == (b"", 128 + signal.SIGPIPE)
     p.stderr.close()
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (["train.py", "--lam", "2"], "lam: found 2.0"),
-    (["eval.py"], "found neither a run nor --backbone"),
-    (["eval.py", "no-such-run"], "no-such-run: found no config.json"),
-    (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: found no trained head, expected a run"),
+    (["train.py", "--lam", "2"], "--lam: expected in [0, 1), got 2.0"),
+    (["eval.py"], "one of the arguments run --backbone --table is required; see python eval.py --help"),
+    (["eval.py", "no-such-run"], "no-such-run: expected a run folder that train.py wrote, got no config.json"),
+    (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: expected a run that train.py wrote"),
     (["eval.py", "--backbone", "minilm", "--similarity", "--task", "word-problems,word-problems"], "expected one task"),
-    (["data.py", "fetch", "gsm9k"], "unknown task 'gsm9k': did you mean gsm8k"),
+    (["-m", "sibo_lab"], "expected python -m sibo_lab data|study|bench|export|table, got "),
+    (["-m", "sibo_lab", "date"], "expected python -m sibo_lab data|study|bench|export|table, got 'date'"),
+    ([*DATA, "fetch", "gsm9k"], "unknown task 'gsm9k'; did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
     code, out, err = python(*args)
@@ -162,21 +180,22 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
 
 
 def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_path):
-    code, out, err = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
+    code, out, err = python(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
     *lines, last = err.splitlines()
     expected = {"glue/CoLA.zip": "dl.fbaipublicfiles.com/glue/data/CoLA.zip",
                 "glue/MRPC/msr_paraphrase_train.txt": download.address("glue/MRPC/train.tsv"),
-                "llm_adapters/SVAMP/test.json": f"{download.LLM_ADAPTERS}dataset/SVAMP/test.json",
+                "llm_adapters/SVAMP/test.json": download.address("llm_adapters/SVAMP/test.json"),
                 download.MRPC_IDS: download.address(download.MRPC_IDS)}
+    assert expected["llm_adapters/SVAMP/test.json"].endswith("/dataset/SVAMP/test.json")
     assert (code, out) == (2, "") and lines == [f"missing: {tmp_path / place}, a copy of https://{there}"
                                                 for place, there in expected.items()]
     assert "--offline" in last and not list(tmp_path.iterdir())
     (tmp_path / "glue" / "MRPC").mkdir(parents=True)
     (tmp_path / "glue" / "MRPC" / "msr_paraphrase_train.txt").write_text("brought by hand")
-    again = python("data.py", "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")[2].splitlines()
+    again = python(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")[2].splitlines()
     assert again == [line for line in (*lines, last) if "msr_paraphrase" not in line]
 
 
 def test_a_command_runs_without_an_output():
-    command = ["sh", "-c", 'exec "$0" data.py list >&-', sys.executable]
+    command = ["sh", "-c", 'exec "$0" -m sibo_lab data list >&-', sys.executable]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0

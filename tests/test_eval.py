@@ -1,16 +1,28 @@
-"""Eq. (3) and GLUE's metrics against scikit-learn, scipy and pencil and paper."""
+"""eval.py: Eq. (3) against pencil and paper and against a double loop; the commands on runs of a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
-import sklearn.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
-from sibo_lab.data import batch, tasks
-from sibo_lab.evaluation import metrics, pictures, scoring
+import model
+import sibo
+import train
+from sibo_lab import cli, export
+from sibo_lab.data import batch, readers, tasks
+from sibo_lab.evaluation import metrics, scoring
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------------------ Eq. (3)
 
 
 def naive_similarity(hidden, mask):
@@ -46,57 +58,66 @@ def test_similarity_is_equation_3_with_padding_and_single_tokens_left_out(senten
 
 def test_similarity_of_equal_tokens_is_one_and_of_no_pair_an_error():
     assert evaluation.similarity(torch.ones(2, 5, 3), torch.ones(2, 5)) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="no sentence of two tokens"):
+    with pytest.raises(ValueError, match="expected a sentence of two or more tokens, got none"):
         evaluation.similarity(torch.ones(2, 5, 3), torch.tensor([[1, 0, 0, 0, 0]] * 2))
 
 
-labels = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)
-numbers = st.lists(st.tuples(st.integers(-5, 5), st.floats(-5, 5)), min_size=3, max_size=60)
+# -------------------------------------------------------------------------------------------------------- the commands
 
 
-@settings(max_examples=60, deadline=None)
-@given(labels)
-def test_matthews_and_f1_are_scikit_learns(pairs):
-    predicted, gold = map(np.array, zip(*pairs, strict=True))
-    assert metrics.matthews(predicted, gold) == pytest.approx(sklearn.metrics.matthews_corrcoef(gold, predicted))
-    assert metrics.f1(predicted, gold) == pytest.approx(sklearn.metrics.f1_score(gold, predicted, zero_division=0))
+def run(command, *args):
+    cli.run(command.main, command.parser(), list(map(str, args)))
 
 
-@settings(max_examples=60, deadline=None)
-@given(numbers)
-def test_pearson_and_spearman_are_scipys(pairs):
-    a, b = (np.array(x, dtype=float) for x in zip(*pairs, strict=True))
-    if np.ptp(a) < 1e-3 or np.ptp(b) < 1e-3:
-        assert abs(metrics.pearson(a, np.zeros_like(b))) == 0  # constant: no correlation, not a NaN
-        return
-    assert metrics.pearson(a, b) == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
-    assert metrics.ranks(b) == pytest.approx(scipy.stats.rankdata(b))
-    assert metrics.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
+def test_a_run_in_the_papers_protocol_is_trained_saved_and_scored_in_it(monkeypatch, tmp_path, tiny_llama):
+    asked, protocols, prompt = [], set(), batch.prompt
+
+    def answers(m, t, prompts, most, batch_size, num_beams, name):
+        asked.append((prompts[0], num_beams))
+        return ["7"] * len(prompts)
+
+    monkeypatch.setattr(scoring, "responses", answers)
+    monkeypatch.setattr(batch, "prompt", lambda text, how="clean": protocols.add(how) or prompt(text, how))
+    run(train, "--backbone", tiny_llama, "--protocol", "paper", "--steps", 1, "--limit", 3, "--train-on-inputs",
+        "--dtype", "float32", "--out", tmp_path / "run")
+    examples = readers.load(tasks.task("word-problems"), "test", None, 3)
+    in_it = (batch.prompt(examples[0].instruction, "paper"), 4)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["protocol"] == "paper"
+    assert asked == [in_it, in_it] and protocols == {"paper"}  # before and after; training and similarity
+    for more, expected in (((), in_it), (("--num-beams", 2), (in_it[0], 2)),
+                              (("--protocol", "clean"), (batch.prompt(examples[0].instruction), 1))):
+        asked.clear()
+        run(evaluation, tmp_path / "run", *more)
+        assert asked == [expected]
 
 
-def test_before_training_a_classifier_scores_as_the_commonest_class_and_a_regressor_as_the_mean():
-    row = lambda label: batch.Row([1, 2], label)  # noqa: E731
-    rte = scoring.majority(tasks.task("rte"), [tasks.Sentence("", "", x) for x in (1, 1, 0)], [row(1), row(0), row(0)])
-    assert (rte.metric, rte.score, rte.n) == ("accuracy", pytest.approx(1 / 3), 3)
-    stsb = scoring.majority(tasks.task("stsb"), [tasks.Sentence("", "", x) for x in (1.0, 4.0)], [row(2.0), row(3.0)])
-    assert (stsb.metric, stsb.score) == ("pearson", 0.0)
+def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(tmp_path, tiny_llama):
+    run(train, "--backbone", tiny_llama, "--steps", 1, "--limit", 3, "--dtype", "float32", "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert [a["gold"] for a in answers] == [e.answer for e in readers.load(tasks.task("word-problems"), "test", None, 3)]
+    assert all(a.keys() == {"task", "gold", "response", "answer", "right"} for a in answers)
+    assert result["score"] == np.mean([a["right"] for a in answers])
+    assert result["empty"] == np.mean([a["answer"] is None for a in answers])
+    assert result["interval"] == list(metrics.wilson(result["score"], 3))
+    assert result["answers_given"] == scoring.shares([a["answer"] for a in answers])
 
 
-def test_last_five_is_the_mean_of_the_last_five_entries():
-    assert metrics.last_five([9, 9, 1, 2, 3, 4, 5]) == 3.0
+def test_the_similarity_of_a_peft_lora_is_drawn_beside_its_backbones(tmp_path, tiny_llama, capsys):
+    m = sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.0, rank=4)
+    for p in m.parameters():
+        if p.requires_grad:
+            p.data.normal_()
+    export.to_peft(m, tmp_path / "peft", str(tiny_llama))
+    run(evaluation, "--backbone", tiny_llama, "--peft", tmp_path / "peft", "--similarity", "--limit", 3, "--out",
+        tmp_path / "s.png")
+    backbone, lora, out = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (backbone[0], lora[0], out) == (str(tiny_llama), "lora", [str(tmp_path / "s.png")])
+    assert backbone[1] == lora[1] and backbone[2] != lora[2]  # the same h0, then another model
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_curve_is_drawn_plain_ones_dashed_and_in_the_colour_of_their_sibo(monkeypatch, tmp_path):
-    kept = []
-    monkeypatch.setattr(evaluation.checkpoint, "write", lambda path, savefig: kept.append(savefig.__self__))
-    names = ["frozen", "adapter", "adapter-sibo, λ 0.1", "adapter-sibo, λ 0.3", "lora", "lora-sibo", "full"]
-    pictures.draw_similarity({name: [0.1, 0.2, 0.3] for name in names}, tmp_path / "s.png", "title")
-    lines = {line.get_label().split(" (")[0]: line for line in kept[0].axes[0].get_lines()}
-    assert list(lines) == names
-    assert lines["adapter"].get_color() == lines["adapter-sibo, λ 0.3"].get_color() != lines["lora"].get_color()
-    assert [lines[n].get_linestyle() for n in ("frozen", "lora", "lora-sibo")] == [":", "--", "-"]
-
-
-def test_a_picture_is_written_whole_and_alone(tmp_path):
-    pictures.draw_similarity({"frozen": [0.1, 0.5, 0.6], "lora-sibo": [0.1, 0.4, 0.5]}, tmp_path / "s.png", "title")
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+def test_help_does_not_wait_for_libraries_that_only_pictures_or_the_hub_need():
+    code = "import sys, eval; print(sorted({'matplotlib', 'huggingface_hub', 'gguf', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

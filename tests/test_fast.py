@@ -89,3 +89,17 @@ def test_packed_weights_give_the_same_product_and_leave_nothing_behind():
         assert torch.equal(m(x), plain)
         with fast.prepacked_weights(m, most=10):  # a big model gets no second copy
             assert "forward" not in vars(m[0])
+
+
+def test_the_formula_used_for_bfloat16_on_cpus_is_the_kernels():
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, 3, 17, 8).bfloat16().requires_grad_() for _ in range(3)]
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    weight = torch.randn(2, 3, 17, 8)
+    ours = fast.attend(*qkv, None, True, 0.0)
+    theirs = F.scaled_dot_product_attention(*wide, is_causal=True)
+    torch.testing.assert_close(ours.float(), theirs, atol=0.03, rtol=0)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    for x, y in zip(qkv, wide, strict=True):
+        torch.testing.assert_close(x.grad.float(), y.grad, atol=0.06, rtol=0)

@@ -1,6 +1,6 @@
-"""Many processes are one: what N of them train, save and score is what a single one does, cut up or not.
+"""N processes train, save and score what a single one does, sharded or not.
 
-One spawn of 2 and one of 4 processes go over all cases (gloo, CPU); each writes what it found."""
+All cases run once in 2 processes and once in 4 (gloo, CPU); each process writes what it found."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermedia
          "num_attention_heads": 2}
 BERT = {"model_type": "bert", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-CASES = {  # model, method, learned λ, micro-batch, tied embedding and head; checkpointing where cut up
+CASES = {  # the model's config, method, learned λ, micro-batch; sharded ones recompute activations
     "full": (LLAMA, "full", False, 2),
     "full-tied": (LLAMA | {"tie_word_embeddings": True}, "full", False, 1),
     "adapter": (LLAMA, "adapter", False, 1),
@@ -47,7 +47,7 @@ SHARDED = {False: "whole", True: "sharded"}
 
 @dataclass
 class Letters:
-    """As much of a tokenizer as scoring asks for."""
+    """The part of a tokenizer that scoring uses."""
 
     eos_id: int = 1
     pad_id: int = 0
@@ -59,41 +59,41 @@ class Letters:
         return " ".join(map(str, ids))
 
 
-def random_model(said):
-    m = model.build(said, num_labels=2 if said is BERT else None).to_empty(device="cpu").double()
+def random_model(config):
+    m = model.build(config, num_labels=2 if config is BERT else None).to_empty(device="cpu").double()
     g = torch.Generator().manual_seed(0)
     for p in m.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=g)
-    if said.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings"):
         m.head.weight = m.embed.weight
     return m.eval()
 
 
-def rows(said):
-    """17, so that of the batches of 7 one has 3 rows, fewer than there are processes; one row has nothing labelled."""
+def rows(config):
+    """17, so that one of the batches of 7 has 3 rows, fewer than there are processes; one row has no label."""
     some = [[1, 2, *range(3 + i % 9, 6 + i % 9 + i)] for i in range(17)]
-    if said is BERT:
+    if config is BERT:
         return [batch.Row(ids, i % 2, types=[0] * len(ids)) for i, ids in enumerate(some)]
     return [batch.Row(ids, [-100] * (len(ids) if i == 4 else 3) + ids[3:] * (i != 4)) for i, ids in enumerate(some)]
 
 
 def fit(name, shard, folder):
-    said, method, learned, micro = CASES[name]
-    run = recipes.Run(out=str(folder), method=method, lam=0.2 if "sibo" in method else 0.0, learn_lam=learned,
-                    steps=3, batch_size=7, micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0,
-                    shard=shard, grad_checkpoint=shard)
+    config, method, learned, micro = CASES[name]
+    run = recipes.run_of(method, out=str(folder), lam=0.2, learn_lam=learned, steps=3, batch_size=7,
+                         micro_batch_size=micro, warmup=1, lr=0.05, rank=4, bottleneck=4, dropout=0.0, shard=shard,
+                         grad_checkpoint=shard)
     torch.manual_seed(run.seed)
-    m = random_model(said)
-    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings()).double()  # λ too
+    m = random_model(config)
+    m = sibo.inject(m, **vars(run.settings)).double() if run.settings else m.requires_grad_(True)  # λ in double too
     folder.mkdir(exist_ok=True)
-    loop.fit(m, rows(said), 0, run)
+    loop.fit(m, rows(config), 0, run)
     sibo.save(m, folder)
     return m
 
 
-def scores(m, said):
-    if said is BERT:
-        return scoring.score_sentences(m, Letters(), tasks.task("rte"), rows(said), batch_size=2).more
+def scores(m, config):
+    if config is BERT:
+        return scoring.score_sentences(m, Letters(), tasks.task("rte"), rows(config), batch_size=2).more
     prompts = ["a b", "say two", "and three of them", "d", "e", "end"]
     logps = scoring.likelihoods(m, Letters(), prompts, [["yes", "yes, yes", "no"][i % 2:] for i in range(6)], 2)
     return [*scoring.responses(m, Letters(), prompts, 6, batch_size=1),
@@ -101,7 +101,7 @@ def scores(m, said):
 
 
 def work(rank, world, folder):
-    """What each process of a spawn does: all cases, whole and sharded."""
+    """What each process does: all cases, whole and sharded."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     for name in CASES:
@@ -110,31 +110,31 @@ def work(rank, world, folder):
             found = {"scores": scores(m, CASES[name][0]), "seed": torch.initial_seed()}
             (folder / f"{name}-{SHARDED[shard]}-{world}" / f"rank{rank}.json").write_text(json.dumps(found))
     for shard in SHARDED:
-        stop_and_go_on(folder / f"stopped-{SHARDED[shard]}-{world}", shard)
+        stop_and_resume(folder / f"stopped-{SHARDED[shard]}-{world}", shard)
     dist.destroy_process_group()
 
 
-def stop_and_go_on(folder, shard):
-    """A run of four steps with dropout; the same, stopped by a signal to the last process alone, and gone on with."""
+def stop_and_resume(folder, shard):
+    """A run of four steps with dropout; then the same, stopped by a signal to the last process alone, and resumed."""
     def validate(m):
         if parallel.rank() == parallel.world() - 1 and len(seen) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(1)
-        return 1e-12 * len(seen) * parallel.rank()  # not quite the same everywhere, as sums on GPUs are not
+        return 1e-12 * len(seen) * parallel.rank()  # slightly different everywhere, as sums on GPUs are
 
-    for name, go_on in (("whole", False), ("parts", False), ("parts", True)):
-        run = recipes.Run(method="lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,
-                        dropout=0.1, validate_every=1, shard=shard, out=str(folder / name))
+    for name, resuming in (("whole", False), ("parts", False), ("parts", True)):
+        run = recipes.run_of("lora-sibo", lam=0.2, learn_lam=True, steps=4, batch_size=7, micro_batch_size=2, rank=4,
+                             dropout=0.1, validate_every=1, shard=shard, out=str(folder / name))
         torch.manual_seed(0)
-        m = sibo.inject(random_model(LLAMA), **run.settings()).double()
-        seen = [1, 1] if go_on or name == "whole" else []  # after two it is never stopped
+        m = sibo.inject(random_model(LLAMA), **vars(run.settings)).double()
+        seen = [1, 1] if resuming or name == "whole" else []  # after two it is never stopped
         with contextlib.suppress(KeyboardInterrupt):
-            loop.fit(m, rows(LLAMA), 0, run, validate, go_on=go_on)
+            loop.fit(m, rows(LLAMA), 0, run, validate, resuming=resuming)
             sibo.save(m, folder / name)
 
 
 def start(work, *args, processes, join=True):
-    multiprocessing.set_forkserver_preload(["train", "torch.distributed.fsdp"])  # read once for all
+    multiprocessing.set_forkserver_preload(["train", "torch.distributed.fsdp"])  # imported once for all
     return mp.start_processes(work, args, processes, join=join, start_method="forkserver")
 
 
@@ -145,7 +145,7 @@ def folder(tmp_path_factory):
     for name in CASES:
         found = {"scores": scores(fit(name, False, folder / f"{name}-whole"), CASES[name][0])}
         (folder / f"{name}-whole" / "rank0.json").write_text(json.dumps(found))
-    torch.compiler.set_stance("default")  # as it was: train.fit ends in eager mode
+    torch.compiler.set_stance("default")  # loop.fit ends in eager mode
     for world in (2, 4):
         start(work, world, folder, processes=world)
     return folder
@@ -155,7 +155,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def furthest(a, b):
+def largest_difference(a, b):
     """The largest difference between two runs' saved tensors."""
     a, b = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
     assert a.keys() == b.keys()
@@ -172,13 +172,13 @@ whole_or_sharded = pytest.mark.parametrize("how", SHARDED.values())
 def test_many_processes_train_as_one_does(folder, name, how, world):
     one, many = folder / f"{name}-whole", folder / f"{name}-{how}-{world}"
     assert len(losses(one)) == 3 and losses(many) == pytest.approx(losses(one), abs=1e-9)
-    assert furthest(one, many) < 1e-9
+    assert largest_difference(one, many) < 1e-9
 
 
 @everywhere
 @whole_or_sharded
 @pytest.mark.parametrize("name", CASES)
-def test_each_process_scores_its_share_and_all_know_the_whole_in_order(folder, name, how, world):
+def test_each_process_scores_its_share_and_all_get_every_score_in_order(folder, name, how, world):
     one = json.loads((folder / f"{name}-whole" / "rank0.json").read_text())["scores"]
     for rank in range(world):
         many = json.loads((folder / f"{name}-{how}-{world}" / f"rank{rank}.json").read_text())
@@ -187,7 +187,7 @@ def test_each_process_scores_its_share_and_all_know_the_whole_in_order(folder, n
 
 @everywhere
 @whole_or_sharded
-def test_processes_stopped_by_a_signal_to_one_of_them_go_on_bit_for_bit(folder, how, world):
+def test_processes_stopped_by_a_signal_to_one_of_them_resume_bit_for_bit(folder, how, world):
     whole, parts = (folder / f"stopped-{how}-{world}" / name for name in ("whole", "parts"))
     assert losses(parts) == losses(whole) and len(losses(whole)) == 4
     assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
@@ -199,7 +199,7 @@ def test_dropout_is_seeded_by_the_rank(folder, world):
     assert seeds == list(range(world))
 
 
-def test_an_adapter_that_four_sharded_processes_saved_loads_in_one(folder):
+def test_an_adapter_saved_by_four_sharded_processes_loads_in_one(folder):
     m = sibo.load(random_model(LLAMA), folder / "lora-sibo-sharded-4")
     one = sibo.load(random_model(LLAMA), folder / "lora-sibo-whole")
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -225,7 +225,7 @@ def refuse(args):
 
 
 def command(rank, port, folder, main):
-    """A process as torchrun starts it, its two streams in files."""
+    """A process as torchrun starts it, with its errors in a file."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                    "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     sys.argv = ["train.py"]
@@ -234,8 +234,8 @@ def command(rank, port, folder, main):
 
 
 def ends(main, folder):
-    """(exit codes, what was said) of two processes that both run `main`."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's own outlives them too
+    """(exit codes, error messages) of two processes that both run `main`."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's outlives them too
     group = start(command, store.port, folder, main, processes=2, join=False)
     for p in group.processes:
         p.join(60)
@@ -243,18 +243,18 @@ def ends(main, folder):
 
 
 def test_a_killed_process_ends_the_others_with_a_line(tmp_path):
-    codes, said = ends(lose, tmp_path)
+    codes, errors = ends(lose, tmp_path)
     assert codes == [-signal.SIGKILL, 2]
-    assert said[1].startswith("error: lost touch with another process") and said[1].count("\n") == 1
+    assert errors[1].startswith("error: lost touch with another process") and errors[1].count("\n") == 1
 
 
-def test_what_one_process_refuses_ends_all_and_is_said_once(tmp_path):
-    codes, said = ends(refuse, tmp_path)
-    assert codes == [2, 2] and "".join(said) == "error: the folder is taken\n"
+def test_an_error_of_one_process_ends_all_and_is_printed_once(tmp_path):
+    codes, errors = ends(refuse, tmp_path)
+    assert codes == [2, 2] and "".join(errors) == "error: the folder is taken\n"
 
 
 def test_shard_without_torchrun_is_an_error(monkeypatch):
-    with pytest.raises(ValueError, match="--shard: found one process"):
+    with pytest.raises(ValueError, match="--shard: expected .*, got one"):
         train.main(options.parser().parse_args(["--shard"]))
 
 
@@ -280,7 +280,7 @@ def test_torchrun_trains_scores_and_writes_as_one_process_does(alone, tmp_path, 
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in one.iterdir()}
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1e-5)
-    assert furthest(one, tmp_path / "run") < 1e-4
+    assert largest_difference(one, tmp_path / "run") < 1e-4
     a, b = (json.loads((run / "result.json").read_text()) for run in (one, tmp_path / "run"))
     for key in ("score", "n", "baseline_score", "trainable_parameters", "total_parameters"):
         assert a[key] == b[key]

@@ -134,7 +134,7 @@ def test_targets_of_ones_own_all_get_h0_unless_sibo_at_says_which():
 @pytest.mark.parametrize("m,wide", [(ours("llama"), "down_proj"), (ours("gptj"), "fc_out"), (theirs("gptj"), "fc_out")])
 def test_a_module_whose_input_is_not_d_wide_cannot_be_asked_to_take_h0(m, wide):
     for asked in ({"sibo_at": (wide,)}, {"targets": ("q_proj", wide)}):
-        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: expected an input 16 wide, as h0, got \d+; leave"):
+        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: expected inputs 16 wide, as h0, got \d+; leave"):
             placed(m, **asked)
     assert placed(m, targets=("q_proj", wide), sibo_at=("q_proj",))  # plainly, it can be adapted
 
@@ -277,7 +277,7 @@ def test_without_known_names_targets_and_h0_have_to_be_given():
     ("patch", r"h0 'patch': expected one module.*, got \[\]"),
     ("0", r"h0 '0': expected one module.*, got \['steps\.0', 'steps\.0\.0', 'steps\.1\.0'\]"),
     ("drop", "h0: expected a module with weights, got a Dropout"),
-    ("steps.0.3", r"steps\.0\.1: expected an input 16 wide, as h0, got 8")])
+    ("steps.0.3", r"steps\.0\.1: expected inputs 16 wide, as h0, got 8")])
 def test_a_source_that_is_absent_ambiguous_without_a_width_or_of_another_one_is_an_error(h0, says):
     with pytest.raises(ValueError, match=says):
         placed(Mixer(), targets=("steps.*.1",), h0=h0)

@@ -98,5 +98,5 @@ def test_the_hubs_own_switch_counts_too(monkeypatch, value, is_offline, tmp_path
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
     assert files.offline() == is_offline
     if is_offline:
-        with pytest.raises(OSError, match="forbids to fetch it; bring it by hand and put it at"):
+        with pytest.raises(OSError, match="forbids downloads; download it by hand and put it at"):
             download.fetch(["glue/RTE/dev.tsv"], tmp_path)

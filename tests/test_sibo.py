@@ -524,9 +524,9 @@ def test_a_submodule_that_happens_to_be_called_kernels_is_none_of_our_business()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_settings_can_be_given_as_one_object(name):
+def test_a_settings_object_is_the_keywords_of_inject(name):
     s = METHODS[name] | {"rank": 3, "bottleneck": 2}
-    m = sibo.inject(tiny(), sibo.Settings(**s))
+    m = sibo.inject(tiny(), **vars(sibo.Settings(**s)))
     assert m.sibo == sibo.inject(tiny(), **s).sibo
     assert torch.equal(stir(m)(ids()), stir(sibo.inject(tiny(), **s))(ids()))
 

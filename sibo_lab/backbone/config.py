@@ -77,7 +77,7 @@ CONFIGS = {"bert": BertConfig, "gptj": GPTJConfig, "llama": LlamaConfig}
 ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
            "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
            "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
-ONLY = {  # settings that would change the result: the values that are implemented
+ONLY = {  # of settings that change the result, the values that are implemented
     "llama": {"hidden_act": ["silu"], "quantization_config": [None]},
     "gptj": {"quantization_config": [None]},
     "bert": {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
@@ -85,12 +85,12 @@ ONLY = {  # settings that would change the result: the values that are implement
 }
 ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-# The largest sizes; 2^20 for the others keeps the bytes of any weight below 2^63.
+# The largest values; all others stay below 2^20, so that no weight can take 2^63 bytes.
 LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}
 
 
 def read_spec(path: Path) -> dict:
-    """The config.json of a folder, or a .gguf file's metadata in its words."""
+    """config.json of a folder, or the same from a .gguf file's metadata."""
     return gguf.spec(path, *gguf.read(path)) if path.suffix == ".gguf" else read_json(path / "config.json")
 
 
@@ -132,10 +132,11 @@ def _expected(field: Field, value: object) -> str:
     """What a Config's field expects, if `value` is not that, else ""."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
-    low, high = (0, 1e12) if field.name == "rope_theta" else (-1, 1)  # the other numbers are dropouts and epsilons
+    theta = field.name == "rope_theta"  # the other numbers are dropouts and epsilons
     fits, expected = {
         "int": (type(value) is int and 1 <= value <= most, f"a positive integer, at most {most}"),
-        "float": (number and low < value and 0 <= value < high, f"a number from 0 to below {high:g}"),
+        "float": (number and (0 < value < 1e12 if theta else 0 <= value < 1),
+                  "a positive number below 1e12" if theta else "a number from 0 to below 1"),
         "bool": (isinstance(value, bool), "true or false"),
         "str": (isinstance(value, str), "a name"),
         "dict": (isinstance(value, dict), "an object")}[kind]
@@ -154,6 +155,6 @@ def _rope(known: dict, wrong: Callable[..., ValueError]) -> dict:
     for name in ROPE_SCALINGS[scaling]:
         if type(value := rope.get(name)) not in (int, float) or not 0 < value <= 1e12:
             raise wrong(f"rope scaling {scaling!r}: {name}", "a positive number", value)
-    if scaling == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise wrong("low_freq_factor", f"less than high_freq_factor {rope['high_freq_factor']}", rope["low_freq_factor"])
+    if scaling == "llama3" and (low := rope["low_freq_factor"]) >= (high := rope["high_freq_factor"]):
+        raise wrong("low_freq_factor", f"less than high_freq_factor {high}", low)
     return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", 10000.0)), "rope_scaling": rope or None}

@@ -13,14 +13,14 @@ from sibo_lab import fast
 
 @dataclass
 class KeyValues:
-    """One layer's cache, (B, H, capacity, D), of which `length` tokens are filled."""
+    """One layer's keys and values, (B, H, capacity, D), of which `length` tokens are filled."""
 
     keys: Tensor
     values: Tensor
     length: int = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k and v (B, H, T, D) and returns all there is, (B, H, S, D)."""
+        """Appends k and v (B, H, T, D) and returns all, (B, H, S, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
@@ -30,7 +30,7 @@ class KeyValues:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """x in float32 or wider, as a softmax over a vocabulary needs."""
+    """Float32 or wider, as a softmax over a vocabulary needs."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -45,8 +45,8 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
              num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
     """Greedy search, or with `num_beams` > 1 transformers' beam search (length_penalty 1, early_stopping False).
 
-    input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns the prompts and the new ids,
-    (B, T + at most max_new_tokens); pad_token_id (or else eos_token_id) fills a row after its EOS."""
+    input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns prompts and new ids, (B, T + at most
+    max_new_tokens), with pad_token_id (or else eos_token_id) after an EOS."""
     require_eval(m)
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"generate: expected 1 or more new tokens and beams, got {max_new_tokens} and {num_beams}")
@@ -62,8 +62,8 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
 
 def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
             last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
-    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left; and a cache of `capacity`
-    tokens, with its mask (B, T). What all prompts begin with is read once, and precedes the padding in the cache."""
+    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left, and a cache of `capacity`
+    tokens with its mask (B, T). What all prompts begin with is read once, and precedes the padding in the cache."""
     B, T = prompts.shape
     cache, i = m.new_cache(B, capacity), torch.arange(T, device=prompts.device)
     start = T - mask.sum(1, keepdim=True)  # (B, 1)
@@ -130,7 +130,7 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
 
         scores, best = torch.where(ends, -1e9, top).topk(K)
         running = _beams(grown, best)
-        worst = torch.where(done_scores > -1e8, done_scores.min(1, keepdim=True).values, -1e9)  # -1e9: still free
+        worst = torch.where(done_scores > -1e8, done_scores.min(1, keepdim=True).values, -1e9)  # -1e9: not done
         improving &= (scores[:, :1] / n > worst).any(1, keepdim=True)
         if not improving.any() or ends.all():
             break
@@ -144,5 +144,5 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
 
 
 def _beams(sequences: Tensor, index: Tensor) -> Tensor:
-    """(B, N, T) at `index` (B, K): (B, K, T)."""
+    """The rows `index` (B, K) of sequences (B, N, T)."""
     return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sibo_lab import files
 from sibo_lab.files import quoted
 
 NAMES = {  # llama.cpp's names, and Hugging Face's
@@ -24,7 +25,7 @@ NAMES = {  # llama.cpp's names, and Hugging Face's
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items()}
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-U32, STRING, ARRAY, U64 = 4, 8, 9, 10
+U32, STRING, ARRAY, U64 = 4, 8, 9, 10  # types of values, as in NUMBERS
 
 
 class StoredTensor(NamedTuple):
@@ -33,22 +34,8 @@ class StoredTensor(NamedTuple):
     data: np.ndarray  # its bytes, mapped
 
 
-class Reader:
-    """Takes one value after another from a mapped file; every count is checked against its end."""
-
-    def __init__(self, path: Path):
-        self.path, self.at = path, 0
-        with open(path, "rb") as f:
-            self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
-
-    def error(self, found: str) -> ValueError:
-        return ValueError(f"{self.path}: not a whole GGUF file (found {found}, at byte {self.at} of {len(self.data)})")
-
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise self.error(f"{size} bytes to come")
-        self.at += size
-        return self.data[self.at - size:self.at]
+class Reader(files.Reader):
+    """Reads the values of a .gguf file."""
 
     def numbers(self, kind: int, count: int) -> list:
         if kind not in NUMBERS:
@@ -79,7 +66,7 @@ class Reader:
         return entries
 
     def tensors(self, headers: Mapping, alignment: int) -> dict[str, StoredTensor]:
-        """headers: the (shape, type, offset) of each."""
+        """The tensors with these headers, (shape, type, offset) by name."""
         known, sizes = {0, 1, *_library().quants._type_traits}, _library().GGML_QUANT_SIZES  # 0 and 1: F32 and F16
         start, left, stored = -(-self.at // alignment) * alignment, len(self.data) - self.at, {}
         for name, (shape, kind, offset) in headers.items():
@@ -96,7 +83,7 @@ class Reader:
 
 def _library():
     try:
-        import gguf  # here: Hugging Face's folders do not need it
+        import gguf  # only here: Hugging Face's folders load without it
     except ImportError:
         raise ValueError("a .gguf file needs the gguf package: pip install gguf") from None
     return gguf
@@ -104,7 +91,9 @@ def _library():
 
 def read(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     """The metadata and the tensors; ValueError if the file is no GGUF or is cut short."""
-    r = Reader(path)
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+    r = Reader(data, f"{path}: not a whole GGUF file")
     if (magic := r.take(4)) != b"GGUF":
         raise r.error(f"{magic!r}")
     if (version := r.number(U32)) not in (2, 3):

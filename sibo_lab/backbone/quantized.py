@@ -1,7 +1,7 @@
 """A frozen backbone in 8 or 4 bits per weight, for machines that cannot hold it in 16: `--base-bits`.
 
 Scales, steps and kernels are bitsandbytes' (NF4: Dettmers et al. 2023). The official code, asked for 8 bits, silently
-trains without h0; here only the values of the frozen weights change."""
+trains without h0; here nothing changes but the values of the frozen weights."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ class QuantizedLinear(nn.Linear):
     """A frozen nn.Linear with its weight in 8 bits (256 even steps) or 4 (NF4), and a float32 scale per 64 weights; the
     product is computed in the precision of x.
 
-    Why bitsandbytes: on the CPU it restores a weight in 1-2 ns without intermediates (torchao 0.18: 7-10 ns and up to
-    seven times the memory), and its operators compile. Why no library's linear layer: in 8 bits bitsandbytes' rounds x
-    too, and torchao's keeps each restored W for the backward pass."""
+    On the CPU bitsandbytes restores a weight in 1-2 ns without intermediates (torchao 0.18: 7-10 ns and up to seven
+    times the memory). But its own linear layer rounds x too in 8 bits, and torchao's keeps each restored W."""
 
     block = 64
 

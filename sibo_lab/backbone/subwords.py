@@ -1,13 +1,12 @@
 """Text <-> token ids: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2), and SentencePiece-BPE with byte
 fallback (LLaMA).
 
-The ids are those of the library each model was trained with: tests compare them with `tokenizers` (tokenizer.json) and
-`sentencepiece` (tokenizer.model). The only exception: WordPiece on 749 characters on which the libraries' Unicode tables
-disagree, all but four newer than Unicode 3.2.
+The ids are those of the library that each model was trained with: tests compare `tokenizers` (tokenizer.json) and
+`sentencepiece` (tokenizer.model). The one exception is WordPiece on 749 characters on which the libraries' Unicode
+tables disagree, all but four newer than Unicode 3.2.
 Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 2019 (bytes), Kudo & Richardson 2018.
 Both BPEs run on tiktoken, which merges the neighbours of lowest rank; here ranks are merge priorities, not ids.
-Departs from the official code: its LlamaTokenizer (transformers) treats leading and double spaces unlike sentencepiece.
-What a file asks for and is not supported is refused by name."""
+Departs from the official code: transformers' LlamaTokenizer differs from sentencepiece on leading and double spaces."""
 
 import re
 import unicodedata
@@ -30,15 +29,14 @@ CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700
 
 
 class Tokenizer:
-    """What the families share: added tokens, special tokens around a text, and the ids of bos, eos, pad, unk (or None).
-
-    vocab_size is 1 + the largest id; `added` as in tokenizer.json."""
+    """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
+    vocab_size is 1 + the largest id."""
 
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
         for token in added:
             if token.get("single_word") or vocab.get(token["content"], token["id"]) != token["id"]:
-                raise ValueError(f"unsupported added token {quoted(token['content'])}: single_word, or with another id "
-                                 "than in the vocabulary")
+                raise ValueError(f"unsupported added token {quoted(token['content'])}: single_word, or another id than "
+                                 "the vocabulary's")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
         if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
             raise ValueError("expected a vocabulary with non-negative integers below 2^31 as ids")
@@ -51,14 +49,14 @@ class Tokenizer:
         self.added_normalized = {self._normalize(token["content"]): token for token in added if token.get("normalized")}
 
     def encode(self, text: str, pair: str | None = None) -> list[int]:
-        """The ids of a text or of a pair, with the family's special tokens; nothing is padded or cut off.
-        ValueError for half a surrogate pair, which has no UTF-8 form."""
+        """The ids of a text or a pair, with the family's special tokens; nothing is padded or cut off. ValueError for
+        half a surrogate pair, which has no UTF-8 form."""
         parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
         return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids without special tokens. U+FFFD stands for broken UTF-8, and for an id without a token,
-        which a model may write whose embeddings are padded to a round number."""
+        """The text of these ids without special tokens. Broken UTF-8 is U+FFFD, and so is an id without a token, which
+        a model can write if its embeddings are padded to a round number."""
         return self._join([self.spelled.get(i, self.unspelled) for i in map(int, ids) if i not in self.special])
 
     def _encode(self, text: str) -> Iterator[int]:

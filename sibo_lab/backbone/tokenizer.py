@@ -14,11 +14,11 @@ def from_pretrained(name_or_dir: str | PathLike) -> subwords.Tokenizer:
 
 
 def for_model(path: Path, vocab_size: int, *roles: str) -> subwords.Tokenizer:
-    """The tokenizer at a located path, checked against its model: ValueError if the model has fewer embeddings than it
-    has ids, or if a special token is missing (`roles`: eos ends an answer, pad fills a batch)."""
+    """The tokenizer at a located path; ValueError if it has more ids than the model has embeddings, or lacks a special
+    token (`roles`: eos to end an answer, pad to fill a batch)."""
     t = tokenizer_files.read(path)
     if t.vocab_size > vocab_size:
-        raise ValueError(f"{path}: expected a tokenizer of at most {vocab_size} ids, one per embedding, got "
+        raise ValueError(f"{path}: expected a tokenizer of at most {vocab_size} ids, as there are embeddings, got "
                          f"{t.vocab_size}; bring the one that belongs to these weights")
     for role in roles:
         if getattr(t, f"{role}_id") is None:

@@ -1,4 +1,4 @@
-"""The files a tokenizer comes in: tokenizer.json, tokenizer.model, vocab.txt, vocab.json with merges.txt, GGUF."""
+"""The files a tokenizer comes in: tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, GGUF."""
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sibo_lab.backbone import gguf
 from sibo_lab.backbone.subwords import BPE, SPACE, WORDS, WORDS_DIGITS_APART, Templates, Tokenizer, WordPiece
-from sibo_lab.files import one_line, quoted, read_json
+from sibo_lab.files import Reader, one_line, quoted, read_json
 
-Shared = tuple[dict[str, int], list[dict], dict[str, int | None], Templates]  # what Tokenizer.__init__ takes
-SUPPORTED = {  # the values of settings that are implemented: of models, of their steps, of tokenizer_config.json
+Shared = tuple[dict[str, int], list[dict], dict[str, int | None], Templates]  # what Tokenizer() takes
+SUPPORTED = {  # of a model's or step's settings, or tokenizer_config.json's, the values that are implemented
     "WordPiece": {"continuing_subword_prefix": ("##",)},
     "BPE": {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
             "ignore_merges": (None, False)},
@@ -27,8 +27,8 @@ SUPPORTED = {  # the values of settings that are implemented: of models, of thei
 
 def read(path: Path) -> Tokenizer:
     """The tokenizer of a folder or a .gguf file; ValueError names a file that is malformed or not supported."""
-    # tokenizer.model before tokenizer.json: the weights were trained with it, and conversions have differed on leading
-    # and double spaces, and take a "</s>" typed in a text for its end.
+    # tokenizer.model before tokenizer.json: the weights were trained with it; conversions have differed on leading and
+    # double spaces, and take a "</s>" typed in a text for its end.
     readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
                "vocab.json": _from_merges, "encoder.json": _from_merges}
     file = path if path.suffix == ".gguf" else next((path / n for n in readers if (path / n).is_file()), None)
@@ -41,13 +41,13 @@ def read(path: Path) -> Tokenizer:
 
 
 def _byte_level(shared: Shared, merges: list, digits_apart: bool) -> BPE:
-    # GPT-2 writes a byte as a letter: itself if that is printable, else the next letter from U+0100 on.
+    # GPT-2 writes a byte as a letter: itself if printable, else the next one from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
     vocab, merged = shared[0], _merged(merges, shared[0])
     spelled = {token: bytes(map(byte.get, token)) for token in vocab if byte.keys() >= set(token)}
     if strange := next((token for token in merged if token not in spelled), None):
-        raise ValueError(f"malformed merge to {quoted(strange)}, expected letters that stand for bytes")
+        raise ValueError(f"malformed merge: expected letters that stand for bytes, got {quoted(strange)}")
     ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
     ranks |= {spelled[token]: [vocab[token]] for token in merged}
     return BPE(*shared, ranks=ranks, spelled={vocab[token]: data for token, data in spelled.items()},
@@ -55,18 +55,18 @@ def _byte_level(shared: Shared, merges: list, digits_apart: bool) -> BPE:
 
 
 def _sentencepiece(shared: Shared, merged: list[str], space: str, by_word: bool = False) -> BPE:
-    """merged: the pieces of several characters, first merged first. by_word: each space begins a new word."""
+    """merged: the pieces of several characters, in order. by_word: each space begins a new word."""
     vocab, byte_tokens = shared[0], [f"<0x{b:02X}>" for b in range(256)]
     if any(SPACE in piece.lstrip(SPACE) for piece in merged):
-        raise ValueError("unsupported piece with a space after another character: texts are merged word by word")
+        raise ValueError("unsupported piece with a space after another character, as texts are merged word by word")
     if not vocab.keys() >= set(byte_tokens):
         raise ValueError("expected byte fallback, a token for each of the 256 bytes")
     byte_ids = [vocab[token] for token in byte_tokens]
-    # tiktoken begins with bytes, SentencePiece with characters: so characters are merged first, prefix by prefix.
+    # tiktoken begins with bytes, SentencePiece with characters: so these are merged first, prefix by prefix.
     characters = sorted({c for piece in vocab for c in piece})
     strings = [bytes([b]) for b in range(256)] + [c.encode()[:size] for size in (2, 3, 4) for c in characters]
     pieces = {piece.encode(): [vocab[piece]] for piece in (*(c for c in characters if c in vocab), *merged)}
-    # A character that is no piece, or only the beginning of one, is spelled in byte tokens.
+    # A character that is no piece, or a mere prefix of one, is spelled in byte tokens.
     ranks = {data: pieces.get(data) or [byte_ids[b] for b in data] for data in (*strings, *pieces)}
     spelled = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     return BPE(*shared, ranks=ranks, spelled=spelled | {i: bytes([b]) for b, i in enumerate(byte_ids)}, space=space,
@@ -74,7 +74,7 @@ def _sentencepiece(shared: Shared, merged: list[str], space: str, by_word: bool 
 
 
 def _from_tokenizer_json(file: Path) -> Tokenizer:
-    # Not applied: "truncation" and "padding", conveniences of whoever saved the file (MiniLM: 128 tokens).
+    # "truncation" and "padding" are not applied: they are what its author happened to use (MiniLM: 128 tokens).
     spec = read_json(file)
     model, added = _get(spec, "model", dict), _added(spec)
     vocab, unk = _ids(model.get("vocab")), _get(model, "unk_token", str, None)
@@ -103,9 +103,10 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
             space = steps["Metaspace"].get("prepend_scheme") or "always"
             by_word = steps["Metaspace"].get("split") is not False
         case _:
-            raise ValueError(f"unsupported model {kind} after {', '.join(names) or 'no steps'}, expected WordPiece after "
-                             "BertNormalizer, BertPreTokenizer; BPE after (Digits,) ByteLevel; or BPE with byte_fallback "
-                             "after (Prepend,) Replace or Metaspace")
+            raise ValueError(
+                f"unsupported model {kind} after {', '.join(names) or 'no steps'}: expected WordPiece after "
+                "BertNormalizer, BertPreTokenizer; BPE after (Digits,) ByteLevel, or, with byte_fallback, after "
+                "(Prepend,) Replace or Metaspace")
     return _sentencepiece(shared, _merged(_get(model, "merges", list), vocab), space, by_word)
 
 
@@ -136,13 +137,13 @@ def _from_merges(file: Path) -> Tokenizer:
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:
-    # Numbers of fields and types are those of sentencepiece_model.proto.
+    # The numbers are those of sentencepiece_model.proto.
     messages = list(_protobuf(file.read_bytes()))
     if strange := [field for field, message in messages if field in (1, 2, 3) and isinstance(message, int)]:
-        raise ValueError(f"not a SentencePiece model: field {strange[0]} is a number, expected a message")
+        raise ValueError(f"not a SentencePiece model: expected a message in field {strange[0]}, got a number")
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
     if trainer.get(3, 1) != 2:
-        raise ValueError(f"not a SentencePiece model of type BPE: model_type is {trainer.get(3, 1)}, expected 2")
+        raise ValueError(f"model_type: expected 2, for BPE, got {trainer.get(3, 1)}")
     pieces = [{2: bytes(4), 3: 1} | dict(_protobuf(message)) for field, message in messages if field == 1]
     for i, piece in enumerate(pieces):
         if [type(piece.get(field)) for field in (1, 2, 3)] != [bytes, bytes, int] or len(piece[2]) != 4:
@@ -169,8 +170,8 @@ def _from_gguf(file: Path) -> Tokenizer:
         return _from_pieces(vocab, [], named, spec)
     # llama.cpp's "default" is a split of its own, not GPT-2's.
     if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
-        raise ValueError(f"unsupported tokenizer {quoted(kind)} with pre-tokenizer {quoted(pre)}, expected 'llama', or "
-                         "'gpt2' with 'smollm' or 'gpt-2'")
+        raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer 'smollm' or 'gpt-2', got "
+                         f"{quoted(kind)} with {quoted(pre)}")
     control, user = ({i for i, kind in enumerate(_get(spec, "token_type", [int])) if kind == k} for k in (3, 4))
     added = _special(vocab, control) + _special(vocab, user, special=False)
     return _byte_level((vocab, added, named, _around(named, spec)), _get(spec, "merges", [str]), pre == "smollm")
@@ -179,65 +180,59 @@ def _from_gguf(file: Path) -> Tokenizer:
 def _from_pieces(vocab: dict, added: list, named: dict, spec: dict) -> BPE:
     """A SentencePiece model; `spec` as in a .gguf file."""
     if spec.get("precompiled_charsmap") or spec.get("remove_extra_whitespaces"):
-        raise ValueError("unsupported normalization of characters or spaces, expected a model without any")
+        raise ValueError("unsupported normalization of characters or spaces")
     scores, kinds = _get(spec, "scores", [float]), _get(spec, "token_type", [int])
     if not len(vocab) == len(kinds) == len(scores) or set(kinds) != {1, 2, 3, 6}:
-        raise ValueError("unsupported pieces, expected each once and of the types normal, unknown, control and byte")
+        raise ValueError("expected each piece once, of type normal, unknown, control or byte, got other pieces")
     best_first = sorted((-score, i, piece) for (piece, i), score, kind in zip(vocab.items(), scores, kinds, strict=True)
                         if kind == 1 and len(piece) > 1)
-    t = _sentencepiece((vocab, added, named, _around(named, {"add_bos_token": True} | spec)), [p for *_, p in best_first],
+    shared = (vocab, added, named, _around(named, {"add_bos_token": True} | spec))
+    t = _sentencepiece(shared, [piece for *_, piece in best_first],
                        "prefix" if spec.get("add_space_prefix", True) else "replace")
-    # As in sentencepiece, unknown and control pieces are not looked for in texts: no text can spell its own end.
+    # As in sentencepiece, these pieces are not looked for in texts: no text can spell its own end.
     t.special.update(i for i, kind in enumerate(kinds) if kind in (2, 3))
     return t
 
 
 def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The (field number, value) pairs of one protobuf message; nested and fixed-size values stay bytes."""
-    at = 0
-
-    def take(size: int) -> bytes:
-        nonlocal at
-        if size > len(data) - at:
-            raise ValueError(f"not a SentencePiece model, or cut off: expected {size} bytes after {at} of {len(data)}")
-        at += size
-        return data[at - size:at]
+    """The (field, value) pairs of a protobuf message; nested and fixed-size values stay bytes."""
+    r = Reader(data, "not a whole SentencePiece model")
 
     def varint() -> int:
         value = 0
         for shift in range(0, 64, 7):
-            byte = take(1)[0]
+            byte = r.take(1)[0]
             value |= (byte & 127) << shift
             if byte < 128:
                 return value  # -1, for none, reads as 2^64 - 1: no id, no size
-        raise ValueError(f"not a SentencePiece model: a number of more than 10 bytes before byte {at}")
+        raise r.error("a number of more than 10 bytes")
 
-    while at < len(data):
+    while r.at < len(data):
         field, wire = divmod(varint(), 8)
         if wire not in (0, 1, 2, 5):
-            raise ValueError(f"not a SentencePiece model: unknown wire type {wire} before byte {at}")
-        yield field, varint() if wire == 0 else take({1: 8, 5: 4}[wire] if wire != 2 else varint())
+            raise r.error(f"wire type {wire}")
+        yield field, varint() if wire == 0 else r.take({1: 8, 5: 4}[wire] if wire != 2 else varint())
 
 
 def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
-    """What the merges make, in their order."""
+    """What the merges make, in order."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for pair in pairs:
         texts = isinstance(pair, list) and all(isinstance(token, str) and token for token in pair)
         if not texts or len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             merge = quoted(" ".join(pair) if texts else pair)
-            raise ValueError(f"malformed merge {merge}, expected two tokens that make a third")
+            raise ValueError(f"malformed merge: expected two tokens that make a third, got {merge}")
     return list(dict.fromkeys(map("".join, pairs)))
 
 
 def _special(vocab: dict[str, int], ids: Iterable[int | None], special: bool = True) -> list[dict]:
-    """Added tokens, one for each of these ids; decode leaves out those that are special."""
+    """Added tokens with these ids; decode leaves out the special ones."""
     ids = set(ids)
     return [{"content": token, "id": i, "special": special} for token, i in vocab.items() if i in ids]
 
 
 def _beside(file: Path, vocab: dict[str, int], defaults: Mapping) -> tuple[dict, list[dict], dict[str, int | None]]:
-    """Beside a vocabulary's file: tokenizer_config.json, the tokens added later, and the ids of tokens with a role."""
+    """What is beside a vocabulary: tokenizer_config.json, tokens added later, and the ids of tokens with a role."""
     late = _ids(_json(file.with_name("added_tokens.json")))
     tokens = _special(late, late.values()) + _added({"added_tokens": []} | _json(file.with_name("tokenizer.json")))
     added = list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
@@ -245,7 +240,7 @@ def _beside(file: Path, vocab: dict[str, int], defaults: Mapping) -> tuple[dict,
 
 
 def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, str | None]) -> dict[str, int | None]:
-    """The ids of the tokens with a role: as the tokenizer's files name them, else the default, else the model's."""
+    """The ids of tokens with a role: as the tokenizer's files name them, else the default, else the model's."""
     table, named = vocab | {token["content"]: token["id"] for token in added}, {}
     by_name = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
@@ -256,7 +251,7 @@ def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, 
             raise ValueError(f"{role}_token: expected a token of the vocabulary, got {quoted(name)}")
         ids = [config.get(f"{role}_token_id") for config in by_id]
         ids = [i[0] if isinstance(i, list) and i else i for i in ids]  # the first of several
-        models = next((i for i in ids if type(i) is int and i in table.values()), None)  # not -1, old configs' none
+        models = next((i for i in ids if type(i) is int and i in table.values()), None)  # old configs have -1 for none
         named[role] = vocab.get(defaults.get(role), models) if name is None else table[name]
     return named
 
@@ -265,16 +260,16 @@ def _around(named: dict, config: dict) -> Templates:
     """bos before and eos after each text, where add_bos_token and add_eos_token say so."""
     before, after = ([named[role]] if _get(config, f"add_{role}_token", bool, None) else [] for role in ("bos", "eos"))
     if None in before + after:
-        raise ValueError("expected the name of the bos or eos token that is to be added")
+        raise ValueError("expected a bos or eos token to add, got none")
     return [*before, "A", *after], [*before, "A", *after, *before, "B", *after]
 
 
 def _post_processor(spec: dict) -> Templates:
-    steps = [step for step in _steps(spec.get("post_processor")) if step["type"] != "ByteLevel"]  # that: offsets only
+    steps = [step for step in _steps(spec.get("post_processor")) if step["type"] != "ByteLevel"]  # offsets only
     if not steps:
         return ["A"], ["A", "B"]
     if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
-        raise ValueError(f"unsupported post_processor {', '.join(names)}, expected TemplateProcessing")
+        raise ValueError(f"post_processor: expected TemplateProcessing, got {', '.join(names)}")
     ids = {"A": ["A"], "B": ["B"]}
     for name, token in _get(steps[0], "special_tokens", dict).items():
         ids[name] = _get(token, "ids", [int])
@@ -292,7 +287,7 @@ def _steps(step: dict | None) -> list[dict]:
 
 
 def _get(spec: object, key: str, kind: type | list[type], *default: object) -> object:
-    """spec[key], of this type or a list ([type]) of it, or the default; else ValueError."""
+    """spec[key] if it is of this type, or a list ([type]) of it, or the default; else ValueError."""
     value = spec.get(key, *default) if isinstance(spec, dict) else None
     several, each = isinstance(kind, list), kind[0] if isinstance(kind, list) else kind
     values = (value if isinstance(value, list) else [None]) if several else [value]
@@ -321,9 +316,9 @@ def _added(spec: dict) -> list[dict]:
 def _require(part: str, spec: dict) -> None:
     for key, values in SUPPORTED.get(part, {}).items():
         if (value := spec.get(key)) not in values:
-            raise ValueError(f"unsupported {key} of {part}: expected {' or '.join(map(repr, values))}, got {quoted(value)}")
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"unsupported {key} of {part}: expected {expected}, got {quoted(value)}")
 
 
 def _json(file: Path) -> dict:
-    """The contents of an optional file."""
     return read_json(file) if file.is_file() else {}

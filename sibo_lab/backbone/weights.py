@@ -1,7 +1,5 @@
 """Weights from a checkpoint: safetensors, pickles of plain tensors, or a .gguf file, by Hugging Face's names."""
 
-from __future__ import annotations
-
 import os
 import pickletools
 import re
@@ -44,7 +42,7 @@ def _shards(path: Path, file: str) -> list[Path]:
 def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with open(file, "rb") as f:
-            zipped = f.read(4) == b"PK\3\4"  # before PyTorch 1.6 these were no archives and could not be mapped
+            zipped = f.read(4) == b"PK\3\4"  # files older than PyTorch 1.6 are not, and cannot be mapped
             f.seek(0)
             if zipped:
                 with zipfile.ZipFile(f) as z:
@@ -57,7 +55,7 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for _ in range(5):
                     _check_pickle(f)
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as e:  # on a torn file the unpickler raises whatever its slices raise
+    except Exception as e:  # on a torn file the unpickler raises anything
         if isinstance(e, OSError) and e.filename:
             raise
         raise ValueError(f"{file}: not a file of plain tensors ({type(e).__name__}: {files.one_line(e)})") from None
@@ -74,7 +72,7 @@ PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|te
 
 
 def _check_pickle(stream: IO[bytes]) -> None:
-    """Refuses what no dictionary of tensors needs. PyTorch's unpickler runs no code either, but a few bytes can make it
+    """Refuses what no dictionary of tensors needs: PyTorch's unpickler runs no code, but a few bytes can make it
     allocate a bytearray of any size, or hash tuples of the same tuples forever."""
     last, memo = "", {}
     for op, arg, _ in pickletools.genops(stream):
@@ -90,15 +88,15 @@ def _check_pickle(stream: IO[bytes]) -> None:
 
 def names(modules: Mapping[str, str | None], block: str, inside: Mapping[str, str],
           unused: Iterable[str]) -> dict[str, str | None]:
-    """Hugging Face's names of weights and biases, and ours (None: known, but not needed), from the names of modules:
-    of those outside of the blocks, of a block, and of those inside; {} is a block's number."""
+    """Hugging Face's names of all weights and biases, and ours (None: not needed), from those of the modules: outside
+    of the blocks, the block itself ({} is its number), and inside; `unused`: other tensors that are not needed."""
     modules = {**modules, **{f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}}
     return dict.fromkeys(unused) | {f"{theirs}.{leaf}": ours and f"{ours}.{leaf}"
                                     for theirs, ours in modules.items() for leaf in ("weight", "bias")}
 
 
 def rename(name: str, names: Mapping[str, str | None], path: Path, prefix: str = "") -> str | None:
-    """Looks `name` up among such names, without the family's prefix; ValueError if it is unknown."""
+    """Our name of the tensor `name`, from what `names` returned; ValueError if it is unknown."""
     name = name.removeprefix(prefix)
     for old, new in (("gamma", "weight"), ("beta", "bias")):  # BERTs from TensorFlow
         name = name.replace(f"LayerNorm.{old}", f"LayerNorm.{new}")

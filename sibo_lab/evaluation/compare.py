@@ -1,17 +1,16 @@
 """Runs side by side: mean ± standard deviation over seeds, and the difference from the plain method.
 
-Reads only what train.py leaves in run folders (config.json, result.json, answers.jsonl, metrics.jsonl). The official
-code reports one seed per number, but seeds often differ more than methods do; so every difference here has a 95 %
-interval: over several seeds, Student's t on the differences of equal seeds (same data, same order); with one seed, the
-normal interval over the test examples, which both runs answered."""
+The official code reports one seed per number, but seeds often differ more than methods do. So every difference here has
+a 95 % interval: over several seeds Student's t of the differences of equal seeds (same data, same order), with one seed
+the normal interval over the test examples, which both runs answered."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,18 @@ from sibo_lab import cli, files
 from sibo_lab.evaluation import metrics
 
 PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
-NOT_IN_TABLE = ("seed", "out", "data_dir", "device", "backbone", "task", "test", "score_on", "limit", "method")
-FOLDER_OPTIONS = re.compile(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""")
+TABLE = ("backbone", "task", "test", "score_on", "limit")  # what all runs of a table share
+FOLDERS = re.compile(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""")  # in a command
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: its settings (config.json), its figures (result.json), which answers were right, by task
-    ("0110…", from answers.jsonl), and the mean training loss in each quarter of its steps (metrics.jsonl)."""
+    """A finished run, as it is saved too."""
 
-    config: dict
-    result: dict
-    right: dict[str, str]
-    losses: Sequence[float] = ()
+    config: dict  # config.json
+    result: dict  # result.json
+    right: dict[str, str]  # by task, which answers were right: "0110…" (answers.jsonl)
+    losses: Sequence[float] = ()  # mean training loss of each quarter of the steps (metrics.jsonl)
 
 
 @dataclass(frozen=True)
@@ -56,16 +54,15 @@ class SeedGroup:
 
 
 def read(places: Sequence[str | Path]) -> list[Done]:
-    """All finished runs in and below the folders and in files that `save` wrote. FileNotFoundError if there are none."""
+    """All finished runs in and below the folders, and in files from `save`. FileNotFoundError if there are none."""
     runs = []
     for place in map(Path, places):
         if place.suffix == ".jsonl":
             lines = place.read_text(encoding="utf-8").splitlines()
             runs += [_saved(line, f"{place}, line {i}") for i, line in enumerate(lines, 1)]
         elif not place.is_dir():
-            raise FileNotFoundError(f"{place}: expected a folder of runs, or a .jsonl of saved runs, got neither")
-        else:
-            runs += map(_finished, sorted(file.parent for file in place.rglob("result.json")))
+            raise FileNotFoundError(f"{place}: no such folder; expected one with runs in it, or a .jsonl of saved runs")
+        runs += map(_finished, sorted(file.parent for file in place.rglob("result.json")))
     if not runs:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: expected finished runs (with a result.json), got none")
     return runs
@@ -82,13 +79,12 @@ def _saved(line: str, where: str) -> Done:
 
 
 def _finished(folder: Path) -> Done:
-    right: dict[str, str] = {}
+    right, loss = {}, losses(folder)
     for answer in _lines(folder / "answers.jsonl"):
         if "right" in answer:
             right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
-    loss = losses(folder)
-    quarters = [float(np.nanmean(quarter)) for quarter in np.array_split(loss, 4)] if len(loss) >= 4 else []
-    return Done(files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right, quarters)
+    return Done(files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
+                [float(np.nanmean(part)) for part in np.array_split(loss, 4)] if len(loss) >= 4 else [])
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -102,33 +98,34 @@ def _lines(file: Path) -> list[dict]:
 
 def save(runs: Sequence[Done], file: Path) -> None:
     """One line of JSON per run, without the folders of this machine."""
-    lines = [asdict(replace(run, config={k: v for k, v in run.config.items() if k not in ("data_dir", "out")},
-                            result=run.result | {"command": FOLDER_OPTIONS.sub("", run.result["command"])}))
-             for run in runs]
-    files.write(file, "".join(json.dumps(line) + "\n" for line in lines))
+    lines = []
+    for run in map(asdict, runs):
+        run["config"] = {k: v for k, v in run["config"].items() if k not in ("data_dir", "out")}
+        run["result"]["command"] = FOLDERS.sub("", run["result"]["command"])
+        lines.append(json.dumps(run) + "\n")
+    files.write(file, "".join(lines))
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
-    """The rows of each table; runs of one backbone, tasks and test set share a table."""
+    """The rows of each table."""
     def key(config: dict) -> str:
         return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", "out", "data_dir")})
 
-    def group(same: dict[int, Done], rows: dict[str, dict[int, Done]]) -> SeedGroup:
-        config = next(iter(same.values())).config
-        plain = config["method"].removesuffix("-sibo")
-        return SeedGroup(same, rows.get(key(config | PLAIN | {"method": plain})) if plain != config["method"] else None)
-
     tables: dict[str, dict[str, dict[int, Done]]] = {}
     for run in runs:
-        c = run.config
-        table = tables.setdefault(json.dumps([c[k] for k in ("backbone", "task", "test", "score_on", "limit")]), {})
-        table.setdefault(key(c), {})[c["seed"]] = run
-    return [sorted((group(same, rows) for same in rows.values()), key=lambda g: (
-        g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"])) for rows in tables.values()]
+        rows = tables.setdefault(json.dumps([run.config[k] for k in TABLE]), {})
+        rows.setdefault(key(run.config), {})[run.config["seed"]] = run
+    found = []
+    for rows in tables.values():
+        table = [SeedGroup(same, None) for same in rows.values()]
+        table.sort(key=lambda g: (g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]))
+        found.append([SeedGroup(g.runs, rows.get(key(g.config | PLAIN | {"method": method}))) if sibo else g
+                      for g in table for method, sibo, _ in [g.config["method"].partition("-sibo")]])
+    return found
 
 
 def difference(group: SeedGroup) -> tuple[float, float] | None:
-    """The score minus the plain method's, as a mean, and half the width of its 95 % interval (nan: unknown)."""
+    """The mean score minus the plain method's, and half the width of its 95 % interval (nan: unknown)."""
     seeds = sorted(set(group.runs) & set(group.plain or {}))
     if not seeds:
         return None
@@ -140,10 +137,8 @@ def difference(group: SeedGroup) -> tuple[float, float] | None:
     right = [(ours.right[task], plain.right[task]) for task in ours.right]
     if not right or min(len(a) for a, _ in right) < 2:
         return float(each[0]), math.nan
-    variance = 0.0
-    for a, b in right:  # the score is the mean of the tests' means
-        by_example = np.array(list(a), dtype=float) - np.array(list(b), dtype=float)
-        variance += by_example.var(ddof=1) / len(a) / len(right) ** 2
+    by_example = [np.array(list(a), float) - np.array(list(b), float) for a, b in right]
+    variance = sum(d.var(ddof=1) / len(d) / len(right) ** 2 for d in by_example)  # the score is the mean of the tests'
     return float(each[0]), 1.96 * math.sqrt(variance)
 
 
@@ -154,21 +149,24 @@ def tables(runs: Sequence[Done], markdown: bool = False) -> str:
 
 def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     config, result = rows[0].config, rows[0].first
-    varying = [k for k in config if k not in NOT_IN_TABLE and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
+    varying = [k for k in config if k not in (*TABLE, "seed", "out", "data_dir", "device", "method")
+               and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
     scale, digits = (100, 1) if result["metric"] == "accuracy" else (1, 3)
-    metric = (result["metric"] + " %" * (scale == 100) + " (validation)" * (config["score_on"] == "validation"))
+    metric = result["metric"] + " %" * (scale == 100) + " (validation)" * (config["score_on"] == "validation")
     cells = [["method", *varying, "seeds", metric, "against plain (95 %)", *result["parts"], "similarity",
               "trained parameters"]]
     for g in rows:
-        score, d = scale * g.over_seeds("score"), difference(g)
-        spread = f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""
-        against = "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
-            " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}")
-        cells.append([g.config["method"], *(_setting(g.config[k]) for k in varying), str(len(score)),
-                      f"{score.mean():.{digits}f}{spread}", against,
-                      *(f"{scale * np.mean([parts[p] for parts in g.over_seeds('parts')]):.{digits}f}"
-                        for p in result["parts"]),
-                      f"{g.over_seeds('similarity').mean():.3f}", f"{g.first['trainable_parameters']:,}"])
+        values, score, d = [g.config[k] for k in varying], scale * g.over_seeds("score"), difference(g)
+        cells.append([
+            g.config["method"],
+            *("" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in values),
+            str(len(score)),
+            f"{score.mean():.{digits}f}" + (f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""),
+            "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
+                " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}"),
+            *(f"{scale * np.mean([x[part] for x in g.over_seeds('parts')]):.{digits}f}" for part in result["parts"]),
+            f"{g.over_seeds('similarity').mean():.3f}",
+            f"{g.first['trainable_parameters']:,}"])
     title = f"{config['backbone']} on {config['task']}"
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in cells]
@@ -176,12 +174,8 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     return f"{title}\n{cli.format_table(cells)}"
 
 
-def _setting(value: object) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
-    """A label that says what sets a group apart from the others."""
+    """A label that says what sets a group apart from the others of its method."""
     c = g.config
     labels = {"lam": f"λ {c['lam']}", "sibo_at": str(c["sibo_at"]), "frozen_too": "frozen too",
               "skip": f"{c['skip']} skip", "side": f"side {c['side']}", "learn_lam": "λ learned", "lr": f"lr {c['lr']}"}
@@ -193,18 +187,23 @@ def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
 def side_by_side(results: Sequence[dict]) -> str:
     """The frozen model and each run, as a table."""
     r = results[0]
-    score = (lambda x: f"{100 * x:.1f} %") if r["metric"] == "accuracy" else (lambda x: f"{x:.4f}")
-    rows = [("", "before", lambda x: x["method"]), (r["metric"], score(r["baseline_score"]), lambda x: score(x["score"]))]
-    rows += [(f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]]
-    rows += [("scored on", r["baseline_n"], lambda x: x["n"]),
-             ("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
-             ("similarity, last five layers", f"{r['baseline_similarity']:.3f}", lambda x: f"{x['similarity']:.3f}"),
-             ("trainable parameters", "0", lambda x: f"{x['trainable_parameters']:,}"),
-             ("  share", "", lambda x: f"{x['trainable_parameters'] / x['total_parameters']:.2%}"),
-             ("training seconds", "", lambda x: f"{x['train_seconds']:.0f}"),
-             ("tokens/s", "", lambda x: f"{x['tokens_per_second']:.0f}"),
-             ("peak memory, GB", "", lambda x: f"{x['peak_memory_bytes'] / 1e9:.2f}")]
-    return cli.format_table([[label, before, *map(of, results)] for label, before, of in rows])
+    score = (lambda x: f"{100 * x:.1f} %") if r["metric"] == "accuracy" else "{:.4f}".format
+
+    def row(label: str, before: object, of: Callable[[dict], object]) -> list:
+        return [label, before, *map(of, results)]
+
+    return cli.format_table([
+        row("", "before", "{method}".format_map),
+        row(r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
+        *(row(f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
+        row("scored on", r["baseline_n"], "{n}".format_map),
+        row("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
+        row("similarity, last five layers", f"{r['baseline_similarity']:.3f}", "{similarity:.3f}".format_map),
+        row("trainable parameters", 0, "{trainable_parameters:,}".format_map),
+        row("  share", "", lambda x: f"{x['trainable_parameters'] / x['total_parameters']:.2%}"),
+        row("training seconds", "", "{train_seconds:.0f}".format_map),
+        row("tokens/s", "", "{tokens_per_second:.0f}".format_map),
+        row("peak memory, GB", "", lambda x: f"{x['peak_memory_bytes'] / 1e9:.2f}")])
 
 
 def name_of(backbone_or_task: str) -> str:

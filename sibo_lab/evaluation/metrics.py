@@ -27,8 +27,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
               labels: np.ndarray) -> tuple[float, float]:
-    """95 % interval of any metric (Efron 1979): its 2.5th and 97.5th percentiles over 1,000 samples of the
-    examples, drawn with replacement, the same ones every time."""
+    """95 % interval of any metric (Efron 1979): its percentiles over 1,000 draws of the examples with replacement,
+    the same draws every time."""
     rng, n = np.random.default_rng(0), len(labels)
     values = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
     low, high = np.percentile(values, (2.5, 97.5))
@@ -36,14 +36,13 @@ def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.n
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): the gap between confidence and accuracy, averaged over
-    bins of equal width, each weighted by its number of examples."""
+    """Expected calibration error (Guo et al. 2017): the mean gap between confidence and accuracy over bins of equal
+    width, weighted by their examples."""
     of = np.minimum(confidence * bins, bins - 1).astype(int)
     return float(np.abs(np.bincount(of, right - confidence)).sum() / len(right))
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of predictions that are right."""
     return float(np.mean(predicted == labels))
 
 
@@ -73,7 +72,6 @@ def ranks(a: np.ndarray) -> np.ndarray:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks."""
     return pearson(ranks(a), ranks(b))
 
 

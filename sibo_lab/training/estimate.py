@@ -1,9 +1,7 @@
-"""What a run would take, before it is one: `python train.py … --dry-run`, and the memory that a run did take.
+"""What a run would take, for `train.py --explain` and `--dry-run`, and the memory that one did take.
 
 No weights are read: modules on meta and tensors without contents tell who gets h0, parameters, bytes and FLOPs. The
-official code has nothing of the kind; its users find out from an out-of-memory error."""
-
-from __future__ import annotations
+official code has no such estimate; its users find out from an out-of-memory error."""
 
 import copy
 import ctypes
@@ -28,106 +26,104 @@ from sibo_lab import fast
 from sibo_lab.backbone import quantized
 from sibo_lab.data import tasks
 from sibo_lab.evaluation import scoring
-from sibo_lab.training import options, recipes
+from sibo_lab.training import options
+from sibo_lab.training.recipes import Run
 
 
 def reset_peak(device: str) -> None:
-    """From here on `peak_memory` counts anew, also of the second run of a process (on CPUs: under Linux)."""
+    """Lets `peak_memory` start again, for a process's next run (on CPUs: under Linux)."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # a libc without it, a /proc that may not be written
-            ctypes.CDLL(None).malloc_trim(0)  # what an earlier run freed goes back to the system first
+        with suppress(AttributeError, OSError):  # another libc, a read-only /proc
+            ctypes.CDLL(None).malloc_trim(0)  # first returns what the last run freed to the system
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator there, of the whole process on a CPU."""
+    """Bytes, of the GPU's allocator or, on a CPU, of the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def explain(m: nn.Module) -> str:
-    """An injected model as a tree, a line a module: where h0 comes from and where it goes. Neighbouring blocks that are
-    alike stand there once."""
-    def told(name: str, x: nn.Module) -> str:
-        base = x.base if isinstance(x, sibo.SIBOLayer) else x
-        shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
-        if name == m.sibo.h0 and m.sibo.lam:
-            return f"{shape:14} ══► h0"
-        if not isinstance(x, sibo.SIBOLayer):
-            return shape
-        mixed = "h̃" if x.lam_start else "h"
-        if isinstance(x, sibo.LoRA):
-            seen = mixed if x.settings.frozen_too else "h"
-            formula = f"{seen}W + s·{mixed}AB, rank {x.settings.rank}, Eq. ({5 if x.lam_start else 2})"
-        else:
-            skip = "sub-layer" if x.settings.side == "parallel" else mixed if x.settings.skip == "mixed" else "h"
-            where = {"out": "output", "in": "input", "parallel": "beside it"}[x.settings.side]
-            formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {x.settings.bottleneck}, Eq. ({4 if x.lam_start else 1})"
-        lam = f"   ◄══ h0, λ = {x.lam_start}{', learned' if x.lam_logit is not None else ''}" if x.lam_start else ""
-        return f"{shape:14} {formula}{lam}"
-
-    def shown(x: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
-        for name, child in (x.base if isinstance(x, sibo.SIBOLayer) else x).named_children():
-            if isinstance(child, nn.ModuleList):
-                for _, same in groupby(child.named_children(), lambda b, blocks=f"{path}{name}.": (
-                        told(blocks + b[0], b[1]), walk(b[1], f"{blocks}{b[0]}."))):
-                    (first, block), *others = same
-                    yield f"{name}.{first}{f' … {others[-1][0]}' if others else ''}", f"{path}{name}.{first}", block
-            elif not isinstance(child, (nn.Identity, nn.Dropout)):
-                yield name, f"{path}{name}", child
-
-    def walk(x: nn.Module, path: str) -> list[str]:
-        lines, children = [], list(shown(x, path))
-        for i, (label, name, child) in enumerate(children):
-            corner, rail = ("└─ ", "   ") if i == len(children) - 1 else ("├─ ", "│  ")
-            lines += [f"{corner}{label}\t{told(name, child)}", *(rail + line for line in walk(child, f"{name}."))]
-        return lines
-
-    drawn = [line.split("\t") for line in walk(m, "")]
-    return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
-                      *(f"{name:26} {said}".rstrip() for name, said in drawn)])
-
-
-def explain_run(run: recipes.Run, skeleton: nn.Module) -> str:
-    """Where h0 enters a backbone, of which `skeleton` has no weights: see `explain`."""
+def explain_run(run: Run, skeleton: nn.Module) -> str:
+    """Where h0 enters a backbone, given without weights."""
     if not run.settings:
         raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
-    return explain(sibo.inject(copy.deepcopy(skeleton), run.settings))
+    return explain(sibo.inject(copy.deepcopy(skeleton), **vars(run.settings)))
 
 
-def dry_run(run: recipes.Run, said: dict, task: tasks.Task, unknown: str = "") -> str:
-    """What would be adapted and who would get h0; parameters, memory and FLOPs, from config.json alone; and the recipe,
-    but for a number of it that is not known yet ("steps", where the data are not there)."""
-    m = model.build(said, run.backbone, task.num_labels or None)
-    trained = frozen = sum(p.numel() for p in m.parameters()) - (
-        m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0)
-    tree = f"{type(m).__name__}: everything is trained, nobody gets h0"
-    if run.method != "full":
-        tree = explain(sibo.inject(m, run.settings))
-        trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
-    total = frozen + (0 if run.method == "full" else sum(x.numel() for n, x in m.named_parameters()
-                                                         if x.requires_grad and not n.startswith("classifier.")))
-    python, taken = peak_memory("cpu"), memory(said, run, task.num_labels or None)
-    parts = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in taken.items())
+def explain(m: nn.Module) -> str:
+    """An injected model as a tree, one line per module: where h0 comes from and where it goes."""
+    source = m.get_submodule(m.sibo.h0) if m.sibo.lam else None
+    return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
+                      *branches(m, source)])
+
+
+def branches(x: nn.Module, source: nn.Module | None, rail: str = "") -> Iterator[str]:
+    """The lines below a module. Neighbouring blocks that are alike are drawn once."""
+    children = []
+    for name, child in (x.base if isinstance(x, sibo.SIBOLayer) else x).named_children():
+        if isinstance(child, nn.ModuleList):
+            for _, alike in groupby(child.named_children(), lambda block: [
+                    described(y, source) for y in block[1].modules()]):
+                (first, block), *others = alike
+                children.append((f"{name}.{first}{f' … {others[-1][0]}' if others else ''}", block))
+        elif not isinstance(child, nn.Identity | nn.Dropout):
+            children.append((name, child))
+    for i, (name, child) in enumerate(children, 1):
+        corner, below = ("├─ ", "│  ") if i < len(children) else ("└─ ", "   ")
+        yield f"{rail + corner + name:26} {described(child, source)}".rstrip()
+        yield from branches(child, source, rail + below)
+
+
+def described(x: nn.Module, source: nn.Module | None) -> str:
+    """A linear module's shape, an adapter's or LoRA's formula, and whether h0 leaves or enters here."""
+    base = x.base if isinstance(x, sibo.SIBOLayer) else x
+    shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
+    if x is source:
+        return f"{shape:14} ══► h0"
+    if not isinstance(x, sibo.SIBOLayer):
+        return shape
+    s, lam, mixed = x.settings, x.lam_start, "h̃" if x.lam_start else "h"
+    if isinstance(x, sibo.LoRA):
+        formula = f"{mixed if s.frozen_too else 'h'}W + s·{mixed}AB, rank {s.rank}, Eq. ({5 if lam else 2})"
+    else:
+        where = {"out": "output", "in": "input", "parallel": "beside it"}[s.side]
+        skip = "sub-layer" if s.side == "parallel" else mixed if s.skip == "mixed" else "h"
+        formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {s.bottleneck}, Eq. ({4 if lam else 1})"
+    entry = f"   ◄══ h0, λ = {lam}{', learned' if s.learn_lam else ''}" if lam else ""
+    return f"{shape:14} {formula}{entry}"
+
+
+def dry_run(run: Run, spec: dict, task: tasks.Task, unknown: str = "") -> str:
+    """The tree, parameters, memory and FLOPs, from config.json alone, and the recipe, except for what is `unknown`
+    ("steps") without the data."""
+    m = model.build(spec, run.backbone, task.num_labels or None)
+    tied = m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0
+    tree = (explain(sibo.inject(m, **vars(run.settings))) if run.settings else
+            f"{type(m).__name__}: everything is trained, nothing gets h0")
+    total = sum(p.numel() for p in m.parameters()) - tied
+    trained = sum(p.numel() for p in m.parameters() if p.requires_grad) if run.settings else total
+    flops = 4 * total + 2 * trained  # per weight two forward, two backward, two more if it is trained
+    python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels or None)
+    listed = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
     names = (*options.GROUPS["training"][:-1], "lam", "rank", "alpha", "dropout", "bottleneck", "dtype")
     recipe = [f"{name} {run.config()[name]}" for name in names if name != unknown and options.uses(run.method, name)]
     recipe += [] if task.num_labels else [f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams"]
-    flops = 4 * total + 2 * trained  # two a weight forward, two backward, two more where it is trained
     return "\n".join([f"{run.backbone}: {tree}",
                       f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
-                      f"memory, estimated: {sum(taken.values()) / 1e9:.2f} GB ({parts}), in {run.dtype}, "
+                      f"memory, estimated: {sum(parts.values()) / 1e9:.2f} GB ({listed}), in {run.dtype}, "
                       f"{run.micro_batch_size} examples of {run.cutoff} tokens at a time; Python and its libraries "
-                      f"beside that: {python / 1e9:.2f} GB here",
-                      f"FLOPs a token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
+                      f"add {python / 1e9:.2f} GB here",
+                      f"FLOPs per token, estimated: {flops / 1e9:.2f} G to train, {2 * total / 1e9:.2f} G to run",
                       f"recipe: {', '.join(recipe)}"])
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the bytes of all tensors that were made while it is on and are alive: now, and at most so far."""
+    """Counts the bytes of the tensors made while it is on and alive `now`, and at the `peak`."""
 
     def __init__(self, before: Iterable[Tensor]):
         super().__init__()
@@ -148,37 +144,39 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def memory(said: dict, run: recipes.Run, num_labels: int | None = None) -> dict[str, int]:
-    """Bytes that a training step holds at most: "frozen" weights, what is "trained" with AdamW's two moments, and
+def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
+    """Bytes that a training step holds at most: "frozen" weights; what is "trained", with AdamW's two moments; and the
     "step": gradients, activations and whatever else a micro-batch of full length makes.
 
-    Nothing is fitted: forward and backward run on fake tensors, which have shapes and no memory, and every storage is
-    counted from its birth to its death. So the backward keeps here what it keeps there: of a frozen linear nothing, of
-    a norm its input and statistics, of attention q, k, v, the output (or the T × T weights), of the feed-forward what
-    its activation and product multiply, of a low-rank path its input, mask and W in the activations' precision; with
-    gradient checkpointing a block's input, and one block's worth of all that. The allocator's loss is not in it."""
+    Nothing is fitted to measurements: forward and backward run on fake tensors, with shapes but no memory, and count
+    every storage while it lives, so the backward keeps here what it keeps there. The allocator's waste is left out."""
     with FakeTensorMode():
-        m = model.build(said, run.backbone, num_labels)
-        for name, p in list(m.named_parameters()):
-            model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
-        if getattr(m.config, "tie_word_embeddings", False):
-            m.head.weight = m.embed.weight
-        for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
-            if isinstance(x, nn.Linear):
-                m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
-        m = m.requires_grad_(True) if run.method == "full" else sibo.inject(m, run.settings)
+        m = fake_model(spec, run, num_labels).train()
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
         earlier = trained if run.batch_size > run.micro_batch_size else []
         for p in earlier:  # an earlier micro-batch left its gradients
             p.grad = torch.empty_like(p)
-        m.train().grad_checkpoint = run.grad_checkpoint
         ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
         with Alive([*weights, *(p.grad for p in earlier)]) as alive:
             if num_labels:
                 model.loss(m, ids, ids[:, 0]).backward()
             else:
-                h, asked = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
-                fast.cross_entropy(h, m.head.weight, m.head.bias, asked, torch.ones_like(asked)).backward()
+                h, labels = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
+                fast.cross_entropy(h, m.head.weight, m.head.bias, labels, torch.ones_like(labels)).backward()
     share = sum(p.nbytes for p in trained)
     return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
             "step": alive.peak + sum(p.nbytes for p in earlier)}
+
+
+def fake_model(spec: dict, run: Run, num_labels: int | None) -> nn.Module:
+    """The model as `run` trains it, within a FakeTensorMode."""
+    m = model.build(spec, run.backbone, num_labels)
+    for name, p in list(m.named_parameters()):
+        model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
+    if getattr(m.config, "tie_word_embeddings", False):
+        m.head.weight = m.embed.weight
+    for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
+        if isinstance(x, nn.Linear):
+            m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
+    m.grad_checkpoint = run.grad_checkpoint
+    return sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)

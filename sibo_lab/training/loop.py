@@ -1,10 +1,8 @@
-"""The training loop: batches, the loss of a step, AdamW, the checkpoint that validates best, and whatever may go wrong.
+"""The training loop: steps of AdamW, the best checkpoint, and whatever may go wrong.
 
-Departures from the official code (transformers.Trainer): the loss is normalised by the labelled tokens of the whole
-effective batch, so that micro-batches change nothing; a step without a finite loss or gradient is skipped, not taken;
-a run goes on after any stop with the same numbers, bit for bit on a CPU in float32."""
-
-from __future__ import annotations
+Departures from the official code (transformers.Trainer): the loss is the mean over the labelled tokens of the whole
+batch, so micro-batches change nothing; a step without a finite loss or gradient is skipped; a stopped run continues
+with the same numbers, bit for bit on a CPU in float32."""
 
 import json
 import math
@@ -15,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,67 +23,65 @@ from tqdm import tqdm
 import model
 from sibo_lab import cli, files, parallel
 from sibo_lab.data import batch
-from sibo_lab.training import recipes, resume
+from sibo_lab.training import resume
+from sibo_lab.training.recipes import Run
 
-BAD_STEPS = 10  # without a finite loss or gradient, in a row, before training is given up
+BAD_STEPS = 10  # in a row without a finite loss or gradient, before a run gives up
 LAM_PACE = 50  # AdamW moves every number by about its rate: W_down is drawn with size 0.02, λ's log-odds are of size 1
 
 
-def learning_rate(run: recipes.Run, step: int) -> float:
+def learning_rate(run: Run, step: int) -> float:
     """Linear warm-up from 0, then linear decay to 0 at the end; `step` counts from 0."""
     warmup = run.warmup if run.warmup >= 1 else math.ceil(run.warmup * run.steps)
     return run.lr * min((step + 1) / max(warmup, 1), (run.steps - step) / max(run.steps - warmup, 1), 1.0)
 
 
 def train_step(m: nn.Module, rows: Sequence[batch.Row], micro_batch_size: int, pad_id: int) -> float:
-    """Adds the gradient of one effective batch's mean loss to the parameters, and returns that loss.
-
-    The mean is over the labelled tokens (BERT: the examples) of the whole batch, so each micro-batch weighs what it
-    holds of them, on whichever process: each takes its part of `rows`, in as many micro-batches as all others, for
-    they meet in each. Rows are padded on the right, behind a causal model's last label: no mask is needed there."""
+    """Adds the gradient of a batch's loss, the mean over its labelled tokens (BERT: examples), and returns the loss.
+    Every process takes its share of each micro-batch; a causal model needs no mask, as padding follows its labels."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss = sum(counts), 0.0
     if not total:
-        raise ValueError(f"found a batch of {len(rows)} examples without one labelled token; raise --cutoff, "
-                         "which their prompts fill")
+        raise ValueError(f"expected a labelled token in each batch, got {len(rows)} examples without one; raise "
+                         "--cutoff, which their prompts fill")
     rank, world = parallel.rank(), parallel.world()
-    spare = rows[counts.index(max(counts))]  # where there is nothing to learn from, this row, times 0
-    micro_batches = math.ceil(len(rows) / (world * micro_batch_size))
-    for i in range(micro_batches):
-        part = slice(rank + i * micro_batch_size * world, (i + 1) * micro_batch_size * world, world)
-        share = sum(counts[part]) / total
-        b = batch.to_device(batch.collate(rows[part] if share else [spare], pad_id), m)
+    spare = rows[counts.index(max(counts))]  # replaces, times 0, a share with nothing to learn from
+    for start in range(0, len(rows), world * micro_batch_size):
+        end = start + world * micro_batch_size
+        mine = slice(start + rank, end, world)
+        weight = sum(counts[mine]) / total
+        b = batch.to_device(batch.collate(rows[mine] if weight else [spare], pad_id), m)
         if "token_type_ids" not in b:
             del b["attention_mask"]
-        with parallel.accumulating(m, last=i == micro_batches - 1):
-            part_loss = model.loss(m, **b) * share
-            (part_loss * world).backward()  # the processes' mean is to be the sum of their parts
-        loss += part_loss.detach()
+        with parallel.accumulating(m, last=end >= len(rows)):
+            part = model.loss(m, **b) * weight
+            (part * world).backward()  # the mean over the processes is then the sum of their parts
+        loss += part.detach()
     return float(parallel.all_reduce(loss))
 
 
 def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, progress: resume.Progress) -> float:
-    """train_step; where memory does not suffice, once more with half as many examples at a time."""
+    """train_step; when memory runs out, again with half as many examples at a time."""
     while True:
-        random = torch.get_rng_state()
+        random, size = torch.get_rng_state(), progress.micro_batch_size
         try:
-            return train_step(m, rows, progress.micro_batch_size, pad_id)
+            return train_step(m, rows, size, pad_id)
         except RuntimeError as e:
             if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
                 raise
-        where = f"step {progress.step + 1}: out of memory with {progress.micro_batch_size} examples at a time"
-        if progress.micro_batch_size == 1 or parallel.world() > 1:  # other processes wait within the step for this one
+        where = f"step {progress.step + 1}: out of memory with {size} examples at a time"
+        if size == 1 or parallel.world() > 1:  # the other processes wait within the step
             raise ValueError(f"{where}; lower --micro-batch-size or --cutoff, or use --grad-checkpoint, --base-bits 4 "
                              "or --shard")
-        progress.micro_batch_size //= 2
-        print(f"{where}; going on with {progress.micro_batch_size}, and {len(rows)} a step as before", file=sys.stderr)
+        progress.micro_batch_size = size // 2
+        print(f"{where}; continuing with {size // 2}, still {len(rows)} per step", file=sys.stderr)
         m.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.set_rng_state(random)
 
 
 def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW over what is trained in `m`, at the rate `lr`; λ's log-odds, where it is learned, LAM_PACE times that."""
+    """AdamW for what is trained in `m`, at the rate `lr`; for learned λ's log-odds at LAM_PACE times that."""
     weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".lam_logit") == of_lam]
                      for of_lam in (False, True))
     return torch.optim.AdamW([{"params": weights, "lr": lr, "pace": 1},
@@ -92,118 +89,142 @@ def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled, in place: they differ in their tensors only, so one's code serves all. The first
-    stays as it is: its input often needs no gradient, which would take another minute to compile."""
+    """`m` with its blocks compiled, in place; they share code. All but the first: its input often needs no gradient, and
+    would take another minute to compile."""
     for block in m.blocks[1:]:
         block.compile(dynamic=True)
     return m
 
 
-def resume_latest(out: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: recipes.Run,
-             progress: resume.Progress) -> resume.Progress:
-    """Goes back to the newest whole state in the run folder, if there is one; else `progress`."""
-    state, flaws = resume.newest(out)
-    if state:
-        begun, progress = progress, resume.restore(state, trained, optimizer, run.device)
-        if progress.data != begun.data:
-            raise ValueError(f"{out}: found training data of sha256 {begun.data[:9]}…, expected {progress.data[:9]}…: "
-                             "they changed since the run began; bring the old ones back, or name a new --out")
-    if not parallel.rank():
-        for flaw in flaws:
-            print(f"passed over a saved state: {flaw}", file=sys.stderr)
-        resume.forget(out, progress.step)  # they would count among the last, and a whole one go instead
-        where = f"going on behind step {progress.step} of {run.steps}" if state else "found no saved state, begins anew"
-        print(f"{out}: {where}", file=sys.stderr)
-    return progress
+class Training:
+    """A run under way: the model, its optimizer and its progress."""
+
+    def __init__(self, m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run):
+        m.grad_checkpoint = run.grad_checkpoint
+        if run.compile:
+            torch.compiler.set_stance("default")
+            compiled(m)
+        self.m, self.rows, self.pad_id, self.run, self.out = m, rows, pad_id, run, Path(run.out)
+        self.engine = parallel.wrap(m.train(), run.device, run.shard)
+        self.trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(m, run.lr)
+        self.progress = resume.Progress(batch.digest(rows), run.micro_batch_size)
+        if parallel.rank():
+            torch.manual_seed(run.seed + parallel.rank())  # different dropout, after the same weights
+
+    def resume_latest(self) -> None:
+        """Restores the newest whole state in the run folder, if there is one."""
+        data, (state, corruptions) = self.progress.data, resume.newest(self.out)
+        where = "no saved state, starting at step 1"
+        if state:
+            self.progress = resume.restore(state, self.trained, self.optimizer, self.run.device)
+            where = f"continuing after step {self.progress.step} of {self.run.steps}"
+        if data != self.progress.data:
+            raise ValueError(f"{self.out}: expected the training data of its state, sha256 {self.progress.data[:9]}…, "
+                             f"got {data[:9]}…; bring the old ones back, or name a new --out")
+        if not parallel.rank():
+            for corruption in corruptions:
+                print(f"skipped a corrupted state: {corruption}", file=sys.stderr)
+            resume.remove_after(self.out, self.progress.step)  # it must not displace a whole one from the last
+            print(f"{self.out}: {where}", file=sys.stderr)
+
+    def take_step(self, picked: Sequence[int]) -> dict:
+        """Trains on the rows `picked`; returns the step's line of metrics.jsonl."""
+        rows, progress, recent = [self.rows[i] for i in picked], self.progress, self.progress.recent
+        rate = learning_rate(self.run, progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["pace"]
+        loss = step_halving_on_oom(self.engine, rows, self.pad_id, progress)
+        if idle := [n for n, p in self.trained.items() if p.grad is None]:
+            raise ValueError(f"{idle[0]}: expected a gradient, got none in {len(idle)} of {len(self.trained)} trained "
+                             "tensors; the loss must depend on them")
+        norm = float(parallel.full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), 1.0)))
+        progress.step += 1
+        progress.tokens += sum(len(r.ids) for r in rows)
+        line = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm}
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+            if len(recent) >= 20 and loss > np.mean(recent) + 5 * np.std(recent):
+                progress.spikes, line["spike"] = progress.spikes + 1, True
+            progress.recent = [*recent[-49:], loss]
+        else:  # a step along it would spoil every weight
+            progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+            line |= {"loss": None, "grad_norm": None, "skipped": picked}
+        self.optimizer.zero_grad(set_to_none=True)
+        return line
+
+    def validate_and_keep_best(self, validate: Callable[[nn.Module], float], line: dict) -> bool:
+        """Whether the model is better than ever; the step's line gets how good it is."""
+        found = torch.tensor(validate(self.m.eval()), dtype=torch.float64, device=self.run.device)
+        found = float(parallel.all_reduce(found)) / parallel.world()  # all must agree on what is best
+        self.m.train()
+        finite, best = math.isfinite(found), self.progress.best
+        line["validation"] = found if finite else None
+        is_best = finite and (not best or found > best["validation"])
+        if is_best:
+            self.progress.best = {"step": self.progress.step, "validation": found}
+        return is_best
+
+    def save_if_due(self, due: bool, asked: Sequence[int], line: dict) -> bool:
+        """Saves the state if any process finds that due, and returns whether. Raises if `asked` to stop, or after too many
+        skipped steps."""
+        progress, bad = self.progress, self.progress.skipped_in_a_row >= BAD_STEPS
+        due, stop = parallel.all_reduce(torch.tensor([due or bad, len(asked)], device=self.run.device)).tolist()
+        if due or stop:
+            resume.save(self.out, progress, self.trained, self.optimizer, self.run.device)
+        if bad:
+            raise ValueError(f"step {progress.step}: expected a finite loss and gradient, got none for {BAD_STEPS} steps "
+                             f"in a row, now on the examples {line['skipped']} (all: {self.out}/metrics.jsonl); lower "
+                             f"--lr {self.run.lr} or use --dtype float32")
+        if stop:
+            raise KeyboardInterrupt(f"stopped after step {progress.step} of {self.run.steps}, which is saved: the same "
+                                    "command with --resume continues", 128 + (asked or [signal.SIGTERM])[0])
+        return bool(due)
 
 
-def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: recipes.Run,
+def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
         validate: Callable[[nn.Module], float] | None = None, every: resume.SaveEvery | None = None,
-        go_on: bool = False) -> dict:
-    """Trains for run.steps steps of AdamW on shuffled rows. In the run folder: metrics.jsonl, a line a step, and the
-    state, saved `every` so often (None: at the end); `go_on`: from the newest state there. Returns what came of it.
+        resuming: bool = False) -> dict:
+    """Trains for run.steps steps on shuffled rows, and returns what result.json says of it. In the run folder:
+    metrics.jsonl, one line per step, and the state, saved as often as `every` says and at the end.
 
-    `validate`, called every run.validate_every steps and at the end, says how good the model is: it is left as it was
-    when that was highest (the official code: by validation loss, among its evaluations). ValueError after BAD_STEPS
-    steps in a row without a finite loss or gradient, and where a trained tensor gets no gradient at all."""
-    out, log, first = Path(run.out), Path(run.out, "metrics.jsonl"), not parallel.rank()
-    m.grad_checkpoint = run.grad_checkpoint
-    if run.compile:
-        torch.compiler.set_stance("default")
-        compiled(m)
-    m.train()
-    engine = parallel.wrap(m, run.device, run.shard)
-    trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    optimizer = adamw(m, run.lr)
-    if not first:
-        torch.manual_seed(run.seed + parallel.rank())  # the weights are drawn alike, dropout is not
-    progress = resume.Progress(batch.digest(rows), run.micro_batch_size)
-    progress = resume_latest(out, trained, optimizer, run, progress) if go_on else progress
-    lines = log.read_text().splitlines()[:progress.step] if progress.step and first else []
-    recent = [loss for line in lines[-50:] if (loss := json.loads(line)["loss"]) is not None]
-    if first:
-        files.write(log, "".join(line + "\n" for line in lines))  # a stopped run was ahead of its state
-    saved = time.perf_counter()
+    `validate`, called every run.validate_every steps and at the end, says how good the model is; the best is what is
+    left (the official code: by validation loss). ValueError after BAD_STEPS steps in a row without a finite loss or
+    gradient, and where a trained tensor has no gradient at all."""
+    training = Training(m, rows, pad_id, run)
+    if resuming:
+        training.resume_latest()
+    progress, saved = training.progress, time.perf_counter()
     began = saved - progress.seconds
     batches = islice(batch.batches([len(r.ids) for r in rows], run.batch_size, run.seed), progress.step, run.steps)
-    bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=not first)
-    with open(log if first else os.devnull, "a") as f, cli.stop_asked() as asked:
-        for some in bar:
-            rate = learning_rate(run, progress.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["pace"]
-            loss = step_halving_on_oom(engine, [rows[i] for i in some], pad_id, progress)
-            if idle := [n for n, p in trained.items() if p.grad is None]:
-                raise ValueError(f"{idle[0]}: found no gradient after a step, expected one in each trained tensor; "
-                                 f"nothing that is computed goes through it ({len(idle)} of {len(trained)} are so)")
-            norm = float(parallel.full_tensor(nn.utils.clip_grad_norm_(trained.values(), 1.0)))
-            progress.step += 1
-            progress.tokens += sum(len(rows[i].ids) for i in some)
-            line = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm}
-            if math.isfinite(loss) and math.isfinite(norm):
-                optimizer.step()
-                progress.skipped_in_a_row = 0
-                if len(recent) >= 20 and loss > np.mean(recent) + 5 * np.std(recent):
-                    progress.spikes, line["spike"] = progress.spikes + 1, True
-                recent = [*recent[-49:], loss]
-            else:  # a step along it would spoil every weight
-                progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
-                line |= {"loss": None, "grad_norm": None, "skipped": some}
-            optimizer.zero_grad(set_to_none=True)
-            last, is_best = progress.step == run.steps, False
+    bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=parallel.rank() > 0)
+    with open_log(training.out, progress.step) as log, cli.stop_asked() as asked:
+        for picked in bar:
+            line = training.take_step(picked)
+            due = last = progress.step == run.steps
             if validate and (last or progress.step % run.validate_every == 0):
-                found = torch.tensor(validate(m.eval()), dtype=torch.float64, device=run.device)
-                found = float(parallel.all_reduce(found)) / parallel.world()  # all must agree on what is best
-                m.train()
-                line["validation"] = found if math.isfinite(found) else None
-                is_best = math.isfinite(found) and (not progress.best or found > progress.best["validation"])
-                progress.best = {"step": progress.step, "validation": found} if is_best else progress.best
+                due |= training.validate_and_keep_best(validate, line)
             progress.seconds = time.perf_counter() - began
             line["tokens_per_second"] = round(progress.tokens / progress.seconds, 1)
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {line['tokens_per_second']:.0f} tokens/s")
-            bad = progress.skipped_in_a_row >= BAD_STEPS
-            due = every is not None and every.due(progress.step, time.perf_counter() - saved)
-            stop, due = parallel.all_reduce(torch.tensor([len(asked), int(due)], device=run.device))
-            if due or stop or bad or last or is_best:
-                if first:
-                    os.fsync(f.fileno())
-                resume.save(out, progress, trained, optimizer, run.device)
+            print(json.dumps(line), file=log, flush=True)
+            bar.set_postfix({name: line[name] for name in ("loss", "lr", "tokens_per_second")})
+            due |= every is not None and every.due(progress.step, time.perf_counter() - saved)
+            if training.save_if_due(due, asked, line):
                 saved = time.perf_counter()
-            if bad:
-                raise ValueError(f"step {progress.step}: found no finite loss or gradient for {BAD_STEPS} steps in a "
-                                 f"row; none was taken. The last was of examples {some}, all stand in {log}. Lower "
-                                 f"--lr (now {run.lr}) or use --dtype float32")
-            if stop:
-                raise KeyboardInterrupt(f"stopped behind step {progress.step} of {run.steps}, which is saved: the same "
-                                        "command with --resume goes on", 128 + (asked or [signal.SIGTERM])[0])
     m.eval()
     if progress.best and progress.best["step"] < run.steps:
-        resume.restore_weights(resume.state_folder(out, progress.best["step"]), trained)
+        resume.restore_weights(resume.state_folder(training.out, progress.best["step"]), training.trained)
     if run.compile:
-        torch.compiler.set_stance("force_eager")  # generation meets too many shapes to compile for each
-    return {"train_seconds": round(progress.seconds, 1),
-            "tokens_per_second": round(progress.tokens / progress.seconds, 1), "best": progress.best,
-            "steps_skipped": progress.skipped, "loss_spikes": progress.spikes,
-            "micro_batch_size": progress.micro_batch_size}
+        torch.compiler.set_stance("force_eager")  # generation has too many shapes
+    return progress.summary()
+
+
+def open_log(out: Path, step: int) -> IO:
+    """metrics.jsonl up to `step`, for the first process: a stopped run was ahead of its state."""
+    if parallel.rank():
+        return open(os.devnull, "a")
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines()[:step] if step else []
+    files.write(log, "".join(line + "\n" for line in lines))
+    return open(log, "a")

@@ -1,9 +1,8 @@
-"""A training run's state on disk: saved whole or not at all, found again after any stop, one writer at a time.
+"""A run's state on disk: saved whole or not at all, found again after any stop, one writer at a time.
 
-The state of step 120 is a folder, checkpoints/00000120: state.safetensors (trained weights, AdamW's moments, random
-generators), state.json (the rest) and manifest.json (size and sha256 of both). It is written under another name,
-flushed to disk, and renamed; where the manifest does not hold, the state before it is taken. The official code leaves
-this to transformers.Trainer, whose optimizer and generator states are pickles; here nothing is."""
+The state after step 120 is the folder checkpoints/00000120: state.safetensors (trained weights, AdamW's moments, random
+generators), state.json (the rest), manifest.json (size and sha256 of both). It is written under another name, flushed
+and renamed. The official code leaves this to transformers.Trainer, which pickles optimizer and generators."""
 
 from __future__ import annotations
 
@@ -14,22 +13,22 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sibo_lab import files, parallel
 
-KEPT = 2  # the last states; the best by validation stays too
+KEPT = 2  # the last states, besides the best by validation
 
 
 @dataclass(frozen=True)
 class SaveEvery:
-    """How often a state is saved: each so many steps, or after so many seconds."""
+    """How often a state is saved: after so many steps, or so many seconds."""
 
     steps: int | None = None
     seconds: float | None = 600.0
@@ -39,7 +38,7 @@ class SaveEvery:
         """From "200" (steps) or "10m" (minutes)."""
         number = text.removesuffix("m")
         if not number.isdecimal() or not int(number):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected steps, such as 200, or minutes, such as 10m")
+            raise argparse.ArgumentTypeError(f"expected steps, such as 200, or minutes, such as 10m, got {text!r}")
         return SaveEvery(None, 60.0 * int(number)) if number != text else SaveEvery(int(number), None)
 
     def due(self, step: int, seconds: float) -> bool:
@@ -48,11 +47,10 @@ class SaveEvery:
 
 @dataclass
 class Progress:
-    """Where a run stands behind `step` steps, besides its tensors. The data's order is the seed's: `step` is the
-    position in it."""
+    """How far a run is, apart from its tensors. `step` is also the position in the data, whose order the seed fixes."""
 
     data: str  # sha256 of the training rows
-    micro_batch_size: int  # halved where memory was too small
+    micro_batch_size: int  # halved when memory ran out
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -60,50 +58,52 @@ class Progress:
     skipped: int = 0  # steps without a finite loss or gradient
     skipped_in_a_row: int = 0
     spikes: int = 0
+    recent: list[float] = field(default_factory=list)  # the last 50 finite losses
 
-
-def _digest(file: Path) -> dict:
-    with open(file, "rb") as f:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+    def summary(self) -> dict:
+        """What result.json says of the training."""
+        return {"train_seconds": round(self.seconds, 1), "tokens_per_second": round(self.tokens / self.seconds, 1),
+                "best": self.best, "steps_skipped": self.skipped, "loss_spikes": self.spikes,
+                "micro_batch_size": self.micro_batch_size}
 
 
 def state_folder(folder: Path, step: int) -> Path:
-    """The folder of the state behind a step."""
     return folder / "checkpoints" / f"{step:08}"
 
 
 def states(folder: Path) -> list[Path]:
-    """The states below a run folder, whole or not, the oldest first."""
-    return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal())
+    """The states in a run folder, whole or not, oldest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]" * 8))
 
 
-def corruption(state: Path) -> str | None:
-    """What is wrong with a saved state, or None."""
-    try:
-        manifest = files.read_json(state / "manifest.json")
-        for name in ("state.safetensors", "state.json"):
-            if (found := _digest(state / name)) != manifest.get(name):
-                return f"{state / name}: found {found}, expected {manifest.get(name)}"
-    except (OSError, ValueError) as e:
-        return str(e)
-    return None
+def _manifest(state: Path) -> dict:
+    manifest = {}
+    for name in ("state.safetensors", "state.json"):
+        with open(state / name, "rb") as f:
+            manifest[name] = {"size": os.fstat(f.fileno()).st_size,
+                              "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+    return manifest
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole state of a run folder, and what is wrong with those that are newer."""
-    flaws = []
+    """The newest whole state in a run folder, and what is wrong with each newer one."""
+    corruptions = []
     for state in reversed(states(folder)):
-        if found := corruption(state):
-            flaws.append(found)
-        else:
-            return state, flaws
-    return None, flaws
+        try:
+            expected = files.read_json(state / "manifest.json")
+            for name, got in _manifest(state).items():
+                if got != expected.get(name):
+                    raise ValueError(f"{state / name}: expected {expected.get(name)}, got {got}")
+            return state, corruptions
+        except (OSError, ValueError) as e:
+            corruptions.append(str(e))
+    return None, corruptions
 
 
 def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], optimizer: Optimizer,
          device: str) -> None:
-    """Saves the state behind progress.step, then removes those that are neither among the last KEPT nor the best of
-    one of these. All processes must call; the first writes. OSError where it cannot: older states are left."""
+    """Saves the state after progress.step, then removes all but the last KEPT and the best. Every process must call.
+    OSError if it cannot be written; the older states are left then."""
     tensors = {f"weight.{name}": parallel.full_tensor(p.detach()).cpu() for name, p in trained.items()}
     tensors |= {f"{key}.{name}": parallel.full_tensor(value).cpu() for name, p in trained.items()
                 for key, value in optimizer.state[p].items()}
@@ -113,57 +113,51 @@ def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], 
     tensors |= parallel.all_gather_dicts(random)
 
     def write() -> None:
+        files.flush(folder / "metrics.jsonl")  # must not lack a step of the state
         target = state_folder(folder, progress.step)
         draft = target.with_name(f".{os.getpid()}.{target.name}")
         try:
             files.write_tensors(draft / "state.safetensors", tensors, {})
             files.write(draft / "state.json", json.dumps(asdict(progress)))
-            files.write(draft / "manifest.json", json.dumps(
-                {name: _digest(draft / name) for name in ("state.safetensors", "state.json")}))
-            _remove(target)  # a torn one may stand there
+            files.write(draft / "manifest.json", json.dumps(_manifest(draft)))
+            _remove(target)  # a corrupted one
             os.replace(draft, target)
             files.flush(target.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        _prune(folder)
+        last = states(folder)[-KEPT:]
+        bests = [files.read_json(state / "state.json")["best"] for state in last]
+        kept = {*last, *(state_folder(folder, best["step"]) for best in bests if best)}
+        for state in {*states(folder)} - kept:
+            _remove(state)
 
     parallel.one_rank_at_a_time(write, ranks=1)
 
 
 def _remove(state: Path) -> None:
-    """Away with it at once, so that no half of it is left under its name."""
+    """Renames before it deletes, so that no half of a state keeps its name."""
     if state.exists():
         gone = state.with_name(f".{os.getpid()}.{state.name}.old")
         os.replace(state, gone)
         shutil.rmtree(gone)
 
 
-def _prune(folder: Path) -> None:
-    last = states(folder)[-KEPT:]
-    bests = [files.read_json(p / "state.json")["best"] for p in last]
-    kept = {*last, *(state_folder(folder, best["step"]) for best in bests if best)}
-    for p in states(folder):
-        if p not in kept:
-            _remove(p)
-
-
-def forget(folder: Path, step: int) -> None:
-    """Away with the states behind a later step than `step`: what is gone on from is the newest whole one."""
-    for p in states(folder):
-        if int(p.name) > step:
-            _remove(p)
+def remove_after(folder: Path, step: int) -> None:
+    """Removes the states after later steps than `step`."""
+    for state in states(folder):
+        if int(state.name) > step:
+            _remove(state)
 
 
 def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, device: str) -> Progress:
-    """Puts a saved state back into the trained weights, the optimizer and the random generators, in place.
-
-    ValueError for tensors of other names or shapes, and for another number of processes than saved it."""
+    """Restores trained weights, optimizer and random generators, in place. ValueError for tensors of other names or
+    shapes, or another number of processes."""
     file = state / "state.safetensors"
     tensors, _ = files.read_tensors(file)
     processes = sum(name.startswith("random.cpu.") for name in tensors)
     if processes != parallel.world():
-        raise ValueError(f"{file}: found the state of {processes} processes, expected {parallel.world()}; go on with "
-                         "as many as began")
+        raise ValueError(f"{file}: expected the state of {parallel.world()} processes, got that of {processes}; resume "
+                         "with as many")
     restore_weights(state, trained, tensors)
     for name, p in trained.items():
         optimizer.state[p] = {key: parallel.local_shard(tensors[f"{key}.{name}"], p)
@@ -174,17 +168,17 @@ def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimiz
     return Progress(**files.read_json(state / "state.json"))
 
 
-def restore_weights(state: Path, trained: Mapping[str, nn.Parameter],
-            tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Puts a state's trained weights back, in place, and nothing else."""
-    tensors = tensors or files.read_tensors(state / "state.safetensors")[0]
-    stored = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
-    files.assign(trained, stored, state / "state.safetensors")
+def restore_weights(state: Path, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor] | None = None
+                    ) -> None:
+    """Restores the trained weights only, in place. `tensors`: the state's, if already read."""
+    file = state / "state.safetensors"
+    tensors = tensors or files.read_tensors(file)[0]
+    files.assign(trained, {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, file)
 
 
 def lock(folder: Path) -> IO:
-    """Makes this process the only one that trains in `folder`, until the returned file is closed or the process ends,
-    however it ends. Drafts that a killed one left are removed. ValueError where another holds it."""
+    """Reserves `folder` until the returned file is closed or this process ends in any way, and removes what a killed one
+    left half-written. ValueError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     held = open(folder / ".lock", "w")
     try:

@@ -85,7 +85,7 @@ def result(m: nn.Module, run: Run, score: scoring.Score, curve: list[float], bas
         "backbone": run.backbone, "method": run.method, "task": run.task, "scored_on": run.score_on,
         "lambda": learned_lam(m) if learned else run.settings.lam if run.settings else 0.0,
         "metric": score.metric, "score": score.score, "n": score.n, "interval": score.interval,
-        "parts": score.parts, "more": score.more, "empty": score.empty, "answers_given": score.said,
+        "parts": score.parts, "more": score.more, "empty": score.empty, "answers_given": score.answers_given,
         "baseline_score": baseline.score, "baseline_n": baseline.n,
         "trainable_parameters": sum(p.numel() for p in m.parameters() if p.requires_grad),
         "total_parameters": quantized.parameters(m), **trained, "peak_memory_bytes": estimate.peak_memory(run.device),

@@ -1,8 +1,9 @@
-"""--base-bits: the quantised backbone against one that holds the de-quantised weights in full."""
+"""quantized.py (--base-bits): the quantized backbone against one that holds the de-quantized weights in full."""
 
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 FAMILIES = ["tiny_llama", "tiny_bert"]
 
 
-def quantised(folder, bits, seed=0, **settings):
+def quantized_model(folder, bits, seed=0, **settings):
     m = model.from_pretrained(folder, base_bits=bits)
     torch.manual_seed(seed)
     return trembling(sibo.inject(m, **settings)) if settings else m
@@ -36,7 +37,7 @@ def trembling(m):
 
 
 def restored(m):
-    """A copy with plain nn.Linear that hold what the quantised ones stand for: the oracle."""
+    """A copy with plain nn.Linear that hold what the quantized ones stand for: the oracle."""
     m = copy.deepcopy(m)
     for name, x in [(n, x) for n, x in m.named_modules() if isinstance(x, quantized.QuantizedLinear)]:
         plain = torch.nn.Linear(x.in_features, x.out_features, x.bias is not None).requires_grad_(False)
@@ -53,9 +54,9 @@ def gradients(m, ids=IDS):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_blocks_linear_weights_and_no_others_are_quantised(request, family, bits):
+def test_the_blocks_linear_weights_and_no_others_are_quantized(request, family, bits):
     folder = request.getfixturevalue(family)
-    plain, m = model.from_pretrained(folder), quantised(folder, bits)
+    plain, m = model.from_pretrained(folder), quantized_model(folder, bits)
     linears = {n for n, x in plain.named_modules() if n.startswith("blocks.") and isinstance(x, torch.nn.Linear)}
     assert {n for n, x in m.named_modules() if isinstance(x, quantized.QuantizedLinear)} == linears
     assert quantized.parameters(m) == sum(p.numel() for p in plain.parameters())
@@ -73,8 +74,8 @@ def test_the_blocks_linear_weights_and_no_others_are_quantised(request, family, 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients_are_those_of_the_dequantised_weights(request, family, method, bits):
-    m = quantised(request.getfixturevalue(family), bits, method=method, lam=0.3, learn_lam=True)
+def test_outputs_and_gradients_are_those_of_the_dequantized_weights(request, family, method, bits):
+    m = quantized_model(request.getfixturevalue(family), bits, method=method, lam=0.3, learn_lam=True)
     (out, grads), (expected, expected_grads) = gradients(m), gradients(restored(m))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert grads.keys() == expected_grads.keys() and any(n.endswith("logit") for n in grads)
@@ -86,18 +87,18 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_weights(request, fam
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("method", ["lora", "adapter"])
-def test_h0_reaches_the_modules_of_a_quantised_backbone(tiny_llama, method, bits):
-    outs = {lam: quantised(tiny_llama, bits, method=method, lam=lam)(IDS) for lam in (0.0, 1e-7, 0.3)}
+def test_h0_reaches_the_modules_of_a_quantized_backbone(tiny_llama, method, bits):
+    outs = {lam: quantized_model(tiny_llama, bits, method=method, lam=lam)(IDS) for lam in (0.0, 1e-7, 0.3)}
     assert (outs[0.3] - outs[0.0]).abs().max() > 1e-3
     torch.testing.assert_close(outs[1e-7], outs[0.0], rtol=0, atol=1e-5)
-    m = quantised(tiny_llama, bits, method=method, lam=0.3)
-    with pytest.raises(RuntimeError, match="found h0 missing"):
+    m = quantized_model(tiny_llama, bits, method=method, lam=0.3)
+    with pytest.raises(RuntimeError, match="expected h0 "):
         m.blocks[0].mlp(torch.zeros(1, 2, 32))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_backward_pass_keeps_no_restored_weight(tiny_llama, bits):
-    m, kept = quantised(tiny_llama, bits, method="lora", lam=0.3, rank=5), []
+    m, kept = quantized_model(tiny_llama, bits, method="lora", lam=0.3, rank=5), []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         m(IDS)
     shapes = {(x.out_features, x.in_features) for x in m.modules() if isinstance(x, quantized.QuantizedLinear)}
@@ -106,7 +107,7 @@ def test_the_backward_pass_keeps_no_restored_weight(tiny_llama, bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_checkpointed_and_bfloat16_passes_agree_with_the_plain_one(tiny_llama, bits):
-    m = quantised(tiny_llama, bits, method="lora", lam=0.3).train()
+    m = quantized_model(tiny_llama, bits, method="lora", lam=0.3).train()
     _, expected = gradients(m)
     again = copy.deepcopy(m)
     again.zero_grad()
@@ -115,14 +116,14 @@ def test_checkpointed_and_bfloat16_passes_agree_with_the_plain_one(tiny_llama, b
         torch.testing.assert_close(g, expected[name], rtol=1e-5, atol=1e-6)
     half = model.from_pretrained(tiny_llama, torch.bfloat16, base_bits=bits)
     assert half(IDS).dtype == torch.bfloat16
-    torch.testing.assert_close(half(IDS).float(), quantised(tiny_llama, bits)(IDS), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half(IDS).float(), quantized_model(tiny_llama, bits)(IDS), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_merging_into_quantised_weights_is_refused_and_changes_nothing(tiny_llama, tmp_path, bits):
-    m = quantised(tiny_llama, bits, method="lora", lam=0.3)
+def test_merging_into_quantized_weights_is_refused_and_changes_nothing(tiny_llama, tmp_path, bits):
+    m = quantized_model(tiny_llama, bits, method="lora", lam=0.3)
     before = m(IDS)
-    with pytest.raises(ValueError, match="q_proj: found a quantised weight .* load the backbone in 16 bits"):
+    with pytest.raises(ValueError, match="q_proj: expected LoRA on a weight of 16 bits .* got a quanti[sz]ed weight"):
         sibo.merge(m)
     assert torch.equal(m(IDS), before)
     sibo.save(m, tmp_path)  # what the message says to do
@@ -141,7 +142,7 @@ def command(monkeypatch, capsys, main, parser, *args):
     return code, *capsys.readouterr()
 
 
-def test_a_quantised_run_scores_the_same_again(monkeypatch, capsys, tiny_llama, tmp_path):
+def test_a_quantized_run_scores_the_same_again(monkeypatch, capsys, tiny_llama, tmp_path):
     task = tmp_path / "mine.json"
     task.write_text(json.dumps([{"instruction": f"{i}+1?", "output": str(i + 1), "answer": str(i + 1)}
                                 for i in range(4)]))
@@ -153,19 +154,20 @@ def test_a_quantised_run_scores_the_same_again(monkeypatch, capsys, tiny_llama, 
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     plain = sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.1)
     assert result["total_parameters"] == sum(p.numel() for p in plain.parameters())
-    loaded, from_pretrained = [], model.from_pretrained
-    monkeypatch.setattr(model, "from_pretrained", lambda *a: loaded.append(from_pretrained(*a)) or loaded[-1])
+    loaded, load_weights = [], model.load_weights
+    monkeypatch.setattr(model, "load_weights", lambda *a: loaded.append(load_weights(*a)) or loaded[-1])
     code, out, err = command(monkeypatch, capsys, evaluation.main, evaluation.parser(), "eval.py", tmp_path / "run")
     assert code == 0 and f"accuracy {result['score']:.4f} (n 3" in out, err
     assert any(isinstance(x, quantized.QuantizedLinear) for x in loaded[0].modules())
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (["--base-bits", "4", "--method", "full"], "--base-bits 4: found with --method full"),
+    (["--base-bits", "4", "--method", "full"], "--base-bits 4: expected an adapter or LoRA method, got --method full"),
     (["--base-bits", "2"], "--base-bits: invalid choice: 2"),
 ])
-def test_what_cannot_be_quantised_is_one_line(monkeypatch, capsys, tmp_path, args, says):
-    code, _, err = command(monkeypatch, capsys, train.main, options.parser(), "train.py", "--out", tmp_path / "r", *args)
+def test_what_cannot_be_quantized_is_one_line(monkeypatch, capsys, tmp_path, args, says):
+    code, _, err = command(monkeypatch, capsys, train.main, options.parser(), "train.py", "--out", tmp_path / "r",
+                           *args)
     assert code == 2 and says in err and err.count("\n") == 1
 
 
@@ -177,28 +179,28 @@ def test_a_missing_library_is_one_line_with_the_command(monkeypatch, capsys, tmp
 
 
 def test_a_library_caller_is_told_which_bits_there_are(tiny_llama):
-    with pytest.raises(ValueError, match="base_bits: found 3, expected 8, 4 or None"):
+    with pytest.raises(ValueError, match="base_bits: expected 8, 4, or None .* got 3"):
         model.from_pretrained(tiny_llama, base_bits=3)
 
 
 @pytest.mark.parametrize(("bits", "nbytes"), [(8, 1 + 4 / 64), (4, 0.5 + 4 / 64)])
-def test_the_estimate_counts_quantised_weights_and_no_restored_one_stays(bits, nbytes):
+def test_the_estimate_counts_quantized_weights_and_no_restored_one_stays(bits, nbytes):
     d, ff = 64, 128
-    said = {"model_type": "llama", "vocab_size": 50, "hidden_size": d, "intermediate_size": ff,
+    spec = {"model_type": "llama", "vocab_size": 50, "hidden_size": d, "intermediate_size": ff,
             "num_attention_heads": 4}
-    run = recipes.Run(method="lora-sibo", rank=4, micro_batch_size=2, cutoff=8, base_bits=bits)
-    found = [estimate.memory(said | {"num_hidden_layers": n}, r) for n in (2, 3) for r in (
-        run, train.replace(run, base_bits=None))]
+    run = recipes.run_of(method="lora-sibo", rank=4, micro_batch_size=2, cutoff=8, base_bits=bits)
+    found = [estimate.memory(spec | {"num_hidden_layers": n}, r) for n in (2, 3) for r in (
+        run, replace(run, base_bits=None))]
     linears, norms, table = 4 * d * d + 3 * d * ff, 2 * d * 2, 7 * 1024 if bits == 8 else 0
     assert found[2]["frozen"] - found[0]["frozen"] == linears * nbytes + norms + table
     assert found[3]["frozen"] - found[1]["frozen"] == linears * 2 + norms
     assert found[2]["step"] - found[0]["step"] == found[3]["step"] - found[1]["step"]
 
 
-def test_training_a_quantised_backbone_lowers_the_loss(tiny_llama, tmp_path):
-    run = recipes.Run(out=str(tmp_path), backbone=str(tiny_llama), method="lora-sibo", steps=12, warmup=2, lr=1e-2,
-                    batch_size=8, micro_batch_size=2, lam=0.2, rank=4, dropout=0.0)
-    m = sibo.inject(quantised(tiny_llama, 4), **run.settings())
+def test_training_a_quantized_backbone_lowers_the_loss(tiny_llama, tmp_path):
+    run = recipes.run_of("lora-sibo", out=str(tmp_path), backbone=str(tiny_llama), steps=12, warmup=2, lr=1e-2,
+                         batch_size=8, micro_batch_size=2, lam=0.2, rank=4, dropout=0.0)
+    m = sibo.inject(quantized_model(tiny_llama, 4), **vars(run.settings))
     rows = [batch.Row(list(range(i, i + 9)), [-100] * 4 + list(range(i + 4, i + 9))) for i in range(8)]
     loop.fit(m, rows, 0, run)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,37 +1,13 @@
-"""Tables of runs: what belongs together, the spread over seeds, and the interval of a difference."""
+"""sibo_lab/evaluation/compare.py: what shares a table, the spread over seeds, the interval of a difference."""
 
-import dataclasses
 import json
-import shlex
 
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
-from hypothesis import strategies as st
+from run_folders import run
 
-from sibo_lab.evaluation import compare, metrics, pictures
-from sibo_lab.training import recipes
-
-
-def run(folder, method="lora", seed=0, score=0.5, right=None, **settings):
-    config = dataclasses.asdict(recipes.Run(method=method, seed=seed, **{"lam": 0.2 if "sibo" in method else 0.0} | settings))
-    folder = folder / f"{method}-{seed}-{len(list(folder.iterdir()))}"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "result.json").write_text(json.dumps({
-        "backbone": "tiny", "task": "words", "metric": "accuracy", "score": score, "parts": {}, "similarity": 0.5,
-        "trainable_parameters": 1000, "scored_on": "test",
-        "command": f"python train.py --data-dir {shlex.quote(config['data_dir'] or '')} --lr 1 --out={config['out']}"}))
-    if right is not None:
-        lines = [json.dumps({"task": "words", "right": bool(r)}) for r in right]
-        (folder / "answers.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@given(st.integers(1, 60))
-def test_the_quantile_of_students_t_is_scipys(df):
-    assert metrics.student_t(df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-3)
+from sibo_lab.evaluation import compare
 
 
 def test_the_difference_pairs_equal_seeds_and_its_interval_is_students(tmp_path):
@@ -93,12 +69,6 @@ def test_a_label_says_what_sets_a_run_apart_and_nothing_else(tmp_path):
         "adapter-sibo, plain skip, side out"]
 
 
-def test_a_picture_is_drawn(tmp_path):
-    run(tmp_path, "lora")
-    pictures.draw_runs(compare.read([tmp_path]), tmp_path / "table.png")
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
     for seed in (0, 1):
         run(tmp_path, "lora", seed, right=[1, 0], data_dir="/home/someone's/data files", out="/home/someone/runs")
@@ -120,8 +90,8 @@ def test_the_training_loss_of_a_run_is_the_mean_of_each_quarter_of_its_steps_ski
         assert list(found.losses) == [3.0, 3.0, 1.25, 0.75]
 
 
-def test_no_finished_run_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished run"):
+def test_a_folder_without_finished_runs_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected finished runs .*, got none"):
         compare.read([tmp_path])
 
 
@@ -129,7 +99,7 @@ def test_no_finished_run_is_an_error(tmp_path):
                                   '{"config": {}, "result": {}, "right": {}}'])
 def test_a_line_that_is_no_saved_run_is_named(tmp_path, line):
     (tmp_path / "runs.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match="runs.jsonl, line 1: found .* expected a run that eval.py --table --save"):
+    with pytest.raises(ValueError, match="runs.jsonl, line 1: expected a run that eval.py --table --save wrote, got "):
         compare.read([tmp_path / "runs.jsonl"])
 
 

@@ -1,51 +1,54 @@
-"""The table's arithmetic, and the code that waits for big models and GPUs, tried on a small one."""
+"""The table's arithmetic, the turns that sides take, and fresh processes."""
 
 import json
 import math
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-import model
-from sibo_lab import cli, files
-from sibo_lab.tools import bench, bench_large
+from test_bench_large import TINY
 
-TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "rms_norm_eps": 1e-6}
-TINY_GPTJ = {"model_type": "gptj", "vocab_size": 90, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}
+from sibo_lab import cli
+from sibo_lab.tools import bench, bench_large
 
 
 def test_the_ratio_is_the_median_of_pairs_and_its_interval_that_of_a_median():
-    row = bench.compare("x", "s", [2.0, 4.0, 9.0], [1.0, 4.0, 3.0], goal=2.5)
-    assert (row.ours, row.peer, row.ratio, row.met) == (4.0, 3.0, 2.0, True)
-    low, high = bench.compare("x", "s", [float(i) for i in range(1, 31)], [1.0] * 30, None, interval=True).interval
+    row = bench.paired("x", "s", [2.0, 4.0, 9.0], [1.0, 4.0, 3.0], goal=2.5)
+    assert (row.ours, row.peer, row.ratio, row.met, row.interval) == (4.0, 3.0, 2.0, True, None)
+    low, high = bench.paired("x", "s", [float(i) for i in range(1, 31)], [1.0] * 30).interval
     outside = sum(math.comb(30, i) for i in [*range(int(low)), *range(int(high), 31)]) / 2**30
     assert 0.04 < outside < 0.05  # the median lies below the 10th of 30, or above the 21st
 
 
-@pytest.mark.parametrize(("ratio", "faster", "met"), [(2.0, True, True), (1.9, True, False), (2.0, False, True),
-                                                      (2.1, False, False), (None, True, None)])
-def test_a_goal_bounds_speed_from_below_and_cost_from_above(ratio, faster, met):
-    assert bench.Row("x", "s", 1.0, 1.0, ratio, 2.0, faster).met is met
+@pytest.mark.parametrize(("ratio", "unit", "met"), [(2.0, "tokens/s", True), (1.9, "tokens/s", False),
+                                                    (2.0, "s", True), (2.1, "GB", False)])
+def test_a_goal_bounds_speed_from_below_and_cost_from_above(ratio, unit, met):
+    assert bench.paired("x", unit, [ratio], [1.0], 2.0).met is met
 
 
 def test_what_was_not_measured_says_so():
-    line = bench.table([bench.Row("x", "s", goal=1.3)]).splitlines()[1]
+    row = bench.paired("x", "s", [], [], 1.3)
+    line = bench.table([row]).splitlines()[1]
+    assert row.met is None
     assert line.count("not measured") == 2
     assert line.rstrip().endswith("≤ 1.3")
 
 
-@pytest.mark.parametrize("said", [TINY, TINY_GPTJ])
-def test_a_written_shape_is_two_shards_that_load_whole(tmp_path, said):
-    bench_large.write_shape(said, tmp_path)
-    index = files.read_json(tmp_path / "model.safetensors.index.json")
-    assert len(set(index["weight_map"].values())) == 2
-    m = model.from_pretrained(tmp_path, torch.bfloat16)  # strict: nothing missing, nothing unknown
-    assert sum(p.numel() * 2 for p in m.parameters()) == index["metadata"]["total_size"]
-    logits = m(torch.arange(9)[None])
-    assert torch.isfinite(logits).all() and logits.std() > 0.01
+def test_all_sides_take_one_input_before_the_next_and_another_side_begins_each_time():
+    seen = []
+    found = bench.in_turn([lambda x: seen.append(("a", x)) or x, lambda x: seen.append(("b", x)) or -x], [1, 2, 3])
+    assert found == [[1, 2, 3], [-1, -2, -3]]
+    assert seen == [("b", 1), ("a", 1), ("a", 2), ("b", 2), ("b", 3), ("a", 3)]
+
+
+def test_a_fresh_process_returns_its_figures_and_one_that_dies_is_one_line():
+    found = bench.in_fresh_process(bench_large.process_memory)
+    assert found["peak"] >= found["anonymous"] > 0
+    with pytest.raises(OSError, match="expected figures, got a process that died") as e:
+        bench.in_fresh_process(os._exit, 9)
+    assert "\n" not in str(e.value)
 
 
 def test_the_gpu_comparison_runs_both_sides_on_the_same_batches(tmp_path):
@@ -53,16 +56,22 @@ def test_the_gpu_comparison_runs_both_sides_on_the_same_batches(tmp_path):
     with torch.compiler.set_stance("force_eager"):
         rows = list(bench.cuda(tmp_path, "cpu", sizes=((2, 80),)))
     assert [r.unit for r in rows] == ["tokens/s", "FLOP/s", "GB"]
-    assert all(r.ours > 0 and r.peer > 0 for r in rows[:2])
-    assert math.isnan(rows[2].ours)  # a GPU's allocator alone can tell
+    assert all(r.ours > 0 and r.peer > 0 for r in rows)
 
 
-def test_an_unknown_group_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "trainning"])
+def test_the_gpu_comparison_has_rows_without_figures_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = list(bench.cuda())
+    assert [(r.unit, r.goal, r.ours) for r in rows] == [("tokens/s", 1.3, None), ("FLOP/s", 0.5, None),
+                                                        ("GB", None, None)] * 2
+
+
+def test_an_unknown_group_is_one_line(capsys):
     with pytest.raises(SystemExit) as e:
-        cli.run(bench.main, bench.parser())
+        cli.run(bench.main, bench.parser(), ["--only", "trainning"])
     assert e.value.code == 2
-    assert "--only: found 'trainning', expected some of training, generation" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--only: expected some of training, generation" in err and "got 'trainning'" in err
 
 
 def test_the_committed_table_has_the_fields_that_readers_of_it_expect():

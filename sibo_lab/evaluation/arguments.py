@@ -1,0 +1,81 @@
+"""The options of eval.py, and what they add up to."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sibo_lab import cli, files
+from sibo_lab.backbone import config, locate
+from sibo_lab.data import batch, tasks
+
+
+def at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("eval.py", description="Score a run or a backbone; ask it; measure its over-smoothing.")
+    what = p.add_argument_group("what")
+    add = what.add_mutually_exclusive_group(required=True).add_argument
+    add("run", nargs="?", help="folder that train.py wrote, such as runs/NAME")
+    add("--backbone", help="instead, as it is: short name, folder, .gguf file or hub id")
+    add("--table", nargs="+", type=Path, metavar="DIR", help="instead: all runs in DIR side by side")
+    add = what.add_argument
+    add("--save", type=Path, metavar="FILE.jsonl", help="of --table: the runs as JSON lines, which --table reads too")
+    add("--markdown", action="store_true", help="of --table: as Markdown")
+    add("--peft", type=Path, metavar="DIR", help="with --backbone: a LoRA that peft saved, put onto it")
+    add("--merge", action="store_true", help="fold LoRA into the weights first")
+    add = p.add_argument_group("on what").add_argument
+    add("--task", metavar="A,B", help="short names, .json or .jsonl files (default: the run's, or word-problems)")
+    add("--data-dir", help="the tasks' files (default: $SIBO_DATA, else the cache)")
+    add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
+    add("--ask", metavar="QUESTION", help="answer one question instead")
+    add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
+    add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write the run as peft's adapter (a plain "
+        "LoRA), or folded as a Hugging Face checkpoint")
+    add = p.add_argument_group("how").add_argument
+    add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
+    add("--protocol", choices=list(batch.PROMPTS), help="prompt and beams (default: the run's, or clean)")
+    add("--num-beams", type=at_least_1, help="1 is greedy (default: clean 1, paper 4)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's, or float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--out", type=Path, help="the picture (default: similarity.png or table.png in the run's folder, or here)")
+    return p
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Adds to `args` what the run and the backbone say; ValueError if the options fit neither them nor each other."""
+    if args.run and not Path(args.run, "config.json").is_file():
+        raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
+    args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
+    trained = tasks.parse(run.get("task", "word-problems"))
+    names = args.task.split(",") if args.task else run.get("test")
+    args.tests = tasks.scored_whole(tasks.parse(*names) if names else trained, trained if run else [])
+    name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
+    if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
+        raise ValueError(f"--export {args.export[0]}: expected peft or hf, with a run, without --merge, on a backbone "
+                         "of 16 bits or more")
+    if args.peft and run:
+        raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
+    if args.similarity and args.task and len(args.tests) > 1:
+        raise ValueError(f"--similarity: expected one task, whose texts are measured, got --task {args.task}")
+    if args.ask and args.head:
+        raise ValueError(f"--ask: expected an LLM's run, got {args.run}, a BERT with the classes of {run['task']}")
+    if run and not args.ask and bool(args.head) != bool(labels):
+        raise ValueError(f"{args.run}: expected a run that can answer {name}, got one on {run['task']}")
+    if labels and (args.protocol or args.num_beams):
+        raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}, which has no prompt")
+    args.limit = args.limit or (None if args.task and args.tests != trained else run.get("limit"))
+    args.data_dir = tasks.data_dir(args.data_dir or run.get("data_dir"))
+    args.protocol = args.protocol or run.get("protocol", "clean")
+    args.dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
+    args.backbone = run.get("backbone", args.backbone)
+    args.path = locate.locate(args.backbone)
+    args.spec = config.read_spec(args.path)
+    bert = args.spec.get("model_type") == "bert"
+    if (bert or labels) and not (args.head or args.similarity or args.export):
+        raise ValueError(f"{args.backbone}: expected a run that train.py wrote, got no trained head; only an LLM on a "
+                         "text-to-text task needs none")

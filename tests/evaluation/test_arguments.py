@@ -1,0 +1,74 @@
+"""sibo_lab/evaluation/arguments.py: what a run fills in, and options that do not fit, refused in one line each."""
+
+import json
+
+import pytest
+
+from sibo_lab.data import tasks
+from sibo_lab.evaluation import arguments
+
+
+@pytest.fixture
+def complete(tmp_path, tiny_llama, tiny_bert):
+    """Options, completed from a run on a tiny model; RUN stands for its folder."""
+    def completed(*args, task="word-problems", **config):
+        backbone = tiny_bert if tasks.parse(task)[0].num_labels else tiny_llama
+        config = {"task": task, "backbone": str(backbone), "method": "lora", "data_dir": str(tmp_path)} | config
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        args = arguments.parser().parse_args([str(tmp_path) if a == "RUN" else str(a) for a in args])
+        arguments.complete(args)
+        return args
+
+    return completed
+
+
+def test_a_run_says_what_the_options_leave_open(complete, tiny_llama):
+    args = complete("RUN", task="mawps", test=["gsm8k", "svamp"], protocol="paper", limit=5, dtype="bfloat16")
+    assert [t.name for t in args.tests] == ["gsm8k", "svamp"]
+    assert (args.backbone, args.path, args.head) == (str(tiny_llama), tiny_llama, 0)
+    assert (args.protocol, args.limit, str(args.dtype)) == ("paper", 5, "torch.bfloat16")
+    args = complete("RUN", "--task", "mawps,aqua", "--protocol", "clean", "--dtype", "float32", protocol="paper", limit=5)
+    assert [t.name for t in args.tests] == ["mawps", "aqua"] and args.limit is None  # the run's limit is its own tasks'
+    assert (args.protocol, str(args.dtype)) == ("clean", "torch.float32")
+    assert complete("RUN", "--limit", 3, limit=5).limit == 3
+    assert complete("RUN", task="rte").head == 2
+
+
+@pytest.mark.parametrize("option", [("--protocol", "paper"), ("--num-beams", 4)])
+def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
+    with pytest.raises(ValueError, match="--protocol, --num-beams: expected a text-to-text task, got rte"):
+        complete("RUN", *option, task="rte")
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    ((), "one of the arguments run --backbone --table is required"),
+    (("RUN", "--backbone", "minilm"), "argument --backbone: not allowed with argument run"),
+    (("no-such-run",), "no-such-run: expected a run folder that train.py wrote, got no config.json in it"),
+    (("RUN", "--limit", 0), "argument --limit: expected at least 1, got 0"),
+    (("RUN", "--batch-size", -1), "argument --batch-size: expected at least 1, got -1"),
+    (("RUN", "--num-beams", "x"), "argument --num-beams: invalid .* value: 'x'"),
+    (("RUN", "--peft", "DIR"), "--peft DIR: expected --backbone, got a run"),
+    (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, .* got --task mawps,aqua"),
+    (("RUN", "--task", "rte"), "expected a run that can answer rte, got one on word-problems"),
+    (("RUN", "--export", "onnx", "DIR"), "--export onnx: expected peft or hf, with a run"),
+    (("RUN", "--export", "hf", "DIR", "--merge"), "--export hf: expected peft or hf, with a run, without --merge"),
+    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export hf: expected peft or hf, with a run"),
+    (("--backbone", "minilm"), "minilm: expected a run that train.py wrote, got no trained head"),
+    (("--backbone", "minilm", "--ask", "How many?"), "minilm: expected a run that train.py wrote, got no trained head"),
+    (("--backbone", "smollm2-135m", "--task", "rte"), "smollm2-135m: expected a run that train.py wrote"),
+])
+def test_options_that_do_not_fit_are_refused(complete, args, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        complete(*args)
+
+
+def test_a_classifier_cannot_be_asked_nor_scored_on_another_kind_of_task(complete):
+    with pytest.raises(ValueError, match="--ask: expected an LLM's run, got .*, a BERT with the classes of rte"):
+        complete("RUN", "--ask", "How many?", task="rte")
+    with pytest.raises(ValueError, match="expected a run that can answer mawps, got one on rte"):
+        complete("RUN", "--task", "mawps", task="rte")
+
+
+def test_a_quantised_backbone_cannot_be_exported(complete):
+    with pytest.raises(ValueError, match="on a backbone of 16 bits or more"):
+        complete("RUN", "--export", "peft", "DIR", base_bits=8)
