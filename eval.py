@@ -133,7 +133,7 @@ def score(args: Namespace) -> None:
     adapt(m, args)
     for task, test in tests:
         if task.train and not task.test:
-            print(f"{task.name} has no test file: scoring {len(test)} of its examples, held out of training",
+            print(f"{task.name} has no test file: {len(test)} of its examples are left out of training and scored",
                   file=sys.stderr)
         if task.num_labels:
             rows = [batch.encode_sentence(s, t, args.config["cutoff"]) for s in test]

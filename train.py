@@ -35,14 +35,6 @@ from sibo_lab.training.recipes import Run
 
 
 @dataclass
-class Baseline:
-    """What the frozen backbone scores: measured once, used by a run and its plain counterpart."""
-
-    score: scoring.Score
-    curve: list[float]  # Eq. (3) of each hidden state
-
-
-@dataclass
 class Data:
     """What a run learns from, chooses its best checkpoint by, and is scored on: each test with its task."""
 
@@ -54,11 +46,13 @@ class Data:
 
 @dataclass
 class Backbone:
-    """Where it is, what its config.json says, and the model without weights, of which each run fills a copy."""
+    """Where it is, what its config.json says, the model without weights, of which each run fills a copy, and once it is
+    measured what it scores frozen, with Eq. (3) of each hidden state."""
 
     path: Path
     spec: dict
     skeleton: nn.Module
+    baseline: tuple[scoring.Score, list[float]] | None = None
 
     def load(self, run: Run) -> nn.Module:
         """With the seed set for whatever is drawn; to be sharded: on the CPU, where files are mapped."""
@@ -70,22 +64,21 @@ class Backbone:
 # -------------------------------------------------------------------------------------------------------------- one run
 
 
-def execute(run: Run, d: Data, backbone: Backbone, baseline: Baseline | None = None,
-            every: resume.SaveEvery | None = None, resuming: bool = False) -> tuple[dict, Baseline]:
-    """Trains, scores and writes one run; returns its result and the frozen backbone's figures."""
+def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resuming: bool) -> dict:
+    """Trains, scores and writes one run, and returns its result. The frozen backbone is measured if it was not yet."""
     out = Path(run.out)
     estimate.reset_peak(run.device)
     m = backbone.load(run)
     t = tokenizer.for_model(backbone.path, m.config.vocab_size, "pad" if d.task.num_labels else "eos")
     pad = t.eos_id if t.pad_id is None else t.pad_id
-    rows, valid = (encode(part, t, run, bool(d.task.num_labels)) for part in (d.train, d.valid))
+    rows, valid = encode(d.train, t, run), encode(d.valid, t, run)
     cut, unlabelled = report_cut(rows, valid, run)
     texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
-    if baseline is None:
+    if not backbone.baseline:
         if run.shard:
             parallel.wrap(m, run.device, True)
-        baseline = Baseline(majority(d, t, run) if d.task.num_labels else measure(m, t, d.tests, run, 50),
-                            evaluation.layer_similarities(m, texts, pad))
+        frozen = majority(d, t, run) if d.task.num_labels else measure(m, t, d.tests, run, 50)
+        backbone.baseline = frozen, evaluation.layer_similarities(m, texts, pad)
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)
     m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
@@ -97,50 +90,45 @@ def execute(run: Run, d: Data, backbone: Backbone, baseline: Baseline | None = N
     score, curve = measure(m, t, d.tests, run), evaluation.layer_similarities(m, texts, pad)
     digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
         task.name: batch.digest(test) for task, test in d.tests}
-    result = run_folder.result(m, run, score, curve, baseline.score, baseline.curve, cut, unlabelled, trained, digests)
+    result = run_folder.result(m, run, score, curve, *backbone.baseline, cut, unlabelled, trained, digests)
     if not parallel.rank():
         files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in score.records))
         files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
         shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
-    return result, baseline
+    return result
 
 
-def encode(examples: Sequence, t: Tokenizer, run: Run, sentences: bool) -> list[batch.Row]:
-    """Examples, or a classifier's sentences, as token ids and labels, cut as the run says."""
-    if sentences:
-        return [batch.encode_sentence(e, t, run.cutoff) for e in examples]
-    return [batch.encode(e, t, run.cutoff, run.train_on_inputs, run.protocol) for e in examples]
+def encode(examples: Sequence, t: Tokenizer, run: Run) -> list[batch.Row]:
+    """Examples or sentences as token ids and labels, cut to run.cutoff."""
+    return [batch.encode_sentence(e, t, run.cutoff) if isinstance(e, tasks.Sentence) else
+            batch.encode(e, t, run.cutoff, run.train_on_inputs, run.protocol) for e in examples]
 
 
 def report_cut(rows: Sequence[batch.Row], valid: Sequence[batch.Row], run: Run) -> tuple[int, int]:
-    """How many training examples the cutoff shortens, and how many it leaves without a label; both are reported.
-    ValueError where it leaves none of the training or validation examples with one."""
-    cut = sum(r.cut for r in rows)
-    unlabelled, unlabelled_valid = (sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part)
-                                    for part in (rows, valid))
-    for n, part, kind in ((unlabelled, rows, "training"), (unlabelled_valid, valid, "validation")):
-        if part and n == len(part):
-            raise ValueError(f"--cutoff {run.cutoff}: expected labelled tokens in the {n} {kind} examples, got none: "
-                             "their prompts fill it; raise it")
-    if cut and not parallel.rank():
-        print(f"{cut} of {len(rows)} training examples are cut off at {run.cutoff} tokens (--cutoff)", file=sys.stderr)
-    if unlabelled and not parallel.rank():
-        print(f"{unlabelled} of {len(rows)} training examples have no labelled token left and teach nothing (--cutoff)",
-              file=sys.stderr)
-    return cut, unlabelled
+    """How many training examples the cutoff shortens, and how many it leaves without a label; both are printed.
+    ValueError where no training or no validation example has one."""
+    cut, unlabelled = sum(r.cut for r in rows), []
+    for kind, part in (("training", rows), ("validation", valid)):
+        unlabelled.append(sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part))
+        if part and unlabelled[-1] == len(part):
+            raise ValueError(f"--cutoff {run.cutoff}: expected labelled tokens in the {len(part)} {kind} examples, got "
+                             "none: their prompts fill it; raise it")
+    for n, what in ((cut, f"cut off at {run.cutoff} tokens"), (unlabelled[0], "left without a label")):
+        if n and not parallel.rank():
+            print(f"{n} of {len(rows)} training examples are {what} (--cutoff)", file=sys.stderr)
+    return cut, unlabelled[0]
 
 
 def majority(d: Data, t: Tokenizer, run: Run) -> scoring.Score:
     """What always guessing the commonest class scores: a BERT without a trained head knows no better."""
-    return scoring.mean({task.name: scoring.majority(task, d.train, encode(test, t, run, True))
-                         for task, test in d.tests})
+    return scoring.mean({task.name: scoring.majority(task, d.train, encode(test, t, run)) for task, test in d.tests})
 
 
 def measure(m: nn.Module, t: Tokenizer, tests: Sequence[tuple[tasks.Task, Sequence]], run: Run,
             first: int | None = None) -> scoring.Score:
     """The score of each test on its first examples, and of several their mean."""
     return scoring.mean({
-        task.name: scoring.score_sentences(m, t, task, encode(test[:first], t, run, True)) if task.num_labels
+        task.name: scoring.score_sentences(m, t, task, encode(test[:first], t, run)) if task.num_labels
         else scoring.score_examples(m, t, task, test[:first], protocol=run.protocol) for task, test in tests})
 
 
@@ -164,55 +152,57 @@ def validation(m: nn.Module, t: Tokenizer, d: Data, rows: Sequence[batch.Row], r
 
 def main(args: argparse.Namespace, several: bool = False) -> list[Run]:
     """One run, or (with lists, or `several`) a folder of runs and their table; returns those that are there now."""
-    choices = options.grid(args)
+    choices, dry = options.grid(args), args.dry_run or args.explain
     several |= len(choices) > 1
     for one in choices:
         options.check_options(one)
-    dry = args.dry_run or args.explain
     learned, train, tests = read_data(args, dry)
-    backbone = find_backbone(args, learned[0], dry)
-    resolved = [options.resolve(one, backbone.spec["model_type"], learned[0], len(train)) for one in choices]
-    runs = [run_folder.folder_of(run, args, several) for run in resolved]
+    backbone = find_backbone(args, learned, dry)
+    runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], learned, len(train)), args, several)
+            for one in choices]
     if dry:
+        unknown = "epochs" if args.steps or learned.kind == "word-problems" else "" if train else "steps"
         for run in runs:
             print(estimate.explain_run(run, backbone.skeleton) if args.explain else
-                  estimate.dry_run(run, backbone.spec, learned[0], "epochs" if run.task == "word-problems" or args.steps
-                                   else "" if train else "steps"))
+                  estimate.dry_run(run, backbone.spec, learned, unknown))
         return []
     for run in runs:  # what does not fit the model is said before weights are read
         if run.settings:
             place(backbone.skeleton, run.settings)
-    warn_of_overlaps(learned[0], train, tests)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
-    results = train_all(runs, args, learned[0], train, tests, backbone)
+    results = train_all(runs, args, learned, train, tests, backbone)
     if parallel.rank():
         return runs
     if args.compare:
         pictures.draw_training(runs, results)
-    if several:
-        folder = Path(runs[0].out).parent
-        print(f"{compare.tables(compare.read([folder]))}\n{folder}/")
-    else:
-        print(compare.side_by_side(results) + "\n" + "\n".join(f"{run.out}/" for run in runs))
+    folder = Path(runs[0].out).parent
+    print(f"{compare.tables(compare.read([folder]))}\n{folder}/" if several else
+          compare.side_by_side(results) + "\n" + "\n".join(f"{run.out}/" for run in runs))
     return runs
 
 
-def read_data(args: argparse.Namespace, dry: bool) -> tuple[list[tasks.Task], list, list[tuple[tasks.Task, list]]]:
-    """The tasks to learn, their training examples (word problems are made for each run), and each test's examples."""
+def read_data(args: argparse.Namespace, dry: bool) -> tuple[tasks.Task, list, list[tuple[tasks.Task, list]]]:
+    """The (first) task to learn, the training examples (word problems are made for each run), each test's examples."""
     learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
-    tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
-    if other := [t.name for t in tests if t.num_labels != learned[0].num_labels]:
+    tests, (task, *_) = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned, learned
+    if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
-    if learned[0].num_labels and args.protocol == "paper":
-        raise ValueError(f"--protocol paper: expected a text-to-text task, which has a prompt and beams, got --task "
-                         f"{args.task}")
-    made = learned[0].kind == "word-problems"
-    missing = not all((folder / file).is_file() for t in learned for file in t.train)
-    train = [] if made or dry and missing else [row for t in learned for row in readers.load(t, "train", folder)]
-    if dry or args.score_on == "validation":
-        return learned, train, []
-    return learned, train, [(t, readers.load(t, "test", folder, args.limit)) for t in tests]
+    if task.num_labels and args.protocol == "paper":
+        raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
+    there = task.kind != "word-problems" and all((folder / file).is_file() for t in learned for file in t.train)
+    train = [row for t in learned for row in readers.load(t, "train", folder)] if there or not (
+        dry or task.kind == "word-problems") else []
+    tests = [] if dry or args.score_on == "validation" else [
+        (t, readers.load(t, "test", folder, args.limit)) for t in tests]
+    for t, test in () if parallel.rank() else tests:
+        if t.train and not t.test:
+            print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
+                  file=sys.stderr)
+        if seen := readers.overlap(train, test):
+            print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
+                  f"answer to one may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
+    return task, train, tests
 
 
 def find_backbone(args: argparse.Namespace, task: tasks.Task, dry: bool) -> Backbone:
@@ -223,40 +213,26 @@ def find_backbone(args: argparse.Namespace, task: tasks.Task, dry: bool) -> Back
         spec = config.read_spec(path)
     config.parse(spec, args.backbone)
     if (spec["model_type"] == "bert") != bool(task.num_labels):
-        raise ValueError(f"--task {task.name}: expected "
-                         + ("a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m")
-                         + f", got --backbone {args.backbone}, a {spec['model_type']}")
+        kind = "a BERT, such as minilm" if task.num_labels else "an LLM, such as smollm2-135m"
+        raise ValueError(f"--task {task.name}: expected {kind}, got --backbone {args.backbone}, a {spec['model_type']}")
     return Backbone(path, spec, model.build(spec, args.backbone, task.num_labels or None))
-
-
-def warn_of_overlaps(learned: tasks.Task, train: Sequence, tests: Sequence[tuple[tasks.Task, Sequence]]) -> None:
-    for task, test in () if parallel.rank() else tests:
-        if task.train and not task.test:
-            print(f"{task.name} has no test file: {len(test)} of its examples are left out of training and scored",
-                  file=sys.stderr)
-        if seen := readers.overlap(train, test):
-            print(f"warning: {seen} of {task.name}'s {len(test)} test questions are in the training set too: a right "
-                  f"answer to one may be memory; see python -m sibo_lab data overlap --train {learned.name}",
-                  file=sys.stderr)
 
 
 def train_all(runs: Sequence[Run], args: argparse.Namespace, task: tasks.Task, train: Sequence,
               tests: Sequence[tuple[tasks.Task, Sequence]], backbone: Backbone) -> list[dict]:
-    """The results of the runs; those that are finished already are read. One process at a time trains in a folder."""
+    """The results of the runs; those of finished ones are read. One process at a time trains in a folder."""
     claimed = parallel.one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
     results = [result for _, result in sorted(parallel.all_gather_dicts(dict(enumerate(claimed or ()))).items())]
     if not parallel.rank() and any(results):
-        print(f"{sum(map(bool, results))} of {len(runs)} runs are finished already: read, not run again",
-              file=sys.stderr)
-    baseline = None
+        print(f"{sum(map(bool, results))} of {len(runs)} runs are finished: read, not run again", file=sys.stderr)
     for i, run in enumerate(runs):
         if results[i]:
             continue
         rows = train or readers.load(task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
         rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
-        d = Data(task, rows, valid, tests or [(task, valid)])
         with parallel.one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
-            results[i], baseline = execute(run, d, backbone, baseline, args.save_every, args.resume)
+            results[i] = execute(run, Data(task, rows, valid, tests or [(task, valid)]), backbone, args.save_every,
+                                 args.resume)
             if not parallel.rank():
                 pictures.draw_training([run], [results[i]])
     return results

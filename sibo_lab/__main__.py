@@ -1,11 +1,11 @@
-"""`python -m sibo_lab data|study|bench|export|table …`: all commands but train.py and eval.py."""
+"""`python -m sibo_lab data|study|bench|export|table …`: every command besides train.py and eval.py."""
 
 import importlib
 import sys
 
 from sibo_lab import cli
 
-COMMANDS = {  # the module that has each command's parser and main, and the options it gets
+COMMANDS = {  # the module that carries it out; the options it takes, from what follows the command's name
     "data": ("sibo_lab.data.commands", lambda args: args),
     "study": ("sibo_lab.tools.study", lambda args: args),
     "bench": ("sibo_lab.tools.bench", lambda args: args),
@@ -16,11 +16,15 @@ COMMANDS = {  # the module that has each command's parser and main, and the opti
 
 def main() -> None:
     name, args = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
-    if name not in COMMANDS:
-        print(f"error: expected python -m sibo_lab {'|'.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"expected python -m sibo_lab {'|'.join(COMMANDS)}, got {name or 'no command'}")
+        module, options = COMMANDS[name]
+        room = importlib.import_module(module)  # only this one: `data list` need not wait for the others' libraries
+    except (ValueError, ModuleNotFoundError) as e:
+        need = "; run it in a checkout, after pip install -r requirements.txt" if isinstance(e, ImportError) else ""
+        print(f"error: {e}{need}", file=sys.stderr)
         sys.exit(2)
-    module, options = COMMANDS[name]
-    room = importlib.import_module(module)  # only this one: `data list` need not wait for the others' libraries
     cli.run(room.main, room.parser(), options(args))
 
 

@@ -1,8 +1,8 @@
 """A run as other libraries' files, and theirs as ours: peft's LoRA folders, Hugging Face's checkpoint folders.
 
 peft (0.21) holds W + s·AB and nothing of h0, so it takes plain LoRA only. A Hugging Face folder takes what folds into
-the weights: all of a plain LoRA; of LoRA-SIBO all but the branch h0·[A][λsB], which gets a file of its own, and the
-weights a name that transformers does not load: without the branch they would be another model."""
+the weights: all of a plain LoRA; of LoRA-SIBO all but the branch h0·[A][λsB], which gets its own file. The weights then
+have a name that transformers does not load, for without the branch they are another model."""
 
 import json
 import re
@@ -79,9 +79,8 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
 
 
 def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
-    """Folds the LoRA of `m` into its weights, in place, and writes them as a Hugging Face folder, with the tokenizer
-    from the backbone's folder `source`; λ > 0: see `attach`. ValueError for adapters and frozen_too, which no weight
-    holds."""
+    """Folds the LoRA of `m`, in place, and writes a Hugging Face folder, with config and tokenizer from the backbone's
+    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold."""
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too, where it reads h̃; transformers has "

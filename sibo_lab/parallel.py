@@ -59,8 +59,8 @@ def first_to_say(line: str) -> bool:
 
 
 def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any:
-    """Calls `work` on each process (or the first `ranks`) in turn, which gets its own result. A ValueError or OSError of
-    one is raised on all."""
+    """Calls `work` on each process in turn (or the first `ranks`) and returns its result there. A ValueError or OSError
+    of one is raised on all."""
     if not dist.is_initialized():
         return work()
     result = None
@@ -78,8 +78,8 @@ def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any
 
 
 def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
-    """`m` as training calls it, with gradients averaged over the processes. `shard`: sliced in place, block by block, so
-    that `device` never holds all of it. The parameters are new then: make the optimizer afterwards."""
+    """`m` as training calls it, with gradients averaged over the processes. `shard` slices it in place, block by block,
+    so that `device` never holds all of it, and replaces its parameters: make the optimizer afterwards."""
     if shard:
         from torch.distributed.fsdp import fully_shard  # takes a second that most commands need not wait
 
@@ -144,8 +144,8 @@ def all_gather_dicts(mine: dict) -> dict:
 
 @contextmanager
 def in_step(m: nn.Module) -> Iterator[None]:
-    """Lets processes call a sharded `m` different numbers of times. A call gathers slices from all, so a process that is
-    done joins in, on one token, until all are."""
+    """Lets processes call a sharded `m` different numbers of times. Each call gathers slices from all of them, so a
+    process that is done joins in, on one token, until all are."""
     if not is_sharded(m):
         yield
         return

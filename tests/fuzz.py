@@ -614,7 +614,7 @@ def zip_cases() -> list[Case]:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
             for member, content in members.items():
                 z.writestr(member, content)
-        place = f"glue/{download.address(f'glue/{name}/').rpartition('/')[2]}"
+        place = f"glue/{download.address(f'glue/{name}/dev.tsv').rpartition('/')[2]}"
 
         whole = file.getvalue()
 

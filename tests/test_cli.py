@@ -98,7 +98,7 @@ def test_the_columns_of_a_table_are_aligned_on_the_left_or_the_right():
 @pytest.mark.parametrize(("args", "module", "options"), [
     (["data", "list"], "sibo_lab.data.commands", ["list"]),
     (["study", "lambda", "--seeds", "0,1"], "sibo_lab.tools.study", ["lambda", "--seeds", "0,1"]),
-    (["export", "runs/a", "peft", "b", "--device", "cpu"], "eval", ["runs/a", "--export", "peft", "b", "--device", "cpu"]),
+    (["export", "runs/a", "hf", "b", "--device", "cpu"], "eval", ["runs/a", "--export", "hf", "b", "--device", "cpu"]),
     (["export"], "eval", ["--export"]),
     (["table", "runs", "more", "--markdown"], "eval", ["--table", "runs", "more", "--markdown"]),
 ])
@@ -118,4 +118,5 @@ def test_an_unknown_command_is_one_line_that_lists_all(monkeypatch, capsys, args
     with pytest.raises(SystemExit) as e:
         sibo_lab_main.main()
     line, = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and line.startswith("error: expected python -m sibo_lab data|study|bench|export|table, got ")
+    assert e.value.code == 2
+    assert line.startswith("error: expected python -m sibo_lab data|study|bench|export|table, got ")

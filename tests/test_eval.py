@@ -95,7 +95,8 @@ def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(tmp_path, tiny_
     run(train, "--backbone", tiny_llama, "--steps", 1, "--limit", 3, "--dtype", "float32", "--out", tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
-    assert [a["gold"] for a in answers] == [e.answer for e in readers.load(tasks.task("word-problems"), "test", None, 3)]
+    examples = readers.load(tasks.task("word-problems"), "test", None, 3)
+    assert [a["gold"] for a in answers] == [e.answer for e in examples]
     assert all(a.keys() == {"task", "gold", "response", "answer", "right"} for a in answers)
     assert result["score"] == np.mean([a["right"] for a in answers])
     assert result["empty"] == np.mean([a["answer"] is None for a in answers])
@@ -118,6 +119,6 @@ def test_the_similarity_of_a_peft_lora_is_drawn_beside_its_backbones(tmp_path, t
 
 
 def test_help_does_not_wait_for_libraries_that_only_pictures_or_the_hub_need():
-    code = "import sys, eval; print(sorted({'matplotlib', 'huggingface_hub', 'gguf', 'transformers'} & set(sys.modules)))"
+    code = "import sys, eval; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"matplotlib", "huggingface_hub", "gguf", "transformers"} & set(done.stdout.split())

@@ -205,7 +205,7 @@ def test_nothing_is_taken_out_of_an_archive_with_a_member_that_leads_elsewhere(t
 
 
 @pytest.mark.parametrize("size, named", [(1 << 16, "it ends too early"), (1 << 30, "it ends too early"),
-                                         ((1 << 30) + 1, "1073741825 bytes, expected 1073741824")])
+                                         ((1 << 30) + 1, "expected at most 1073741824 bytes, got 1073741825")])
 def test_a_member_that_claims_more_than_the_archive_holds_is_refused(tmp_path, size, named):
     (tmp_path / "glue").mkdir()
     archive = with_member("SST-2/dev.tsv")
@@ -218,7 +218,7 @@ def test_a_member_that_claims_more_than_the_archive_holds_is_refused(tmp_path, s
 def test_a_member_larger_than_what_is_published_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "RTE.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("RTE/train.tsv", bytes(900_000))
-    with pytest.raises(ValueError, match="900000 bytes, expected 846226"):
+    with pytest.raises(ValueError, match="expected at most 846226 bytes, got 900000"):
         download._unzip(tmp_path / "RTE.zip", tmp_path, ["glue/RTE/train.tsv"])
     assert [p.name for p in tmp_path.iterdir()] == ["RTE.zip"]
 
@@ -296,7 +296,7 @@ def test_no_line_keeps_a_pattern_busy(tmp_path, file, text):
 @pytest.mark.parametrize("text, named", [
     (r'[{"instruction": "\ud800", "output": "a"}]', "half a surrogate pair"), ("[" * 100_000, "nested too deeply"),
     ('[{"instruction": "q", "output": NaN}]', "NaN is no number"), ("[" + "9" * 5000 + "]", "not valid JSON"),
-    ('[{"' + "x" * 5000 + r'\n": 1}]', "'instruction' is missing")])
+    ('[{"' + "x" * 5000 + r'\n": 1}]', "expected the key 'instruction'")])
 def test_data_that_is_no_text_is_refused_with_its_place(tmp_path, text, named):
     (tmp_path / "own.json").write_text(text)
     refused("data.json", tmp_path, "own.json, ", named)

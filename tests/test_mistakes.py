@@ -1,4 +1,4 @@
-"""Mistakes that would change a result in silence are errors: another backbone, another tokenizer, nothing to learn."""
+"""Mistakes that would silently change a result are errors: another backbone or tokenizer, nothing to learn."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from sibo_lab.training import options, recipes
 
 
 def refused(monkeypatch, capsys, *args, command=train):
-    """What a command that is to fail says: one line."""
+    """The one line of a command that must fail."""
     monkeypatch.setattr(sys, "argv", ["x.py", *map(str, args)])
     with pytest.raises(SystemExit) as e:
         cli.run(command.main, command.parser())
@@ -56,14 +56,14 @@ def test_an_adapter_for_other_weights_is_refused(saved, tiny_llama, tmp_path):
         tensors["model.embed_tokens.weight"] += 0.01
 
     other = copied(tiny_llama, tmp_path / "other", change=elsewhere)
-    with pytest.raises(ValueError, match="an adapter for another backbone .the values of embed.weight are others"):
+    with pytest.raises(ValueError, match="another backbone: expected other values in embed.weight"):
         sibo.load(model.from_pretrained(other), saved)
 
 
 @pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-4}, {"rope_theta": 5e5, "rope_parameters": None}])
 def test_an_adapter_for_other_settings_is_refused(saved, tiny_llama, tmp_path, change):
     other = copied(tiny_llama, tmp_path / "other", change)
-    with pytest.raises(ValueError, match=f"another backbone .{next(iter(change))} is .*, not "):
+    with pytest.raises(ValueError, match=f"another backbone: expected {next(iter(change))} .*, got "):
         sibo.load(model.from_pretrained(other), saved)
 
 
@@ -87,7 +87,7 @@ def test_an_adapter_on_transformers_own_model_knows_it_too(tmp_path, tiny_llama)
         other.model.embed_tokens.weight.mul_(1.001)
     with pytest.raises(ValueError, match="another backbone"):
         sibo.load(other, tmp_path)
-    assert not hasattr(other, "sibo") and all(p.requires_grad for p in other.parameters())  # refused before touched
+    assert not hasattr(other, "sibo") and all(p.requires_grad for p in other.parameters())  # refused, untouched
 
 
 def test_an_adapter_of_another_rank_than_its_settings_say_is_refused(saved, tiny_llama):
@@ -96,7 +96,7 @@ def test_an_adapter_of_another_rank_than_its_settings_say_is_refused(saved, tiny
         metadata = f.metadata()
     settings = json.loads(metadata["sibo"]) | {"rank": 2}
     save_file(load_file(file), file, metadata | {"sibo": json.dumps(settings)})
-    with pytest.raises(ValueError, match=r"adapter.safetensors: tensor .*: found \(4, 32\), expected \(2, 32\)"):
+    with pytest.raises(ValueError, match=r"adapter.safetensors: tensor .*: expected \(2, 32\), got \(4, 32\)"):
         sibo.load(model.from_pretrained(tiny_llama), saved)
 
 
@@ -107,15 +107,15 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tiny_llama, monkey
     shutil.copytree(tiny_llama, tmp_path / "larger")
     vocab = json.loads((tmp_path / "larger" / "vocab.json").read_text())
     (tmp_path / "larger" / "vocab.json").write_text(json.dumps(vocab | {"extra": 257}))
-    said = refused(monkeypatch, capsys, "--backbone", tmp_path / "larger", "--steps", 1, "--out", tmp_path / "run")
-    assert "found a tokenizer of 258 ids, and 257 embeddings" in said
-    with pytest.raises(ValueError, match="258 ids"):
+    line = refused(monkeypatch, capsys, "--backbone", tmp_path / "larger", "--steps", 1, "--out", tmp_path / "run")
+    assert "expected a tokenizer of at most 257 ids, as there are embeddings, got 258" in line
+    with pytest.raises(ValueError, match="got 258"):
         tokenizer.for_model(tmp_path / "larger", 257)
     assert tokenizer.for_model(tmp_path / "larger", 320).vocab_size == 258  # embeddings are often padded
 
 
 def test_a_tokenizer_without_the_token_that_ends_an_answer_is_refused(tiny_bert):
-    with pytest.raises(ValueError, match="found a tokenizer without eos token, expected one; name it in"):
+    with pytest.raises(ValueError, match="expected the tokenizer to have a token for eos, got none; name it in"):
         tokenizer.for_model(tiny_bert, 30522, "pad", "eos")
 
 
@@ -129,20 +129,20 @@ def own(tmp_path, words):
 
 
 def test_a_cutoff_that_leaves_no_answer_is_an_error(monkeypatch, capsys, tmp_path, tiny_llama):
-    said = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", own(tmp_path, [9] * 10), "--validate", 0,
+    line = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", own(tmp_path, [9] * 10), "--validate", 0,
                    "--no-train-on-inputs", "--cutoff", 32, "--steps", 1, "--out", tmp_path / "run")
-    assert "--cutoff 32: found no labelled token in any of the 9 training examples" in said
+    assert "--cutoff 32: expected labelled tokens in the 9 training examples, got none" in line
 
 
 def test_a_cutoff_that_leaves_no_answer_to_validate_on_is_an_error(monkeypatch, capsys, tmp_path, tiny_llama):
-    for i in itertools.count():  # until the one long question, the last, is the one held out for validation
+    for i in itertools.count():  # until the long question, the last, is the one held out
         task = own(tmp_path, [1] * (20 + i) + [60])
         rows = readers.load(tasks.task(str(task)), "train", tmp_path)
         if [len(row.instruction) > 400 for row in readers.hold_out(rows, 1)[1]] == [True]:
             break
-    said = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", task, "--validate", 1,
+    line = refused(monkeypatch, capsys, "--backbone", tiny_llama, "--task", task, "--validate", 1,
                    "--no-train-on-inputs", "--cutoff", 250, "--steps", 1, "--out", tmp_path / "run")
-    assert "--cutoff 250: found no labelled token in any of the 1 validation examples" in said
+    assert "--cutoff 250: expected labelled tokens in the 1 validation examples, got none" in line
 
 
 def test_examples_that_lose_their_whole_answer_are_counted_and_reported(monkeypatch, capsys, tmp_path, tiny_llama):
@@ -153,7 +153,7 @@ def test_examples_that_lose_their_whole_answer_are_counted_and_reported(monkeypa
     cli.run(train.main, options.parser())
     counted = json.loads((tmp_path / "run" / "result.json").read_text())["examples_without_label"]
     assert counted in (8, 9, 10)  # two of the twenty are held out
-    assert f"{counted} of 18 training examples have no labelled token left" in capsys.readouterr().err
+    assert f"{counted} of 18 training examples are left without a label" in capsys.readouterr().err
 
 
 def test_nothing_is_measured_with_dropout_on(tiny_llama, tiny_bert):
@@ -163,7 +163,7 @@ def test_nothing_is_measured_with_dropout_on(tiny_llama, tiny_bert):
     for work in (lambda: generate.generate(llama, ids), lambda: scoring.likelihoods(llama, t, ["a"], [["b"]]),
                  lambda: scoring.score_sentences(bert, tokenizer.from_pretrained(tiny_bert), tasks.task("rte"), rows),
                  lambda: evaluation.layer_similarities(llama, [batch.Row([1, 2, 3])], 0)):
-        with pytest.raises(ValueError, match=r"found it in training mode \(dropout on\), expected m.eval\(\)"):
+        with pytest.raises(ValueError, match=r"expected eval mode, got training mode \(.*\); call m.eval\(\)"):
             work()
 
 

@@ -22,6 +22,6 @@ def for_model(path: Path, vocab_size: int, *roles: str) -> subwords.Tokenizer:
                          f"{t.vocab_size}; bring the one that belongs to these weights")
     for role in roles:
         if getattr(t, f"{role}_id") is None:
-            raise ValueError(f"{path}: expected a tokenizer with a {role} token, got none; name it in "
+            raise ValueError(f"{path}: expected the tokenizer to have a token for {role}, got none; name it in "
                              "special_tokens_map.json or tokenizer_config.json")
     return t

@@ -9,7 +9,7 @@ def answer_of(task: tasks.Task, text: str) -> str | None:
     """The answer that a response gives, found as the official code finds it, or None.
 
     Numbers: the last one, without commas. AQuA: the first capital A-E anywhere. Commonsense: the first of the
-    task's own words. Other tasks (your data, mixed training sets): the response itself; see is_right."""
+    task's words. Others (your data, mixed training sets): the response itself; see is_right."""
     if not task.answers:
         return text.strip() or None
     if task.answers == tasks.NUMBER:
@@ -19,7 +19,7 @@ def answer_of(task: tasks.Task, text: str) -> str | None:
 
 
 def last_letter(text: str) -> str | None:
-    """A more careful reading of AQuA's answer: the last capital A-E that stands alone ("By Bayes, (D)": D, not B)."""
+    """AQuA's answer, read with more care: the last capital A-E that stands alone ("By Bayes, (D)": D, not B)."""
     return (re.findall(rf"\b{tasks.LETTER}\b", text) or [None])[-1]
 
 
@@ -28,10 +28,8 @@ def last_number(text: str) -> str | None:
 
 
 def is_right(task: tasks.Task, text: str, gold: str) -> bool:
-    """Whether a response gives the gold answer: numbers to within 1e-3, letters and words exactly.
-
-    Tasks without a pattern for answers: if gold is a number, the response's last number counts; otherwise the
-    response must end in gold, apart from case and closing punctuation."""
+    """Whether a response gives the gold answer: numbers to within 1e-3, letters and words exactly. Where a task has no
+    pattern of answers and gold is no number, the response must end in gold, but for case and closing punctuation."""
     gold = gold.strip()
     if task.answers and task.answers != tasks.NUMBER:
         return answer_of(task, text) == gold

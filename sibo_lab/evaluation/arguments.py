@@ -26,7 +26,7 @@ def parser() -> cli.Parser:
     add = what.add_argument
     add("--save", type=Path, metavar="FILE.jsonl", help="of --table: the runs as JSON lines, which --table reads too")
     add("--markdown", action="store_true", help="of --table: as Markdown")
-    add("--peft", type=Path, metavar="DIR", help="with --backbone: a LoRA that peft saved, put onto it")
+    add("--peft", type=Path, metavar="DIR", help="of --backbone: a LoRA for it that peft saved")
     add("--merge", action="store_true", help="fold LoRA into the weights first")
     add = p.add_argument_group("on what").add_argument
     add("--task", metavar="A,B", help="short names, .json or .jsonl files (default: the run's, or word-problems)")
@@ -61,13 +61,13 @@ def complete(args: argparse.Namespace) -> None:
     if args.peft and run:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
     if args.similarity and args.task and len(args.tests) > 1:
-        raise ValueError(f"--similarity: expected one task, whose texts are measured, got --task {args.task}")
+        raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:
         raise ValueError(f"--ask: expected an LLM's run, got {args.run}, a BERT with the classes of {run['task']}")
     if run and not args.ask and bool(args.head) != bool(labels):
         raise ValueError(f"{args.run}: expected a run that can answer {name}, got one on {run['task']}")
     if labels and (args.protocol or args.num_beams):
-        raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}, which has no prompt")
+        raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}")
     args.limit = args.limit or (None if args.task and args.tests != trained else run.get("limit"))
     args.data_dir = tasks.data_dir(args.data_dir or run.get("data_dir"))
     args.protocol = args.protocol or run.get("protocol", "clean")

@@ -1,7 +1,7 @@
 """Runs side by side: mean ± standard deviation over seeds, and the difference from the plain method.
 
-The official code reports one seed per number, but seeds often differ more than methods do. So every difference here has
-a 95 % interval: over several seeds Student's t of the differences of equal seeds (same data, same order), with one seed
+The official code reports one seed per number, but seeds often differ more than methods do. So a difference here has a
+95 % interval: with several seeds Student's t of the differences of equal seeds (same data, same order), with one seed
 the normal interval over the test examples, which both runs answered."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SeedGroup:
 
 
 def read(places: Sequence[str | Path]) -> list[Done]:
-    """All finished runs in and below the folders, and in files from `save`. FileNotFoundError if there are none."""
+    """All finished runs in and below folders, and in files from `save`. FileNotFoundError if there are none."""
     runs = []
     for place in map(Path, places):
         if place.suffix == ".jsonl":
@@ -117,29 +117,32 @@ def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
         rows.setdefault(key(run.config), {})[run.config["seed"]] = run
     found = []
     for rows in tables.values():
-        table = [SeedGroup(same, None) for same in rows.values()]
-        table.sort(key=lambda g: (g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]))
-        found.append([SeedGroup(g.runs, rows.get(key(g.config | PLAIN | {"method": method}))) if sibo else g
-                      for g in table for method, sibo, _ in [g.config["method"].partition("-sibo")]])
+        found.append([])
+        for same in rows.values():
+            config = next(iter(same.values())).config
+            method, sibo, _ = config["method"].partition("-sibo")
+            plain = rows.get(key(config | PLAIN | {"method": method})) if sibo else None
+            found[-1].append(SeedGroup(same, plain))
+        found[-1].sort(key=lambda g: (g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]))
     return found
 
 
 def difference(group: SeedGroup) -> tuple[float, float] | None:
-    """The mean score minus the plain method's, and half the width of its 95 % interval (nan: unknown)."""
+    """The score minus the plain method's, and half the width of its 95 % interval (nan: unknown)."""
     seeds = sorted(set(group.runs) & set(group.plain or {}))
     if not seeds:
         return None
     pairs = [(group.runs[s], group.plain[s]) for s in seeds]
     each = np.array([ours.result["score"] - plain.result["score"] for ours, plain in pairs])
-    if len(each) > 1:
-        return float(each.mean()), metrics.student_t(len(each) - 1) * float(each.std(ddof=1)) / math.sqrt(len(each))
+    mean, n = float(each.mean()), len(each)
+    if n > 1:
+        return mean, metrics.student_t(n - 1) * float(each.std(ddof=1)) / math.sqrt(n)
     ours, plain = pairs[0]
-    right = [(ours.right[task], plain.right[task]) for task in ours.right]
-    if not right or min(len(a) for a, _ in right) < 2:
-        return float(each[0]), math.nan
-    by_example = [np.array(list(a), float) - np.array(list(b), float) for a, b in right]
-    variance = sum(d.var(ddof=1) / len(d) / len(right) ** 2 for d in by_example)  # the score is the mean of the tests'
-    return float(each[0]), 1.96 * math.sqrt(variance)
+    tests = [np.array(list(ours.right[t]), float) - np.array(list(plain.right[t]), float) for t in ours.right]
+    if not tests or min(map(len, tests)) < 2:
+        return mean, math.nan
+    variance = sum(d.var(ddof=1) / len(d) / len(tests) ** 2 for d in tests)  # the score is the mean of the tests'
+    return mean, 1.96 * math.sqrt(variance)
 
 
 def tables(runs: Sequence[Done], markdown: bool = False) -> str:
@@ -175,7 +178,7 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
 
 
 def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
-    """A label that says what sets a group apart from the others of its method."""
+    """A label: what sets a group apart from the others of its method."""
     c = g.config
     labels = {"lam": f"λ {c['lam']}", "sibo_at": str(c["sibo_at"]), "frozen_too": "frozen too",
               "skip": f"{c['skip']} skip", "side": f"side {c['side']}", "learn_lam": "λ learned", "lr": f"lr {c['lr']}"}

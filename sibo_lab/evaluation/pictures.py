@@ -9,8 +9,7 @@ from sibo_lab.evaluation import compare, metrics
 
 
 def figure(width: float = 7.0, height: float = 4.0, ratios: Sequence[float] = (1,)) -> tuple:
-    """An empty picture, in inches of 150 dots, and its panels: matplotlib's Figure and one Axes for each of `ratios`,
-    the relative heights, from the top."""
+    """matplotlib's Figure, in inches of 150 dots, and its empty panels (Axes), of heights in these ratios."""
     from matplotlib.figure import Figure  # a fifth of a second that other commands need not wait
 
     fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
@@ -64,7 +63,7 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
 
 
 def draw_training(runs: Sequence, results: Sequence[dict]) -> None:
-    """In the folder `out` of each run: the loss of every step, faint, with its running mean, and Eq. (3) per layer."""
+    """In each run's folder `out`: the loss of every step, faint, with its running mean, and Eq. (3) per layer."""
     title = f"{results[0]['backbone']} on {compare.name_of(results[0]['task'])}"
     curves = {"frozen": results[0]["baseline_similarity_per_layer"]}
     fig, ax = figure()

@@ -1,21 +1,20 @@
 """Speed and memory beside transformers + peft: same weights, dtype, batches, tokens and LoRA.
 
 `python -m sibo_lab bench` prints the table and writes docs/results/bench.json. Both sides take turns on one machine,
-and the ratio is the median of the pairs' ratios; memory and loading are measured in fresh processes. LoRA sits where
-the paper puts it on LLaMA (r 32 on q, k, v, up, down; dropout 0.05), on SmolLM2-135M in bfloat16. Needs transformers
-and peft (tests/requirements.txt). Quote the ratios: seconds change with the machine and its load."""
-
-from __future__ import annotations
+and the ratio is the median of the pairs' ratios; memory and loading are measured in fresh processes. On SmolLM2-135M
+in bfloat16, with LoRA where the paper puts it on LLaMA. Needs transformers and peft (tests/requirements.txt). Quote
+the ratios: seconds change with the machine and its load."""
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -53,8 +52,8 @@ class Row:
 
 
 def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], goal: float | None = None) -> Row:
-    """The row of paired measurements: medians, and from 30 pairs on the interval of their ratios' median, by its order
-    statistics. Of none: a row that says so."""
+    """The row of paired measurements, or of none: medians, and from 30 pairs on an interval of their ratios' median, by
+    its order statistics."""
     row, ratios = Row(name, unit, goal=goal, faster=unit.endswith("/s")), sorted(map(truediv, ours, peer))
     if ratios:
         row.ours, row.peer, row.ratio = median(ours), median(peer), median(ratios)
@@ -66,8 +65,8 @@ def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], g
 
 
 def in_turn(sides: Sequence[Callable], inputs: Sequence) -> list[list]:
-    """What each side returns for each input. All take one input before the next, every other time in reverse order, so
-    that a machine that slows down slows all alike."""
+    """What each side returns for each input. All take one input before the next, every other time in reverse order: a
+    machine that slows down slows all alike."""
     found = [[] for _ in sides]
     for i, x in enumerate(inputs):
         for side in range(len(sides))[::1 if i % 2 else -1]:
@@ -101,25 +100,23 @@ def folder() -> Path:
     return path
 
 
-def frozen(path: Path | None = None, device: str = "cpu") -> nn.Module:
-    return model.from_pretrained(path or folder(), torch.bfloat16, device)
-
-
 def ours(method: str = "lora", path: Path | None = None, device: str = "cpu", **settings) -> nn.Module:
-    return sibo.inject(frozen(path, device), **vars(recipes.run_of(method, **settings).settings))
+    """Adapted by a method of train.py; "full": as it is."""
+    m, s = model.from_pretrained(path or folder(), torch.bfloat16, device), recipes.run_of(method, **settings).settings
+    return sibo.inject(m, s) if s else m
 
 
-def theirs(path: Path | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
-           lora: bool = True) -> nn.Module:
+def theirs(method: str = "lora", path: Path | None = None, device: str = "cpu",
+           dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     import peft
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     m = transformers.LlamaForCausalLM.from_pretrained(path or folder(), dtype=dtype).to(device)
     s, targets = recipes.run_of("lora").settings, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     return peft.get_peft_model(m, peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout,
-                                                  target_modules=targets)) if lora else m
+                                                  target_modules=targets)) if method == "lora" else m
 
 
 class Trainer:
@@ -173,14 +170,10 @@ def training() -> Iterator[Row]:
 
 def answer_speed(m: nn.Module, eos: int, most: int, prompts: dict[str, Tensor]) -> float:
     """Tokens per second of greedy answers, each until EOS or `most` tokens."""
+    answer = partial(generate.generate, m) if isinstance(m, model.Transformer) else partial(m.generate, do_sample=False)
     began, width = time.perf_counter(), prompts["input_ids"].shape[1]
-    if isinstance(m, model.Transformer):
-        out = generate.generate(m, **prompts, max_new_tokens=most, eos_token_id=eos)
-    else:
-        with torch.no_grad():
-            out = m.generate(**prompts, max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=eos)
-    count = sum(row.index(eos) + 1 if eos in row else len(row) for row in out[:, width:].tolist())
-    return count / (time.perf_counter() - began)
+    out = answer(**prompts, max_new_tokens=most, eos_token_id=eos, pad_token_id=eos)[:, width:].tolist()
+    return sum(row.index(eos) + 1 if eos in row else len(row) for row in out) / (time.perf_counter() - began)
 
 
 def generation() -> Iterator[Row]:
@@ -201,8 +194,7 @@ def generation() -> Iterator[Row]:
 def bandwidth(m: nn.Module, prompts: dict[str, Tensor]) -> Row:
     """Decoding 8 rows against reading each weight once, at this machine's reading speed."""
     x = torch.ones(2**26, dtype=torch.int64)
-    x.sum()
-    speed = x.nbytes / min(seconds(x.sum) for _ in range(5))
+    speed = x.nbytes / min(seconds(x.sum) for _ in range(6))
     short, long = (seconds(generate.generate, m, **prompts, max_new_tokens=n) for n in (8, 40))
     reading = sum(p.numel() * 2 for p in m.parameters()) / speed  # LoRA is read in bfloat16 too, the tied head once
     return paired("decoding, 8 rows: seconds a token against reading the weights once", "s", [(long - short) / 32],
@@ -222,7 +214,7 @@ def overhead() -> Iterator[Row]:
             name = f"{method}-sibo{name} against {method}"
             yield timed(f"{name}: training step", Trainer(m).step, Trainer(plain).step, some, 1.02)
             yield timed(f"{name}: decoding", decoding(m), decoding(plain), prompts, 1.02)
-    name, base = "lora-sibo, {}, against the frozen model: decoding", decoding(frozen())
+    name, base = "lora-sibo, {}, against the frozen model: decoding", decoding(ours("full"))
     yield timed(name.format("folded"), decoding(sibo.merge(ours("lora-sibo"))), base, prompts, 1.03)
     yield timed(name.format("unfolded"), decoding(fixed), base, prompts)
 
@@ -236,31 +228,33 @@ def in_fresh_process(work: Callable, *args) -> dict:
             raise OSError(f"{args}: expected figures, got a process that died (out of memory?)") from None
 
 
-def child(side: str, what: str, length: int = 0) -> dict[str, float]:
-    """Seconds and GB, beyond the imports, of loading ("load"), or of three training steps by a method (`what`): on word
-    problems, or on 8 rows of `length` tokens that share no beginning, with freed memory given back at once."""
-    if side == "theirs":
+def child(build: Callable, method: str, length: int = 0) -> dict[str, float]:
+    """Seconds and GB, beyond the imports, of loading ("full"), or of three training steps by another method: on word
+    problems, or on 8 rows of `length` tokens that share no beginning, where freed memory is given back at once."""
+    if build is theirs:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
     if length:
         ctypes.CDLL(None).mallopt(-3, 1 << 17)  # glibc's M_MMAP_THRESHOLD
+    gc.collect()  # what the imports left, or it falls into the seconds
     estimate.reset_peak("cpu")
     start, began = bench_large.process_memory(), time.perf_counter()
-    if what == "load":
+    m = build(method)
+    if method == "full":
         with torch.no_grad():
-            (frozen() if side == "ours" else theirs(lora=False))(torch.arange(16)[None])
+            m(torch.arange(16)[None])
     else:
-        trainer = Trainer(ours(what) if side == "ours" else theirs())
+        trainer = Trainer(m)
         for rows in random_batches(3, 8, length) if length else batches(3, 8):
             trainer.step(rows)
     peak = bench_large.process_memory()["peak"]
     return {"seconds": time.perf_counter() - began, "GB": (peak - start["anonymous"] - start["files"]) / 1e9}
 
 
-def children(what: str, times: int) -> list[dict[str, list[float]]]:
+def children(method: str, times: int) -> list[dict[str, list[float]]]:
     """The figures of both sides."""
     folder()  # written here, not where memory is measured
-    found = in_turn([partial(in_fresh_process, child, side) for side in ("ours", "theirs")], [what] * times)
+    found = in_turn([partial(in_fresh_process, child, side) for side in (ours, theirs)], [method] * times)
     return [{key: [x[key] for x in side] for key in side[0]} for side in found]
 
 
@@ -276,14 +270,15 @@ def estimates() -> Iterator[Row]:
     for method, length in product(("adapter-sibo", "lora-sibo"), (64, 128)):
         run = recipes.run_of(method, batch_size=8, micro_batch_size=8, cutoff=length)
         estimated = sum(estimate.memory(spec, run).values()) / 1e9
-        measured = in_fresh_process(child, "ours", method, length)["GB"]
+        measured = in_fresh_process(child, ours, method, length)["GB"]
         row = paired(f"peak memory against --dry-run's estimate: {method}, 8 × {length}", "GB", [measured], [estimated])
-        yield replace(row, goal=1.15, met=abs(row.ratio - 1) <= 0.15)
+        row.goal, row.met = 1.15, abs(row.ratio - 1) <= 0.15
+        yield row
 
 
 def loading() -> Iterator[Row]:
     """From safetensors on disk (in the page cache) to the first logits."""
-    mine, peer = children("load", 5)
+    mine, peer = children("full", 5)
     yield paired("load to first logits", "s", mine["seconds"], peer["seconds"], 0.7)
     least = (folder() / "model.safetensors").stat().st_size + 49152 * 576 * 2  # the largest tensor is the embedding
     yield paired("load to first logits: peak memory against weights + largest tensor", "GB", mine["GB"],
@@ -296,9 +291,9 @@ def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 
     if device != "cuda" or torch.cuda.is_available():
         path = path or files.cache() / "bench" / "llama7b"
         bench_large.write_shape(locate.SHAPES["llama7b"], path)
-        sides = [Trainer(loop.compiled(ours(path=path, device=device))), Trainer(theirs(path, device))]
-        weights = sum(p.numel() for p in sides[0].m.parameters()) - sides[0].m.embed.weight.numel()
-        flops = 4 * weights + 2 * sum(p.numel() for p in sides[0].trained)  # of a token
+        sides = [Trainer(loop.compiled(ours(path=path, device=device))), Trainer(theirs(path=path, device=device))]
+        used = sum(p.numel() for n, p in sides[0].m.named_parameters() if n != "embed.weight")
+        flops = 4 * used + 2 * sum(p.numel() for p in sides[0].trained)  # of a token
         a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
         rate = 2 * 4096**3 / min(seconds(torch.matmul, a, a) for _ in range(6))  # FLOP/s
 
@@ -309,7 +304,7 @@ def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 
 
     for size, length in sizes:
         name, some = f"LLaMA-7B's shape on {device}, {size} × {length}", random_batches(1, size, length)
-        peaks = in_turn([partial(peak, side) for side in sides], some * 2) or [(), ()]  # they warm up, too
+        peaks = in_turn([partial(peak, side) for side in sides], some * 2) or [(), ()]  # this warms up, too
         speeds = in_turn([side.speed for side in sides], some * 5) or [(), ()]
         yield paired(f"{name}: training", "tokens/s", *speeds, 1.3)
         yield paired(f"{name}: share of the matrix rate", "FLOP/s", [x * flops for x in speeds[0]],
@@ -335,9 +330,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("-m sibo_lab bench", description="Speed and memory against transformers + peft, and of SIBO against "
+    p = cli.Parser("-m sibo_lab bench", description="Speed and memory: ours against transformers + peft, SIBO against "
                    "the plain method.")
-    p.add_argument("--only", metavar="GROUPS", help=f"some of {', '.join(GROUPS)} (default: all)")
+    p.add_argument("--only", metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)")
     p.add_argument("--out", type=Path, default=Path("docs/results/bench.json"), help="(default: %(default)s)")
     p.add_argument("--big", choices=("llama7b", "gptj6b"), help="instead: train this shape, and watch memory")
     p.add_argument("--method", default="adapter-sibo", choices=recipes.METHODS[1:], help="of --big (%(default)s)")

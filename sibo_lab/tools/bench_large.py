@@ -1,7 +1,5 @@
 """Shapes of billions of parameters, with random weights: memory and seconds of a training step."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

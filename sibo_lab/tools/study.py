@@ -2,8 +2,7 @@
 
 A study trains what is missing, writes docs/results/NAME-BACKBONE-TASK.csv and .png, and prints a row for a table of
 results. It sets what it varies (methods, λ, places) unless your options do; `norms` and `cost` train nothing. Departs
-from the paper, whose figures show one seed each: points are means over --seeds, with standard deviations, and
-`--score-on validation` keeps the test set out of choices."""
+from the paper, whose figures show one seed: points are means over --seeds, bars their standard deviation."""
 
 import argparse
 import csv
@@ -11,12 +10,12 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, groupby
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
@@ -33,25 +32,22 @@ from sibo_lab.training import loop, options, run_folder
 Groups = Sequence[compare.SeedGroup]
 
 
-def trained(draw: Callable[[Groups, str], None], summary: Callable[[Groups], str], runs: Sequence[dict],
-            args: argparse.Namespace, file: str) -> str:
-    """Trains what is missing of `runs` (options of train.py, where the user gives none), writes file.csv, draws
-    file.png, and returns a summary."""
+def trained(report: Callable[[Groups, str], str], choices: Sequence[dict], args: argparse.Namespace, file: str) -> str:
+    """Trains what is missing of `choices` (options of train.py, where the user gives none), and writes file.csv;
+    `report` draws file.png and returns a summary."""
     given = {k: v for k, v in vars(args).items() if v is not None} | {"out": args.out or f"runs/{Path(file).name}"}
-    folders = [run.out for own in runs
+    folders = [run.out for own in choices
                for run in train.main(argparse.Namespace(**vars(args) | own | given), several=True)]
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
         return ""
     (rows,) = compare.groups(compare.read(dict.fromkeys(folders)))
-    settings = "method lam sibo_at frozen_too learn_lam lr steps seed".split()
-    figures = "metric score n similarity date".split()
-    write_csv(file, [*settings, *figures, "lambda", "similarity_per_layer", "loss_per_quarter"], [
-        [run.config[k] for k in settings] + [run.result[k] for k in figures]
-        + [" ".join(f"{x:.4f}" for x in np.atleast_1d(values))
-           for values in (run.result["lambda"], run.result["similarity_per_layer"], run.losses)]
-        for g in rows for run in g.runs.values()])
-    draw(rows, file)
-    return summary(rows)
+    columns = "method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date".split()
+    lists = "lambda similarity_per_layer loss_per_quarter".split()
+    runs = [run.result | run.config | {"loss_per_quarter": run.losses} for g in rows for run in g.runs.values()]
+    write_csv(file, columns + lists, [
+        [run[k] for k in columns] + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run[k])) for k in lists]
+        for run in runs])
+    return report(rows, file)
 
 
 def write_csv(file: str, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
@@ -60,9 +56,9 @@ def write_csv(file: str, columns: Sequence[str], lines: Sequence[Sequence]) -> N
     files.write(Path(f"{file}.csv"), text.getvalue())
 
 
-def finish(ax, file: str, legend: str = "best", **labels) -> None:
+def finish(ax, file: str, **labels) -> None:
     ax.set(**labels)
-    ax.legend(frameon=False, loc=legend)
+    ax.legend(frameon=False)
     files.write(Path(f"{file}.png"), ax.figure.savefig)
 
 
@@ -74,66 +70,13 @@ def title(rows: Groups) -> str:
 
 def deviation(values: np.ndarray) -> np.ndarray:
     """Over seeds, the last axis; 0 for one seed."""
-    return values.std(-1, ddof=1) if values.shape[-1] > 1 else np.zeros(values.shape[:-1])
+    return values.std(-1, ddof=int(values.shape[-1] > 1))
 
 
-def draw_means(ax, x: Sequence[float], values: np.ndarray, method: str, label: str, marker: str = "o",
-               alpha: float = 1.0) -> None:
+def draw_means(ax, x: Sequence[float], values: np.ndarray, method: str, marker: str = "o", **style) -> None:
     """Means over seeds, the last axis of `values`, against x; bars: deviations."""
-    ax.errorbar(x, values.mean(-1), deviation(values), fmt=f"{marker}-", capsize=3, ms=4, alpha=alpha, label=label,
-                color=pictures.look(method)["color"])
-
-
-def draw_groups(rows: Groups, file: str) -> None:
-    pictures.draw_runs([run for g in rows for run in g.runs.values()], Path(f"{file}.png"))
-
-
-def draw_lam(rows: Groups, file: str) -> None:
-    """Figure 4: the score against λ, one line per method; dashed, the plain method (λ = 0)."""
-    _, ax = pictures.figure()
-    for method, same in by_method(rows):
-        lams, scores = [g.config["lam"] for g in same], np.array([g.over_seeds("score") for g in same])
-        if "sibo" in method:
-            draw_means(ax, lams, scores, method, method)
-            continue
-        style, mean, spread = pictures.look(method), scores[0].mean(), deviation(scores[0])
-        ax.axhline(mean, lw=1, label=f"{method} ({mean:.3f})", **style)
-        ax.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
-    finish(ax, file, xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"],
-           title=f"{title(rows)}, n = {rows[0].first['n']}")
-
-
-def draw_curves(rows: Groups, file: str) -> None:
-    """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds."""
-    curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
-    for g in rows:
-        name = compare.name(g, rows)
-        name += f", λ {g.config['lam']:g}" if g.config["lam"] and "λ" not in name else ""
-        curves[name] = g.over_seeds("similarity_per_layer").mean(0)
-    pictures.draw_similarity(curves, Path(f"{file}.png"), title(rows))
-
-
-def draw_learned(rows: Groups, file: str) -> None:
-    """Section 7: where λ went in each block, one line for each of its modules that get h0; with --targets, which may
-    take more of one block than of another, in each module."""
-    rows = [g for g in rows if g.config["learn_lam"]]
-    free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
-    _, ax = pictures.figure()
-    markers = cycle("os^vD")
-    for g in rows:
-        lam = g.over_seeds("lambda")  # (seeds, modules)
-        lines = lam.reshape(len(lam), lam.shape[1] if free else blocks, -1).transpose(2, 1, 0)  # (lines, x, seeds)
-        for i, line in enumerate(lines):
-            which = f", {i + 1}. of {len(lines)} modules" if len(lines) > 1 else ""
-            draw_means(ax, np.arange(1, len(line) + 1) + 0.04 * i, line, g.config["method"],
-                       compare.name(g, rows) + which, next(markers), 1 - 0.6 * i / len(lines))
-        ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
-    finish(ax, file, xlabel="module that gets h0, first block to last" if free else "block", title=title(rows),
-           ylim=(0, None), ylabel="learned λ (dashed: its start; bars: deviation)")
-
-
-def by_method(rows: Groups) -> list[tuple[str, Groups]]:
-    return [(method, list(same)) for method, same in groupby(rows, lambda g: g.config["method"])]  # as they are sorted
+    ax.errorbar(x, values.mean(-1), deviation(values), fmt=f"{marker}-", capsize=3, ms=4,
+                color=pictures.look(method)["color"], **style)
 
 
 def score(g: compare.SeedGroup, rows: Groups) -> str:
@@ -143,26 +86,71 @@ def score(g: compare.SeedGroup, rows: Groups) -> str:
     return f"{compare.name(g, rows)} {scores.mean():.3f} {spread}{learned}"
 
 
-def all_scores(rows: Groups) -> str:
+def all_scores(rows: Groups, file: str) -> str:
+    pictures.draw_runs([run for g in rows for run in g.runs.values()], Path(f"{file}.png"))
     return "; ".join(score(g, rows) for g in rows)
 
 
-def best_scores(rows: Groups) -> str:
-    return "; ".join(score(max(same, key=lambda g: g.over_seeds("score").mean()), rows) for _, same in by_method(rows))
+def score_by_lam(rows: Groups, file: str) -> str:
+    """Figure 4: the score against λ, one line per method; dashed, the plain method (λ = 0). Names each one's best."""
+    _, ax = pictures.figure()
+    best = []
+    for method in dict.fromkeys(g.config["method"] for g in rows):
+        same, style = [g for g in rows if g.config["method"] == method], pictures.look(method)
+        scores = np.array([g.over_seeds("score") for g in same])  # (λ, seeds)
+        best.append(score(same[scores.mean(1).argmax()], rows))
+        if "sibo" in method:
+            draw_means(ax, [g.config["lam"] for g in same], scores, method, label=method)
+        else:
+            mean, spread = scores[0].mean(), deviation(scores[0])
+            ax.axhline(mean, lw=1, label=f"{method} ({mean:.3f})", **style)
+            ax.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
+    finish(ax, file, xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"],
+           title=f"{title(rows)}, n = {rows[0].first['n']}")
+    return "; ".join(best)
 
 
-def similarities(rows: Groups) -> str:
-    return "; ".join([f"frozen {rows[0].first['baseline_similarity']:.3f}"] + [
-        f"{compare.name(g, rows)} {g.over_seeds('similarity').mean():.3f}" for g in rows])
+def similarity(rows: Groups, file: str) -> str:
+    """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds. Names the last five's mean."""
+    curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
+    last_five = [f"frozen {rows[0].first['baseline_similarity']:.3f}"]
+    for g in rows:
+        name, lam = compare.name(g, rows), g.config["lam"]
+        last_five.append(f"{name} {g.over_seeds('similarity').mean():.3f}")
+        name += f", λ {lam:g}" if lam and "λ" not in name else ""
+        curves[name] = g.over_seeds("similarity_per_layer").mean(0)
+    pictures.draw_similarity(curves, Path(f"{file}.png"), title(rows))
+    return "; ".join(last_five)
+
+
+def learned(rows: Groups, file: str) -> str:
+    """Section 7: where λ went in each block, one line for each of its modules that get h0; with --targets, which may
+    take more of one block than of another, in each module."""
+    summary, rows = "; ".join(score(g, rows) for g in rows), [g for g in rows if g.config["learn_lam"]]
+    free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
+    _, ax = pictures.figure()
+    markers = cycle("os^vD")
+    for g in rows:
+        lam = g.over_seeds("lambda")  # (seeds, modules)
+        lines = lam.reshape(len(lam), lam.shape[1] if free else blocks, -1).transpose(2, 1, 0)  # (lines, x, seeds)
+        for i, line in enumerate(lines):
+            which = f", {i + 1}. of {len(lines)} modules" if len(lines) > 1 else ""
+            draw_means(ax, np.arange(1, len(line) + 1) + 0.04 * i, line, g.config["method"], next(markers),
+                       label=compare.name(g, rows) + which, alpha=1 - 0.6 * i / len(lines))
+        ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
+    finish(ax, file, xlabel="module that gets h0, first block to last" if free else "block", title=title(rows),
+           ylim=(0, None), ylabel="learned λ (dashed: its start; bars: deviation)")
+    return summary
 
 
 def examples(args: argparse.Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
-    """The frozen backbone, the first test examples of the task, and the padding id."""
+    """The frozen backbone, the first test examples of the task with labels, and the padding id."""
     task, t = tasks.parse(args.task)[0], tokenizer.from_pretrained(args.backbone)
     dtype = getattr(torch, args.dtype or "float32")
     m = model.from_pretrained(args.backbone, dtype, args.device, task.num_labels or None)
     test = readers.load(task, "test", tasks.data_dir(args.data_dir), n)
-    return m, evaluation.similarity_rows(m, t, test, n), t.pad_id or 0
+    rows = evaluation.similarity_rows(m, t, test, n)
+    return m, rows if task.num_labels else [replace(r, labels=r.ids) for r in rows], t.pad_id or 0
 
 
 @torch.no_grad()
@@ -170,35 +158,29 @@ def norms(args: argparse.Namespace, file: str) -> str:
     """Root mean squares of h, where h0 is mixed into it, and of h0: what a λ means in each module. The median token
     counts, as the first token's activations can be a hundred times the others'."""
     m, rows, pad = examples(args, 64)
-    b = batch.to_device(batch.collate(rows, pad), m)
-    b.pop("labels", None)
-    real, rms, mixed = b["attention_mask"].bool(), {}, {}
+    b = batch.to_device(batch.collate([replace(r, labels=None) for r in rows], pad), m)
+    real, rms, lines, summary = b["attention_mask"].bool(), {}, [], []
 
-    def watch(name: str, key: object, of_output: bool) -> None:
-        def hook(_, inputs, output):
-            h = output if of_output else inputs[0]  # (B, T, d)
-            rms[key] = float(h[real].float().square().mean(-1).sqrt().median())
-        m.get_submodule(name).register_forward_hook(hook)
+    def measure(name: str, _, inputs: tuple, output: Tensor) -> None:  # (B, T, d)
+        rms[name] = [float(h[real].float().square().mean(-1).sqrt().median()) for h in (inputs[0], output)]
 
-    for method in ("adapter", "lora"):
-        where = placement.place(m, sibo.Settings(method))
-        mixed[method] = [name for name, _ in m.named_modules() if name in where.mixed]
-        for name in mixed[method]:
-            watch(name, (method, name), of_output=method == "adapter")
-    watch(where.settings.h0, "h0", of_output=True)
+    placed = {method: placement.place(m, sibo.Settings(method)) for method in ("adapter", "lora")}
+    source = placed["lora"].settings.h0
+    for name in {source}.union(*(where.mixed for where in placed.values())):
+        m.get_submodule(name).register_forward_hook(partial(measure, name))
     m(**b)
+    h0 = rms[source][1]
     _, ax = pictures.figure()
-    lines, summary = [], []
-    for method, names in mixed.items():
-        values = [rms[method, name] for name in names]
-        ratios = [rms["h0"] / value for value in values]
+    for method, where in placed.items():
+        names = [name for name, _ in m.named_modules() if name in where.mixed]
+        values = [rms[name][method == "adapter"] for name in names]
         blocks = [next(int(part) for part in name.split(".") if part.isdigit()) for name in names]
         side = "output" if method == "adapter" else "input"
         ax.semilogy(blocks, values, "o-", ms=4, label=f"h at {method} ({names[0].split('.')[-1]} {side})")
-        lines += [[method, name, f"{value:.5f}", f"{rms['h0']:.5f}", f"{ratio:.5f}"]
-                  for name, value, ratio in zip(names, values, ratios, strict=True)]
-        summary.append(f"{method}: ‖h0‖/‖h‖ from {min(ratios):.3f} to {max(ratios):.3f}")
-    ax.axhline(rms["h0"], color="k", ls="--", lw=1, label=f"h0 ({rms['h0']:.3f})")
+        lines += [[method, name, *(f"{x:.5f}" for x in (h, h0, h0 / h))]
+                  for name, h in zip(names, values, strict=True)]
+        summary.append(f"{method}: ‖h0‖/‖h‖ from {h0 / max(values):.3f} to {h0 / min(values):.3f}")
+    ax.axhline(h0, color="k", ls="--", lw=1, label=f"h0 ({h0:.3f})")
     finish(ax, file, xlabel="block", ylabel="root mean square, median token",
            title=f"{args.backbone}, frozen, {compare.name_of(args.task)}")
     write_csv(file, "method module rms_h rms_h0 ratio".split(), lines)
@@ -221,8 +203,8 @@ def cost(args: argparse.Namespace, file: str) -> str:
         summary.append(f"{method}: FLOPs × {ratio:.4f}, time × {row.ratio:.3f} ({low:.3f}–{high:.3f})")
     ax.axvline(1, color="0.5", lw=1)
     ax.set_yticks([0, 1], ["adapter-sibo", "lora-sibo"])
-    finish(ax, file, "center right", xlabel="a training step, SIBO against plain (95 % interval)",
-           title=args.backbone, ylim=(-0.6, 1.6))
+    finish(ax, file, xlabel="a training step, SIBO against plain (95 % interval)", title=args.backbone,
+           ylim=(-0.6, 1.6))
     write_csv(file, "method lam flops_plain flops_sibo flops_ratio seconds_plain seconds_sibo time_ratio low high"
               .split(), lines)
     return "; ".join(summary)
@@ -232,7 +214,6 @@ def step_and_flops(args: argparse.Namespace, method: str, lam: float) -> tuple[C
     """A training step, the rows it takes, and its FLOPs: of products, as PyTorch counts them, and 3 for each mixed
     element, h̃ = h + λ(h0 − h)."""
     m, rows, pad = examples(args, args.batch_size or 16)
-    rows = [replace(r, labels=0 if tasks.parse(args.task)[0].num_labels else r.ids) for r in rows]
     sibo.inject(m, method, lam).train()
     step = partial(loop.train_step, m, micro_batch_size=len(rows), pad_id=pad)
     with FlopCounterMode(display=False) as counter:
@@ -244,16 +225,16 @@ def step_and_flops(args: argparse.Namespace, method: str, lam: float) -> tuple[C
 
 ALL = {"method": ("adapter", "lora", "adapter-sibo", "lora-sibo")}
 STUDIES = {  # where in the paper, and what does it, given the options and the files to write, without their endings
-    "lambda": ("Figure 4", partial(trained, draw_lam, best_scores, [
-        ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
-    "placement": ("Table 5", partial(trained, draw_groups, all_scores, [
+    "lambda": ("Figure 4", partial(trained, score_by_lam, [ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
+    "placement": ("Table 5", partial(trained, all_scores, [
         {"method": ("adapter", "adapter-sibo"), "sibo_at": ("attn", "ffn", "both")}])),
-    "low-rank": ("Table 6", partial(trained, draw_groups, all_scores, [
+    "low-rank": ("Table 6", partial(trained, all_scores, [
         {"method": ("lora", "lora-sibo")}, {"method": ("lora-sibo",), "frozen_too": True}])),
-    "similarity": ("Figures 1, 2, 5, 6", partial(trained, draw_curves, similarities, [ALL])),
-    "learned": ("Section 7", partial(trained, draw_learned, all_scores, [
+    "similarity": ("Figures 1, 2, 5, 6", partial(trained, similarity, [ALL])),
+    "learned": ("Section 7", partial(trained, learned, [
         ALL, {"method": ("adapter-sibo", "lora-sibo"), "learn_lam": True}])),
-    "norms": ("–", norms), "cost": ("Table 9", cost),
+    "norms": ("–", norms),
+    "cost": ("Table 9", cost),
 }
 
 

@@ -148,8 +148,8 @@ def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int
     """Bytes that a training step holds at most: "frozen" weights; what is "trained", with AdamW's two moments; and the
     "step": gradients, activations and whatever else a micro-batch of full length makes.
 
-    Nothing is fitted to measurements: forward and backward run on fake tensors, with shapes but no memory, and count
-    every storage while it lives, so the backward keeps here what it keeps there. The allocator's waste is left out."""
+    Nothing is fitted: forward and backward run on fake tensors, which have shapes but no memory, and every storage
+    counts while it is alive. What the allocator wastes is left out."""
     with FakeTensorMode():
         m = fake_model(spec, run, num_labels).train()
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]

@@ -38,14 +38,14 @@ def learning_rate(run: Run, step: int) -> float:
 
 def train_step(m: nn.Module, rows: Sequence[batch.Row], micro_batch_size: int, pad_id: int) -> float:
     """Adds the gradient of a batch's loss, the mean over its labelled tokens (BERT: examples), and returns the loss.
-    Every process takes its share of each micro-batch; a causal model needs no mask, as padding follows its labels."""
+    Each process takes every world-th row. A causal model needs no mask: padding comes after its last label."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss = sum(counts), 0.0
     if not total:
         raise ValueError(f"expected a labelled token in each batch, got {len(rows)} examples without one; raise "
                          "--cutoff, which their prompts fill")
     rank, world = parallel.rank(), parallel.world()
-    spare = rows[counts.index(max(counts))]  # replaces, times 0, a share with nothing to learn from
+    spare = rows[counts.index(max(counts))]  # taken, times 0, where a process has nothing to learn from
     for start in range(0, len(rows), world * micro_batch_size):
         end = start + world * micro_batch_size
         mine = slice(start + rank, end, world)
@@ -81,7 +81,7 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
 
 
 def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW for what is trained in `m`, at the rate `lr`; for learned λ's log-odds at LAM_PACE times that."""
+    """AdamW for what is trained in `m`: weights at the rate `lr`, learned λ's log-odds at LAM_PACE times that."""
     weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".lam_logit") == of_lam]
                      for of_lam in (False, True))
     return torch.optim.AdamW([{"params": weights, "lr": lr, "pace": 1},
@@ -89,7 +89,7 @@ def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled, in place; they share code. All but the first: its input often needs no gradient, and
+    """`m` with its blocks compiled, in place; they share code. Not the first: its input often needs no gradient, which
     would take another minute to compile."""
     for block in m.blocks[1:]:
         block.compile(dynamic=True)
@@ -121,12 +121,11 @@ class Training:
             where = f"continuing after step {self.progress.step} of {self.run.steps}"
         if data != self.progress.data:
             raise ValueError(f"{self.out}: expected the training data of its state, sha256 {self.progress.data[:9]}…, "
-                             f"got {data[:9]}…; bring the old ones back, or name a new --out")
+                             f"got {data[:9]}…; restore them, or name a new --out")
         if not parallel.rank():
-            for corruption in corruptions:
-                print(f"skipped a corrupted state: {corruption}", file=sys.stderr)
-            resume.remove_after(self.out, self.progress.step)  # it must not displace a whole one from the last
-            print(f"{self.out}: {where}", file=sys.stderr)
+            resume.remove_after(self.out, self.progress.step)  # they must not displace a whole one
+            for line in (*(f"skipped a corrupted state: {c}" for c in corruptions), f"{self.out}: {where}"):
+                print(line, file=sys.stderr)
 
     def take_step(self, picked: Sequence[int]) -> dict:
         """Trains on the rows `picked`; returns the step's line of metrics.jsonl."""
@@ -167,18 +166,18 @@ class Training:
         return is_best
 
     def save_if_due(self, due: bool, asked: Sequence[int], line: dict) -> bool:
-        """Saves the state if any process finds that due, and returns whether. Raises if `asked` to stop, or after too many
-        skipped steps."""
-        progress, bad = self.progress, self.progress.skipped_in_a_row >= BAD_STEPS
-        due, stop = parallel.all_reduce(torch.tensor([due or bad, len(asked)], device=self.run.device)).tolist()
+        """Saves the state if any process finds it due, and returns whether one did. Then KeyboardInterrupt if one was
+        `asked` to stop, and ValueError after BAD_STEPS."""
+        run, progress, bad = self.run, self.progress, self.progress.skipped_in_a_row >= BAD_STEPS
+        due, stop = parallel.all_reduce(torch.tensor([due or bad, len(asked)], device=run.device)).tolist()
         if due or stop:
-            resume.save(self.out, progress, self.trained, self.optimizer, self.run.device)
+            resume.save(self.out, progress, self.trained, self.optimizer, run.device)
         if bad:
             raise ValueError(f"step {progress.step}: expected a finite loss and gradient, got none for {BAD_STEPS} steps "
-                             f"in a row, now on the examples {line['skipped']} (all: {self.out}/metrics.jsonl); lower "
-                             f"--lr {self.run.lr} or use --dtype float32")
+                             f"in a row, the last on examples {line['skipped']} (all: {run.out}/metrics.jsonl); lower "
+                             f"--lr (now {run.lr}) or use --dtype float32")
         if stop:
-            raise KeyboardInterrupt(f"stopped after step {progress.step} of {self.run.steps}, which is saved: the same "
+            raise KeyboardInterrupt(f"stopped after step {progress.step} of {run.steps}, which is saved: the same "
                                     "command with --resume continues", 128 + (asked or [signal.SIGTERM])[0])
         return bool(due)
 
@@ -186,12 +185,12 @@ class Training:
 def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
         validate: Callable[[nn.Module], float] | None = None, every: resume.SaveEvery | None = None,
         resuming: bool = False) -> dict:
-    """Trains for run.steps steps on shuffled rows, and returns what result.json says of it. In the run folder:
-    metrics.jsonl, one line per step, and the state, saved as often as `every` says and at the end.
+    """Trains for run.steps steps on shuffled rows, and returns what result.json says of it. Writes metrics.jsonl, one
+    line per step, and states, as often as `every` says and at the end.
 
-    `validate`, called every run.validate_every steps and at the end, says how good the model is; the best is what is
-    left (the official code: by validation loss). ValueError after BAD_STEPS steps in a row without a finite loss or
-    gradient, and where a trained tensor has no gradient at all."""
+    `validate` says how good the model is, every run.validate_every steps and at the end; the best is left (the official
+    code: by validation loss). ValueError if BAD_STEPS steps in a row lack a finite loss or gradient, or a trained
+    tensor lacks a gradient."""
     training = Training(m, rows, pad_id, run)
     if resuming:
         training.resume_latest()
@@ -221,7 +220,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
 
 
 def open_log(out: Path, step: int) -> IO:
-    """metrics.jsonl up to `step`, for the first process: a stopped run was ahead of its state."""
+    """The first process's metrics.jsonl, up to `step`: a stopped run was ahead of its state."""
     if parallel.rank():
         return open(os.devnull, "a")
     log = out / "metrics.jsonl"

@@ -160,7 +160,7 @@ def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimiz
                          "with as many")
     restore_weights(state, trained, tensors)
     for name, p in trained.items():
-        optimizer.state[p] = {key: parallel.local_shard(tensors[f"{key}.{name}"], p)
+        optimizer.state[p] = {key: parallel.local_shard(tensors[f"{key}.{name}"].to(p.device), p)
                               for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
     torch.set_rng_state(tensors[f"random.cpu.{parallel.rank()}"])
     if device != "cpu":
@@ -177,8 +177,8 @@ def restore_weights(state: Path, trained: Mapping[str, nn.Parameter], tensors: M
 
 
 def lock(folder: Path) -> IO:
-    """Reserves `folder` until the returned file is closed or this process ends in any way, and removes what a killed one
-    left half-written. ValueError if another process holds it."""
+    """Reserves `folder` until the returned file is closed or this process ends, however it ends, and removes the drafts
+    of a killed one. ValueError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     held = open(folder / ".lock", "w")
     try:

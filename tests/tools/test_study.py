@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model
-from sibo_lab import cli
+from sibo_lab import __main__
 from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.tools import study
@@ -22,10 +22,15 @@ def mine(tmp_path):
     return tmp_path / "mine.json"
 
 
+def run(monkeypatch, *options):
+    """`python -m sibo_lab study …`"""
+    monkeypatch.setattr(sys, "argv", [__main__.__file__, "study", *map(str, options)])
+    __main__.main()
+
+
 def command(monkeypatch, capsys, tmp_path, name, *options):
-    argv = ["study.py", "--results", tmp_path / "results", name, *options]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    cli.run(study.main, study.parser())
+    """The last line printed, and the rows of the CSV."""
+    run(monkeypatch, "--results", tmp_path / "results", name, *options)
     (file,) = (tmp_path / "results").glob("*.csv")
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return capsys.readouterr().out.splitlines()[-1], list(csv.DictReader(file.open()))
@@ -37,7 +42,9 @@ def test_a_study_of_runs_writes_a_line_a_run_a_picture_and_a_line_for_the_table(
     said, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
                          "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
     assert len(rows) == runs and {float(r["lam"]) > 0 for r in rows if r["method"].endswith("-sibo")} == {True}
-    assert len(rows[0]["similarity_per_layer"].split()) == 3 and said.startswith(f"| {study.STUDIES[name].where} | `py")
+    assert len(rows[0]["similarity_per_layer"].split()) == 3
+    assert said.startswith(
+        f"| {study.STUDIES[name][0]} | `python -m sibo_lab study --results")
     assert ({r["frozen_too"] for r in rows} == {"True", "False"}) == (name == "low-rank")
     again, _ = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
                        "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
@@ -98,7 +105,6 @@ def test_runs_of_another_study_in_the_same_folder_are_no_part_of_this_one(monkey
 
 
 def test_a_dry_run_of_a_study_says_what_it_would_train_and_stops(monkeypatch, capsys, tmp_path, tiny_llama, mine):
-    monkeypatch.setattr(sys, "argv", ["study.py", "low-rank", "--backbone", str(tiny_llama), "--task", str(mine),
-                                      "--dry-run", "--results", str(tmp_path / "results")])
-    cli.run(study.main, study.parser())
+    run(monkeypatch, "low-rank", "--backbone", tiny_llama, "--task", mine, "--dry-run", "--results",
+        tmp_path / "results")
     assert capsys.readouterr().out.count("trainable parameters") == 3 and not (tmp_path / "results").exists()

@@ -1,4 +1,4 @@
-"""The loop, on models small enough to watch: what a step is, and what is left when something goes wrong."""
+"""loop.py, on models small enough to watch: what a step is, and what remains when something goes wrong."""
 
 import json
 import math
@@ -16,15 +16,15 @@ from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes, resume
 
 
-def log(folder):
+def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_learning_rate_rises_linearly_then_falls_linearly_to_zero():
-    run = recipes.Run(steps=10, warmup=4, lr=1.0)
+    run = recipes.run_of(steps=10, warmup=4, lr=1.0)
     rates = [loop.learning_rate(run, step) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    share = recipes.Run(steps=10, warmup=0.4, lr=1.0)
+    share = recipes.run_of(steps=10, warmup=0.4, lr=1.0)
     assert [loop.learning_rate(share, step) for step in range(10)] == rates
 
 
@@ -38,7 +38,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
     for p in m.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=g)
     rows = []
-    for n in lengths:  # prompts and answers of many lengths: a mean of means would be wrong
+    for n in lengths:  # of many lengths: a mean of means would be wrong
         ids = torch.randint(0, 50, (n + 3,), generator=g).tolist()
         rows.append(batch.Row(ids, [-100] * 3 + ids[3:]))
     found = {}
@@ -53,8 +53,8 @@ def test_micro_batches_change_neither_loss_nor_gradient(lengths, micro, seed):
     assert loss == pytest.approx(float(sum(tokens).detach()) / len(tokens), abs=1e-9)
 
 
-def test_compiled_blocks_train_as_eager_ones_and_one_blocks_code_serves_all():
-    """Five layers, three lengths, one graph."""
+def test_compiled_blocks_train_as_eager_ones_and_share_one_graph():
+    """Five layers, three lengths."""
     grads = {}
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -81,23 +81,22 @@ def test_compiled_blocks_train_as_eager_ones_and_one_blocks_code_serves_all():
 
 
 def test_a_batch_without_a_labelled_token_is_an_error():
-    with pytest.raises(ValueError, match="without one labelled token; raise --cutoff"):
+    with pytest.raises(ValueError, match="expected a labelled token in each batch, got 1 examples without one; raise"):
         loop.train_step(torch.nn.Linear(1, 1), [batch.Row([1, 2], [-100, -100])], 1, 0)
 
 
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_every_method_trains_only_what_it_should_and_the_loss_falls(method, tmp_path, tiny_llama):
-    run = recipes.Run(out=str(tmp_path), backbone=str(tiny_llama), method=method, steps=12, warmup=2, lr=1e-2,
-                    batch_size=8, micro_batch_size=2, lam=0.2 if "sibo" in method else 0.0, rank=4, bottleneck=8,
-                    dropout=0.0)
+    run = recipes.run_of(out=str(tmp_path), backbone=str(tiny_llama), method=method, steps=12, warmup=2, lr=1e-2,
+                         batch_size=8, micro_batch_size=2, lam=0.2, rank=4, bottleneck=8, dropout=0.0)
     torch.manual_seed(0)
     m = model.from_pretrained(tiny_llama)
-    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings())
+    m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
     frozen = {n: p.clone() for n, p in m.named_parameters() if not p.requires_grad}
     rows = [batch.Row(list(range(i, i + 9)), [-100] * 4 + list(range(i + 4, i + 9))) for i in range(8)]
     loop.fit(m, rows, 0, run)
     assert not m.training
-    lines = log(tmp_path)
+    lines = log_of(tmp_path)
     assert [x["step"] for x in lines] == list(range(1, 13)) and lines[-1]["loss"] < lines[0]["loss"]
     assert all(torch.equal(p, dict(m.named_parameters())[n]) for n, p in frozen.items())
     assert bool(frozen) == (method != "full")
@@ -106,20 +105,20 @@ def test_every_method_trains_only_what_it_should_and_the_loss_falls(method, tmp_
 def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_llama):
     losses = []
     for name in ("a", "b"):
-        run = recipes.Run(out=str(tmp_path / name), backbone=str(tiny_llama), method="lora-sibo", steps=3,
-                        batch_size=2, micro_batch_size=1, lam=0.3, rank=4, dropout=0.1, seed=5)
+        run = recipes.run_of(out=str(tmp_path / name), backbone=str(tiny_llama), method="lora-sibo", steps=3,
+                             batch_size=2, micro_batch_size=1, lam=0.3, rank=4, dropout=0.1, seed=5)
         torch.manual_seed(run.seed)
-        m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+        m = sibo.inject(model.from_pretrained(tiny_llama), **vars(run.settings))
         rows = [batch.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)]
         loop.fit(m, rows, 0, run)
-        losses.append([line["loss"] for line in log(tmp_path / name)])
+        losses.append([line["loss"] for line in log_of(tmp_path / name)])
     assert losses[0] == losses[1] and all(map(math.isfinite, losses[0]))
 
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_after_compiled_training_nothing_more_is_compiled(compile, monkeypatch, tmp_path, tiny_llama):
     monkeypatch.setattr(loop, "compiled", lambda m: m)
-    run = recipes.Run(out=str(tmp_path), backbone=str(tiny_llama), steps=1, batch_size=1, compile=compile)
+    run = recipes.run_of(out=str(tmp_path), backbone=str(tiny_llama), steps=1, batch_size=1, compile=compile)
     m, made = sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.0), []
     loop.fit(m, [batch.Row([1, 2, 3], [1, 2, 3])], 0, run)
     torch.compile(torch.sin, backend=lambda graph, _: made.append(1) or graph.forward)(torch.ones(2))
@@ -127,11 +126,11 @@ def test_after_compiled_training_nothing_more_is_compiled(compile, monkeypatch, 
     assert bool(made) != compile
 
 
-def test_the_checkpoint_that_validates_best_is_the_one_that_is_left(tmp_path, tiny_llama):
-    run = recipes.Run(out=str(tmp_path), backbone=str(tiny_llama), method="lora", lam=0.0, steps=6, warmup=0,
-                    lr=1e-2, batch_size=2, micro_batch_size=2, rank=4, dropout=0.0, validate_every=2)
+def test_the_model_is_left_as_it_was_when_it_validated_best(tmp_path, tiny_llama):
+    run = recipes.run_of(out=str(tmp_path), backbone=str(tiny_llama), method="lora", lam=0.0, steps=6, warmup=0,
+                         lr=1e-2, batch_size=2, micro_batch_size=2, rank=4, dropout=0.0, validate_every=2)
     torch.manual_seed(0)
-    m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+    m = sibo.inject(model.from_pretrained(tiny_llama), **vars(run.settings))
     seen, marks = [], iter([1.0, 3.0, 2.0])  # the second of three validations is the best
 
     def validate(m):
@@ -140,18 +139,17 @@ def test_the_checkpoint_that_validates_best_is_the_one_that_is_left(tmp_path, ti
         return next(marks)
 
     rows = [batch.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)]
-    said = loop.fit(m, rows, 0, run, validate)
-    assert said["best"] == {"step": 4, "validation": 3.0} and len(seen) == 3
+    result = loop.fit(m, rows, 0, run, validate)
+    assert result["best"] == {"step": 4, "validation": 3.0} and len(seen) == 3
     assert all(torch.equal(p, seen[1][n]) for n, p in m.named_parameters() if p.requires_grad)
     assert not all(torch.equal(seen[1][n], seen[2][n]) for n in seen[1])
-
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
 
 
 def faulty(monkeypatch, wrong):
-    """model.loss, times what `wrong(call number)` says."""
+    """Multiplies model.loss by `wrong(number of the call)`."""
     real, calls = model.loss, []
 
     def loss(m, *args, **kwargs):
@@ -162,11 +160,11 @@ def faulty(monkeypatch, wrong):
 
 
 def adapted(folder, tiny_llama, **changes):
-    run = recipes.Run(**{"out": str(folder), "backbone": str(tiny_llama), "method": "lora-sibo", "lam": 0.2, "steps": 6,
-                       "warmup": 0, "lr": 1e-2, "batch_size": 2, "micro_batch_size": 2, "rank": 4, "dropout": 0.0}
-                    | changes)
+    run = recipes.run_of(**{"out": str(folder), "backbone": str(tiny_llama), "method": "lora-sibo", "lam": 0.2,
+                            "steps": 6, "warmup": 0, "lr": 1e-2, "batch_size": 2, "micro_batch_size": 2, "rank": 4,
+                            "dropout": 0.0} | changes)
     torch.manual_seed(0)
-    m = sibo.inject(model.from_pretrained(tiny_llama), **run.settings())
+    m = sibo.inject(model.from_pretrained(tiny_llama), **vars(run.settings))
     return m, [batch.Row(list(range(i, i + 9)), list(range(i, i + 9))) for i in range(4)], run
 
 
@@ -176,10 +174,10 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_its_examples_named(
     faulty(monkeypatch, lambda call: wrong if call == 3 else 1.0)
     m, rows, run = adapted(tmp_path, tiny_llama)
     seen = []
-    came = loop.fit(m, rows, 0, replace(run, validate_every=1), lambda m: seen.append(
+    result = loop.fit(m, rows, 0, replace(run, validate_every=1), lambda m: seen.append(
         torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad])) or 0.0)
-    lines = log(tmp_path)
-    assert came["steps_skipped"] == 1 and [i for i, x in enumerate(lines) if "skipped" in x] == [2]
+    lines = log_of(tmp_path)
+    assert result["steps_skipped"] == 1 and [i for i, x in enumerate(lines) if "skipped" in x] == [2]
     assert lines[2]["loss"] is None and set(lines[2]["skipped"]) <= set(range(4)) and len(lines[2]["skipped"]) == 2
     assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3]) and seen[-1].isfinite().all()
 
@@ -190,15 +188,15 @@ def test_a_gradient_that_is_not_finite_is_not_taken_either(monkeypatch, tmp_path
     calls = []
     first.register_hook(lambda g: g * math.nan if calls.append(1) or len(calls) == 2 else g)
     assert loop.fit(m, rows, 0, run)["steps_skipped"] == 1
-    assert [math.isfinite(x["loss"] or math.nan) for x in log(tmp_path)] == [True, False, True, True, True, True]
+    assert [math.isfinite(x["loss"] or math.nan) for x in log_of(tmp_path)] == [True, False, True, True, True, True]
 
 
 def test_after_ten_such_steps_in_a_row_the_run_stops_with_the_last_good_state_saved(monkeypatch, tmp_path, tiny_llama):
     faulty(monkeypatch, lambda call: math.nan if call > 4 else 1.0)
     m, rows, run = adapted(tmp_path, tiny_llama, steps=30)
-    with pytest.raises(ValueError, match="step 14: found no finite loss or gradient for 10 steps in a row") as e:
+    with pytest.raises(ValueError, match="step 14: expected a finite loss and gradient, got none for 10 steps") as e:
         loop.fit(m, rows, 0, run)
-    assert f"examples {log(tmp_path)[-1]['skipped']}" in str(e.value) and "--lr" in str(e.value)
+    assert f"examples {log_of(tmp_path)[-1]['skipped']}" in str(e.value) and "--lr" in str(e.value)
     state, _ = resume.newest(tmp_path)
     tensors, _ = files.read_tensors(state / "state.safetensors")
     assert all(torch.equal(p, tensors[f"weight.{n}"]) for n, p in m.named_parameters() if p.requires_grad)
@@ -210,7 +208,7 @@ def test_a_spike_of_the_loss_is_marked_in_the_log(monkeypatch, tmp_path, tiny_ll
     faulty(monkeypatch, lambda call: 50.0 if call == 25 else 1.0)
     m, rows, run = adapted(tmp_path, tiny_llama, steps=30, lr=1e-5)
     assert loop.fit(m, rows, 0, run)["loss_spikes"] == 1
-    assert [x["step"] for x in log(tmp_path) if x.get("spike")] == [25]
+    assert [x["step"] for x in log_of(tmp_path) if x.get("spike")] == [25]
 
 
 def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(monkeypatch, tmp_path, tiny_llama):
@@ -225,7 +223,7 @@ def test_gradients_are_clipped_to_norm_one_and_their_norm_is_logged(monkeypatch,
     m.zero_grad()
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(norm()))
     loop.fit(m, rows[:2], 0, run)
-    assert log(tmp_path)[0]["grad_norm"] == pytest.approx(whole, rel=1e-5) and whole > 10
+    assert log_of(tmp_path)[0]["grad_norm"] == pytest.approx(whole, rel=1e-5) and whole > 10
     assert taken == [pytest.approx(1.0, rel=1e-4)]
 
 
@@ -235,7 +233,7 @@ def test_a_learned_lams_log_odds_take_steps_50_times_a_weights(tmp_path, tiny_ll
     before = {n: p.detach().clone() for n, p in m.named_parameters() if p.requires_grad}
     loop.fit(m, rows, 0, run)
     moved = {n: (m.get_parameter(n).detach() - p).abs() for n, p in before.items()}
-    assert {n.rpartition(".")[2] for n in moved} == {"down", "up", "logit"}
+    assert {n.rpartition(".")[2] for n in moved} == {"down", "up", "lam_logit"}
     for name, by in moved.items():
         if not name.endswith(".down"):  # up is 0 yet, so that down has no gradient
             assert by.max().item() == pytest.approx(0.05 if name.endswith(".lam_logit") else 0.001, rel=1e-3)
@@ -251,18 +249,18 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(monkeypat
 
     m, rows, run = adapted(tmp_path / "small", tiny_llama, batch_size=4, micro_batch_size=4)
     monkeypatch.setattr(model, "loss", small_memory)
-    came = loop.fit(m, rows, 0, run)
-    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert came["micro_batch_size"] == 1 and len(said) == 2
-    assert said[0].endswith("step 1: out of memory with 4 examples at a time; going on with 2, and 4 a step as before")
+    result = loop.fit(m, rows, 0, run)
+    printed = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert result["micro_batch_size"] == 1 and len(printed) == 2
+    assert printed[0].endswith("step 1: out of memory with 4 examples at a time; continuing with 2, still 4 per step")
     monkeypatch.setattr(model, "loss", real)
     m, rows, run = adapted(tmp_path / "large", tiny_llama, batch_size=4, micro_batch_size=4)
     loop.fit(m, rows, 0, run)
-    assert [x["loss"] for x in log(tmp_path / "small")] == pytest.approx([x["loss"] for x in log(tmp_path / "large")],
-                                                                         rel=1e-4)
+    small, large = ([x["loss"] for x in log_of(tmp_path / name)] for name in ("small", "large"))
+    assert small == pytest.approx(large, rel=1e-4)
 
 
-def test_what_a_step_added_before_it_was_out_of_memory_is_forgotten(monkeypatch, tmp_path, tiny_llama):
+def test_gradients_from_before_memory_ran_out_are_dropped(monkeypatch, tmp_path, tiny_llama):
     m, rows, run = adapted(tmp_path, tiny_llama)
     real, calls = model.loss, []
 
@@ -292,7 +290,7 @@ def test_out_of_memory_with_one_example_says_what_to_change(monkeypatch, tmp_pat
         loop.fit(m, rows, 0, run)
 
 
-def test_other_errors_of_a_step_pass_as_they_are(monkeypatch, tmp_path, tiny_llama):
+def test_other_errors_of_a_step_are_raised_unchanged(monkeypatch, tmp_path, tiny_llama):
     m, rows, run = adapted(tmp_path, tiny_llama)
 
     def broken(*args, **kwargs):
@@ -306,7 +304,7 @@ def test_other_errors_of_a_step_pass_as_they_are(monkeypatch, tmp_path, tiny_lla
 def test_a_trained_tensor_that_gets_no_gradient_is_an_error(tmp_path, tiny_llama):
     m, rows, run = adapted(tmp_path, tiny_llama)
     m.forgotten = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="forgotten: found no gradient after a step"):
+    with pytest.raises(ValueError, match="forgotten: expected a gradient, got none in 1 of "):
         loop.fit(m, rows, 0, run)
 
 
@@ -333,18 +331,18 @@ def half(family, scale):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_that_overflows_stops_the_run_and_spoils_no_weight(family, tmp_path):
-    run = recipes.Run(method="lora-sibo", lam=0.2, steps=20, batch_size=3, micro_batch_size=2, rank=4, warmup=0,
-                    dtype="float16", out=str(tmp_path))
+    run = recipes.run_of(method="lora-sibo", lam=0.2, steps=20, batch_size=3, micro_batch_size=2, rank=4, warmup=0,
+                         dtype="float16", out=str(tmp_path))
     m, rows = half(family, 1e4)
-    sibo.inject(m, **run.settings())
-    with pytest.raises(ValueError, match="found no finite loss or gradient for 10 steps"):
+    sibo.inject(m, **vars(run.settings))
+    with pytest.raises(ValueError, match="expected a finite loss and gradient, got none for 10 steps"):
         loop.fit(m, rows, 0, run)
     assert all(p.isfinite().all() for p in m.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_in_half_precision_makes_no_nan(family, tmp_path):
-    run = recipes.Run(method="lora-sibo", lam=0.2, steps=3, batch_size=3, micro_batch_size=3, rank=4, warmup=0,
-                    dtype="float16", out=str(tmp_path))
+    run = recipes.run_of(method="lora-sibo", lam=0.2, steps=3, batch_size=3, micro_batch_size=3, rank=4, warmup=0,
+                         dtype="float16", out=str(tmp_path))
     m, rows = half(family, 0.1)
-    assert loop.fit(sibo.inject(m, **run.settings()), rows, 0, run)["steps_skipped"] == 0
+    assert loop.fit(sibo.inject(m, **vars(run.settings)), rows, 0, run)["steps_skipped"] == 0

@@ -1,7 +1,8 @@
-"""Nothing lost: whatever stops a run, its newest whole state is found, and the run goes on bit for bit as it would."""
+"""resume.py: whatever stops a run, its newest whole state is found, and the run continues bit for bit as it would."""
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -27,24 +28,30 @@ BERT = {"model_type": "bert", "vocab_size": 50, "hidden_size": 16, "intermediate
 EACH = resume.SaveEvery(1, None)
 
 
-def small(folder, method="lora-sibo", said=LLAMA, **changes):
+def small(folder, method="lora-sibo", config=LLAMA, **changes):
     """A model with adapters, rows of many lengths, and a run of 10 steps of two micro-batches with dropout."""
-    run = recipes.Run(**{"method": method, "lam": 0.2 if "sibo" in method else 0.0, "learn_lam": "sibo" in method,
-                       "steps": 10, "batch_size": 4, "micro_batch_size": 2, "rank": 4, "bottleneck": 4, "warmup": 2,
-                       "dropout": 0.1, "lr": 1e-2, "validate_every": 3, "out": str(folder)} | changes)
+    run = recipes.run_of(**{"method": method, "lam": 0.2, "learn_lam": "sibo" in method, "steps": 10, "batch_size": 4,
+                            "micro_batch_size": 2, "rank": 4, "bottleneck": 4, "warmup": 2, "dropout": 0.1, "lr": 1e-2,
+                            "validate_every": 3, "out": str(folder)} | changes)
     torch.manual_seed(run.seed)
-    m = model.build(said, num_labels=2 if said is BERT else None).to_empty(device="cpu")
+    m = model.build(config, num_labels=2 if config is BERT else None).to_empty(device="cpu")
     for p in m.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    m = m.requires_grad_(True) if method == "full" else sibo.inject(m, **run.settings())
+    m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
     some = [[1 + i, *range(3 + i % 7, 9 + i)] for i in range(9)]
-    rows = [batch.Row(ids, i % 2, types=[0] * len(ids)) if said is BERT else batch.Row(ids, ids)
+    rows = [batch.Row(ids, i % 2, types=[0] * len(ids)) if config is BERT else batch.Row(ids, ids)
             for i, ids in enumerate(some)]
     return m, rows, run
 
 
-def log(folder):
+def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def progress_of(folder):
+    """The last state's progress, without what depends on the clock."""
+    state, _ = resume.newest(folder)
+    return {k: v for k, v in json.loads((state / "state.json").read_text()).items() if k != "seconds"}
 
 
 def weights(m):
@@ -56,7 +63,7 @@ def equal(a, b):
 
 
 def stopping(step):
-    """A validation that grows and, at its call number `step`, asks the process to stop, as a scheduler does."""
+    """A validation whose call number `step` sends the process SIGTERM, as a scheduler does."""
     calls = []
 
     def validate(m):
@@ -71,31 +78,33 @@ def stopping(step):
 # --------------------------------------------------------------------------------------------------------- bit for bit
 
 
-@pytest.mark.parametrize(("method", "said"), [(x, LLAMA) for x in recipes.METHODS] + [("lora-sibo", BERT)])
-def test_ten_steps_equal_five_and_after_a_sigterm_five_more(method, said, tmp_path):
+@pytest.mark.parametrize(("method", "config"), [(x, LLAMA) for x in recipes.METHODS] + [("lora-sibo", BERT)])
+def test_ten_steps_equal_five_and_after_a_sigterm_five_more(method, config, tmp_path):
     """With gradient accumulation, dropout, learned λ, shuffled and bucketed rows over several epochs."""
-    whole, rows, run = small(tmp_path / "whole", method, said, validate_every=1)
+    whole, rows, run = small(tmp_path / "whole", method, config, validate_every=1)
     once = loop.fit(whole, rows, 0, run, stopping(99))
-    m, rows, run = small(tmp_path / "parts", method, said, validate_every=1)
+    m, rows, run = small(tmp_path / "parts", method, config, validate_every=1)
     with pytest.raises(KeyboardInterrupt) as stopped:
         loop.fit(m, rows, 0, run, stopping(5))
     line, code = stopped.value.args
-    assert "stopped behind step 5 of 10" in line and "--resume" in line and code == 128 + signal.SIGTERM
-    again, rows, run = small(tmp_path / "parts", method, said, validate_every=1)
-    came = loop.fit(again, rows, 0, run, stopping(99), go_on=True)
-    assert equal(weights(again), weights(whole)) and came["best"] == once["best"]
+    assert line == "stopped after step 5 of 10, which is saved: the same command with --resume continues"
+    assert code == 128 + signal.SIGTERM
+    again, rows, run = small(tmp_path / "parts", method, config, validate_every=1)
+    result = loop.fit(again, rows, 0, run, stopping(99), resuming=True)
+    assert equal(weights(again), weights(whole)) and result["best"] == once["best"]
+    assert progress_of(tmp_path / "parts") == progress_of(tmp_path / "whole")
     keys = ("step", "loss", "lr", "grad_norm", "validation")
-    assert [[x[k] for k in keys] for x in log(tmp_path / "parts")] == [[x[k] for k in keys]
-                                                                       for x in log(tmp_path / "whole")]
+    assert [[x[k] for k in keys] for x in log_of(tmp_path / "parts")] == [[x[k] for k in keys]
+                                                                       for x in log_of(tmp_path / "whole")]
 
 
-def test_a_second_signal_is_obeyed_at_once(tmp_path):
+def test_a_second_signal_stops_the_run_at_once(tmp_path):
     m, rows, run = small(tmp_path)
 
     def impatient(m):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("the second was not obeyed")
+        raise AssertionError("the second signal did not stop it")
 
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         loop.fit(m, rows, 0, run, impatient)
@@ -112,12 +121,12 @@ def test_a_process_killed_at_random_moments_loses_no_more_than_a_save_interval(t
 
 def test_the_last_two_states_and_the_best_are_kept(tmp_path):
     m, rows, run = small(tmp_path, validate_every=2)
-    marks = iter([1.0, 5.0, 3.0, 2.0, 4.0])  # behind steps 2, 4, 6, 8, 10
-    came = loop.fit(m, rows, 0, run, lambda m: next(marks), EACH)
-    assert [int(p.name) for p in resume.states(tmp_path)] == [4, 9, 10] and came["best"]["step"] == 4
+    marks = iter([1.0, 5.0, 3.0, 2.0, 4.0])  # after steps 2, 4, 6, 8, 10
+    result = loop.fit(m, rows, 0, run, lambda m: next(marks), EACH)
+    assert [int(p.name) for p in resume.states(tmp_path)] == [4, 9, 10] and result["best"]["step"] == 4
 
 
-def test_after_a_stop_the_best_of_before_it_is_the_one_that_is_left(tmp_path):
+def test_a_resumed_run_still_knows_the_best_state_from_before_the_stop(tmp_path):
     m, rows, run = small(tmp_path, validate_every=2)
     marks = iter([1.0, 5.0])
     seen = []
@@ -131,16 +140,16 @@ def test_after_a_stop_the_best_of_before_it_is_the_one_that_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loop.fit(m, rows, 0, run, validate, EACH)
     again, rows, run = small(tmp_path, validate_every=2)
-    came = loop.fit(again, rows, 0, run, lambda m: 2.0, EACH, go_on=True)
-    assert came["best"] == {"step": 4, "validation": 5.0} and equal(weights(again), seen[1])
+    result = loop.fit(again, rows, 0, run, lambda m: 2.0, EACH, resuming=True)
+    assert result["best"] == {"step": 4, "validation": 5.0} and equal(weights(again), seen[1])
 
 
-def test_a_run_that_was_stopped_while_it_was_scored_trains_no_further_step(tmp_path):
+def test_a_run_stopped_while_it_was_scored_trains_no_further_step(tmp_path):
     m, rows, run = small(tmp_path)
     loop.fit(m, rows, 0, run)
     again, rows, run = small(tmp_path)
     written = (tmp_path / "metrics.jsonl").read_text()
-    loop.fit(again, rows, 0, run, go_on=True)
+    loop.fit(again, rows, 0, run, resuming=True)
     assert equal(weights(again), weights(m)) and (tmp_path / "metrics.jsonl").read_text() == written
 
 
@@ -149,7 +158,7 @@ def test_a_run_that_was_stopped_while_it_was_scored_trains_no_further_step(tmp_p
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run folder with whole states behind steps 9 and 10."""
+    """A run folder with whole states after steps 9 and 10."""
     folder = tmp_path_factory.mktemp("stopped")
     m, rows, run = small(folder)
     loop.fit(m, rows, 0, run, None, EACH)
@@ -171,12 +180,13 @@ def flip(file):
 def test_a_torn_or_corrupted_state_is_named_and_the_one_before_is_used(stopped, tmp_path, capsys, name, harm):
     shutil.copytree(stopped, tmp_path / "run")
     harm(tmp_path / "run" / "checkpoints" / "00000010" / name)
-    state, flaws = resume.newest(tmp_path / "run")
-    assert state.name == "00000009" and len(flaws) == 1 and "00000010" in flaws[0] and "\n" not in flaws[0]
+    state, corruptions = resume.newest(tmp_path / "run")
+    assert state.name == "00000009" and len(corruptions) == 1
+    assert "00000010" in corruptions[0] and "\n" not in corruptions[0]
     m, rows, run = small(tmp_path / "run")
-    loop.fit(m, rows, 0, run, None, EACH, go_on=True)
-    said = capsys.readouterr().err
-    assert f"passed over a saved state: {flaws[0]}" in said and "going on behind step 9 of 10" in said
+    loop.fit(m, rows, 0, run, None, EACH, resuming=True)
+    printed = capsys.readouterr().err
+    assert f"skipped a corrupted state: {corruptions[0]}" in printed and "continuing after step 9 of 10" in printed
     with open(stopped / "checkpoints" / "00000010" / "state.safetensors", "rb") as a, \
             open(tmp_path / "run" / "checkpoints" / "00000010" / "state.safetensors", "rb") as b:
         assert a.read() == b.read()
@@ -187,11 +197,26 @@ def test_a_torn_state_does_not_push_out_a_whole_one(stopped, tmp_path, name):
     shutil.copytree(stopped, tmp_path / "run")
     cut(tmp_path / "run" / "checkpoints" / "00000010" / name)
     m, rows, run = small(tmp_path / "run", steps=12)
-    loop.fit(m, rows, 0, run, None, resume.SaveEvery(12, None), go_on=True)
+    loop.fit(m, rows, 0, run, None, resume.SaveEvery(12, None), resuming=True)
     assert [state.name for state in resume.states(tmp_path / "run")] == ["00000009", "00000012"]
 
 
-def test_drafts_that_a_killed_writer_left_are_no_states_and_go(tmp_path):
+def test_a_state_of_an_earlier_version_without_the_recent_losses_is_resumed(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    state = resume.state_folder(tmp_path / "run", 10)
+    progress = json.loads((state / "state.json").read_text())
+    assert len(progress.pop("recent")) == 10
+    (state / "state.json").write_text(json.dumps(progress))
+    digest = {"size": (state / "state.json").stat().st_size,
+              "sha256": hashlib.sha256((state / "state.json").read_bytes()).hexdigest()}
+    manifest = json.loads((state / "manifest.json").read_text())
+    (state / "manifest.json").write_text(json.dumps(manifest | {"state.json": digest}))
+    m, rows, run = small(tmp_path / "run", steps=12)
+    loop.fit(m, rows, 0, run, None, EACH, resuming=True)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_drafts_of_a_killed_writer_are_no_states_and_are_removed(tmp_path):
     draft = tmp_path / "checkpoints" / ".123.00000007"
     draft.mkdir(parents=True)
     (tmp_path / ".123.config.json").write_text("{")
@@ -201,7 +226,7 @@ def test_drafts_that_a_killed_writer_left_are_no_states_and_go(tmp_path):
 
 
 class Refusing:
-    """Wraps a function of the system: its call number `at` fails."""
+    """Wraps a system function and fails at call number `at`."""
 
     def __init__(self, real, at, error):
         self.real, self.left, self.error = real, at, error
@@ -215,7 +240,7 @@ class Refusing:
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("where", ["fsync", "replace", "open"])
-def test_whichever_write_fails_a_state_no_older_than_one_interval_is_left(where, error, tmp_path, monkeypatch):
+def test_whichever_write_fails_a_state_no_older_than_one_interval_remains(where, error, tmp_path, monkeypatch):
     """Every single call in two saves fails once."""
     for at in range(1, 40):
         folder = tmp_path / str(at)
@@ -227,30 +252,30 @@ def test_whichever_write_fails_a_state_no_older_than_one_interval_is_left(where,
         failed = True
         try:
             again, rows, run = small(folder, steps=4)
-            loop.fit(again, rows, 0, run, None, EACH, go_on=True)
+            loop.fit(again, rows, 0, run, None, EACH, resuming=True)
             failed = False
         except OSError as e:
             assert e.errno == error
         monkeypatch.setattr(os, where, real)
-        state, flaws = resume.newest(folder)
-        behind = log(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 2
-        assert not flaws and int(state.name) >= behind - 1, (at, flaws)
+        state, corruptions = resume.newest(folder)
+        reached = log_of(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 2
+        assert not corruptions and int(state.name) >= reached - 1, (at, corruptions)
         resume.lock(folder).close()  # the next process
         assert not list(folder.glob("checkpoints/.*")) and not list(folder.glob(".[0-9]*"))
         if not failed:
             break
-    assert not failed and at > 4  # all calls were met
+    assert not failed and at > 4  # every call failed once
 
 
-# -------------------------------------------------------------------------------------------------- one writer a folder
+# ------------------------------------------------------------------------------------------------ one writer per folder
 
 
-def test_a_second_process_is_told_that_the_folder_is_taken_and_a_killed_one_leaves_no_lock(tmp_path):
-    ready, said = os.pipe()
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    ready, locked = os.pipe()
 
     def hold():
         held = resume.lock(tmp_path)
-        os.write(said, b".")
+        os.write(locked, b".")
         signal.pause()
         held.close()
 
@@ -265,33 +290,34 @@ def test_a_second_process_is_told_that_the_folder_is_taken_and_a_killed_one_leav
     resume.lock(tmp_path).close()
 
 
-def test_a_state_is_gone_on_with_only_when_asked(stopped, tmp_path):
+def test_a_state_is_continued_from_only_when_asked(stopped, tmp_path):
     _, _, run = small(stopped)
-    with pytest.raises(ValueError, match="holds the state of a run that was stopped; go on with --resume"):
+    with pytest.raises(ValueError, match="expected no saved state, .*; continue it with --resume"):
         run_folder.claim(run)
-    assert run_folder.claim(run, go_on=True) is None
+    assert run_folder.claim(run, resuming=True) is None
 
 
-def test_other_data_than_the_run_began_with_are_refused(stopped):
+def test_data_other_than_the_run_began_with_are_refused(stopped):
     m, rows, run = small(stopped)
-    with pytest.raises(ValueError, match="they changed since the run began"):
-        loop.fit(m, rows[::-1], 0, run, go_on=True)
+    with pytest.raises(ValueError, match="expected the training data of its state, sha256 .*, got "):
+        loop.fit(m, rows[::-1], 0, run, resuming=True)
 
 
 def test_the_state_of_several_processes_is_refused_by_one(stopped, tmp_path, monkeypatch):
     m, rows, run = small(stopped)
     monkeypatch.setattr(resume.parallel, "world", lambda: 2)
-    with pytest.raises(ValueError, match="found the state of 1 processes, expected 2"):
+    with pytest.raises(ValueError, match="expected the state of 2 processes, got that of 1; resume with as many"):
         resume.restore(resume.newest(stopped)[0], {}, None, "cpu")
 
 
-@pytest.mark.parametrize(("text", "every"), [("200", resume.SaveEvery(200, None)), ("10m", resume.SaveEvery(None, 600.0))])
+@pytest.mark.parametrize(("text", "every"), [("200", resume.SaveEvery(200, None)),
+                                             ("10m", resume.SaveEvery(None, 600.0))])
 def test_how_often_to_save_is_read_as_steps_or_minutes(text, every):
     assert resume.SaveEvery.read(text) == every
     assert every.due(200, 599.0) == (text == "200") and every.due(199, 600.0) == (text == "10m")
 
 
-def test_resume_without_a_state_begins_and_says_so(tmp_path, capsys):
+def test_resuming_without_a_state_starts_at_the_beginning_and_says_so(tmp_path, capsys):
     m, rows, run = small(tmp_path, steps=2)
-    loop.fit(m, rows, 0, run, go_on=True)
-    assert "found no saved state, begins anew" in capsys.readouterr().err and len(log(tmp_path)) == 2
+    loop.fit(m, rows, 0, run, resuming=True)
+    assert "no saved state, starting at step 1" in capsys.readouterr().err and len(log_of(tmp_path)) == 2
