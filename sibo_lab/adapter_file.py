@@ -55,7 +55,7 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
                 raise ValueError(f"tensor '{name}.down': expected {expected}, got {shape}")
         _require_backbone(m, config, samples)
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{file}: {e}") from e
+        raise ValueError(f"{file}: {files.one_line(e)}") from e
     return settings, {re.sub(r"\.logit$", ".lam_logit", n): t for n, t in stored.items()}  # its name until then
 
 

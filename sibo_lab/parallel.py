@@ -37,7 +37,7 @@ def group() -> Iterator[None]:
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # the one that "cuda" means
+        torch.cuda.set_device(local)  # which GPU "cuda" means
     dist.init_process_group(timeout=timedelta(minutes=30))
     try:
         with redirect_stdout(None if rank() else sys.stdout):  # printing to None is silent
@@ -51,7 +51,7 @@ def group() -> Iterator[None]:
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other process said so before: an error of all is printed once."""
+    """Whether no other process said this before: an error of all is printed once."""
     try:
         return world() == 1 or dist.distributed_c10d._get_default_store().add(line, 1) == 1
     except dist.DistError:  # the process that counts is gone

@@ -1,14 +1,14 @@
 """Files from strangers: mutations of small valid files of every format, read as the project reads them.
 
-    python tests/fuzz.py [FORMAT...] [--inputs 20000]     every format by default, a line each; exit code 1 on a failure
-    python tests/fuzz.py FORMAT --repeat FOLDER           reads once more what a failure left in FOLDER
+    python tests/fuzz.py [FORMAT...] [--inputs 20000]     all formats by default, one line each; exit code 1 on failure
+    python tests/fuzz.py FORMAT --repeat FOLDER           reads again what a failure left in FOLDER
 
 The claim: each input is accepted, and then works, or ends in a ValueError or OSError of one line that names the file;
-no other exception, no crash, nothing that takes over 2 s of the processor or over 1 GiB of memory. Each format runs in
+no other exception, no crash, nothing that takes over 2 s of CPU time or over 1 GiB of memory. Each format runs in
 a process of its own, which a hang or a crash ends; what was read then stays in the folder that is printed.
 Mutations of the structure (a JSON node becomes something else, a header's number huge, a pickle inside an archive that
 is whole) find more than those of the bytes; the n-th input of a format is always the same. In the suite (test_fuzz.py)
-hypothesis draws what is a seed's here."""
+hypothesis draws instead of a seed."""
 
 import argparse
 import contextlib
@@ -85,7 +85,7 @@ def bytes_of(draw: Random, valid: bytes) -> bytes:
     return bytes(spoiled)
 
 
-DEEP, LONG = "@deep@", "@long@"  # stand for what json.dumps cannot write
+DEEP, LONG = "@deep@", "@long@"  # placeholders for what json.dumps cannot write
 HOSTILE = (None, True, False, *NUMBERS, 10**9, 10**12, 10**400, 0.5, 1.5, -0.5, 1e-300, 1e308, float("nan"),
            float("inf"), "", "a", "0", "Ġ", "▁", "../a", "/etc/passwd", "\ud800", "\0", "x" * 5000, "A", [], [[]], [0],
            ["a", "a"], [None], [0] * 1000, {}, {"a": None}, {"type": "Sequence"}, {"content": "a"}, DEEP, LONG)
@@ -156,9 +156,9 @@ BERT = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_lay
         "classifier_dropout": None, "position_embedding_type": "absolute", "is_decoder": False}
 
 
-def weights(said: dict, names: dict | None = None) -> dict[str, torch.Tensor]:
+def weights(spec: dict, names: dict | None = None) -> dict[str, torch.Tensor]:
     """Random tensors by Hugging Face's names, for a model of one block."""
-    m = model.build(said)
+    m = model.build(spec)
     theirs = {new.replace("{}", "0"): m.prefix * (names is None and "lm_head" not in old) + old.replace("{}", "0")
               for old, new in m.names.items() if new}
     draw = torch.Generator().manual_seed(0)
@@ -168,30 +168,30 @@ def weights(said: dict, names: dict | None = None) -> dict[str, torch.Tensor]:
 def a_gguf(fields: dict, tensors: list) -> bytes:
     """A .gguf file of these fields, of types after Python's, and tensors (name, shape, type, offset), then zeros."""
     def text(value: str) -> bytes:
-        said = value.encode("utf-8", "surrogatepass")
-        return struct.pack("<Q", len(said)) + said
+        encoded = value.encode("utf-8", "surrogatepass")
+        return struct.pack("<Q", len(encoded)) + encoded
 
-    def value(said: object) -> bytes:
-        match said:
+    def field(value: object) -> bytes:
+        match value:
             case bool():
-                code, body = 7, struct.pack("<?", said)
+                code, body = 7, struct.pack("<?", value)
             case int():
-                code, form = (4, "<I") if 0 <= said < 1 << 32 else (10, "<Q") if said >= 0 else (11, "<q")
-                body = struct.pack(form, said)
+                code, form = (4, "<I") if 0 <= value < 1 << 32 else (10, "<Q") if value >= 0 else (11, "<q")
+                body = struct.pack(form, value)
             case float():
-                code, body = 12, struct.pack("<d", said)
+                code, body = 12, struct.pack("<d", value)
             case str():
-                code, body = 8, text(said)
+                code, body = 8, text(value)
             case list():
-                each = [value(x) for x in said]
+                each = [field(x) for x in value]
                 first = each[0][:4] if each else struct.pack("<I", 4)
-                code, body = 9, first + struct.pack("<Q", len(said)) + b"".join(x[4:] for x in each)
+                code, body = 9, first + struct.pack("<Q", len(value)) + b"".join(x[4:] for x in each)
             case _:
                 code, body = 99, b""
         return struct.pack("<I", code) + body
 
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
-    out += b"".join(text(key) + value(said) for key, said in fields.items())
+    out += b"".join(text(key) + field(value) for key, value in fields.items())
     for name, shape, kind, offset in tensors:
         out += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", kind, offset)
     out += bytes(-len(out) % 32)
@@ -200,7 +200,7 @@ def a_gguf(fields: dict, tensors: list) -> bytes:
 
 def gguf_parts() -> tuple[dict, list]:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab"]
-    said = LLAMA | {"vocab_size": len(pieces), "rope_scaling": None}
+    spec = LLAMA | {"vocab_size": len(pieces), "rope_scaling": None}
     fields = {"general.architecture": "llama", "general.alignment": 32, "llama.embedding_length": 8,
               "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1, "llama.block_count": 1,
               "llama.feed_forward_length": 8, "llama.attention.layer_norm_rms_epsilon": 1e-6,
@@ -209,7 +209,7 @@ def gguf_parts() -> tuple[dict, list]:
               "tokenizer.ggml.scores": [float(-i) for i in range(len(pieces))],
               "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5], "tokenizer.ggml.bos_token_id": 1,
               "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": True}
-    shapes = {re.sub(r"^model\.", "", name): list(t.shape) for name, t in weights(said).items()}
+    shapes = {re.sub(r"^model\.", "", name): list(t.shape) for name, t in weights(spec).items()}
     tensors, offset = [], 0
     for theirs, ours in gguf.NAMES.items():
         shape = shapes[re.sub(r"^model\.", "", ours).replace("{}", "0")]
@@ -294,7 +294,7 @@ TABLE = ["id\tsentence1\tsentence2\tlabel", "1\tA man.\tOne.\tentailment", "2\tN
 
 @dataclass(frozen=True)
 class Case:
-    """A folder of valid files, and how some of them are spoilt."""
+    """A folder of valid files, and how to spoil some of them."""
 
     files: dict[str, bytes]
     spoilt: dict[str, Callable[[Random], bytes]]
@@ -351,20 +351,20 @@ def read_zip(folder: Path) -> None:
 
 def safetensors_file(draw: Random, valid: bytes) -> bytes:
     size = int.from_bytes(valid[:8], "little")
-    said, body = valid[8:8 + size], valid[8 + size:]
+    header, body = valid[8:8 + size], valid[8 + size:]
     match draw.randrange(4):
         case 0:
             return bytes_of(draw, valid)
         case 1:
-            said = bytes_of(draw, said)
+            header = bytes_of(draw, header)
         case _:
-            said = written(json_of(draw, json.loads(said), 4))
-    return len(said).to_bytes(8, "little") + said + body
+            header = written(json_of(draw, json.loads(header), 4))
+    return len(header).to_bytes(8, "little") + header + body
 
 
 def config_cases() -> list[Case]:
-    return [Case({"config.json": written(said), "model.safetensors": save(weights(said))},
-                 {"config.json": partial(json_file, valid=said)}) for said in (LLAMA, GPTJ, BERT)]
+    return [Case({"config.json": written(spec), "model.safetensors": save(weights(spec))},
+                 {"config.json": partial(json_file, valid=spec)}) for spec in (LLAMA, GPTJ, BERT)]
 
 
 def tokenizer_json_cases() -> list[Case]:
@@ -396,17 +396,17 @@ def tokenizer_model_cases() -> list[Case]:
     whole = protobuf(parts)
 
     def spoilt(draw: Random) -> bytes:
-        said = json_of(draw, parts, 4)
-        return protobuf(said) if draw.randrange(4) and fits_protobuf(said) else bytes_of(draw, whole)
+        message = json_of(draw, parts, 4)
+        return protobuf(message) if draw.randrange(4) and fits_protobuf(message) else bytes_of(draw, whole)
 
     return [Case({"config.json": b"{}", "tokenizer.model": whole}, {"tokenizer.model": spoilt})]
 
 
 def safetensors_cases() -> list[Case]:
-    whole = {written(said): save(weights(said), {"format": "pt"}) for said in (LLAMA, BERT)}
-    return [Case({"config.json": said, "model.safetensors": file},
+    whole = {written(spec): save(weights(spec), {"format": "pt"}) for spec in (LLAMA, BERT)}
+    return [Case({"config.json": config, "model.safetensors": file},
                  {"model.safetensors": partial(safetensors_file, valid=file)})
-            for said, file in whole.items()]
+            for config, file in whole.items()]
 
 
 def index_cases() -> list[Case]:
@@ -514,22 +514,34 @@ def gguf_cases() -> list[Case]:
 
 
 def adapter_cases() -> list[Case]:
+    """Each in today's form, and as files were until November 2026."""
     cases = []
     for method, more in (("lora", {"learn_lam": True}), ("adapter", {})):
         m = sibo.inject(blank(), method, 0.2, rank=2, bottleneck=2, **more)
         with tempfile.TemporaryDirectory() as folder:
             sibo.save(m, folder)
-            whole = Path(folder, "adapter.safetensors").read_bytes()
             stored, metadata = files.read_tensors(Path(folder, "adapter.safetensors"))
-        said = json.loads(metadata["sibo"])
-
-        def spoilt(draw: Random, said=said, stored=stored, whole=whole) -> bytes:
-            if draw.randrange(3):
-                return save(stored, {"sibo": written(json_of(draw, said, 4)).decode()})
-            return safetensors_file(draw, whole)
-
-        cases.append(Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt}))
+        spec = json.loads(metadata["sibo"])
+        cases += [adapter_case(stored, spec), adapter_case(*old_form(stored, spec))]
     return cases
+
+
+def old_form(stored: dict[str, torch.Tensor], spec: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Samples of the backbone were numbers in the metadata, λ's log-odds had another name."""
+    samples = {n.removeprefix(".frozen."): t.tolist() for n, t in stored.items() if n.startswith(".frozen.")}
+    trained = {n.replace(".lam_logit", ".logit"): t for n, t in stored.items() if not n.startswith(".frozen.")}
+    return trained, spec | {"backbone": {"config": spec["backbone"], "dtype": "torch.float32", "values": samples}}
+
+
+def adapter_case(stored: dict[str, torch.Tensor], spec: dict) -> Case:
+    whole = save(stored, {"sibo": json.dumps(spec)})
+
+    def spoilt(draw: Random) -> bytes:
+        if draw.randrange(3):
+            return save(stored, {"sibo": written(json_of(draw, spec, 4)).decode()})
+        return safetensors_file(draw, whole)
+
+    return Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt})
 
 
 def data_json_cases() -> list[Case]:
@@ -541,7 +553,7 @@ def data_json_cases() -> list[Case]:
         "llm_adapters/AddSub/test.json": [{"instruction": "1 + 1?", "input": "", "output": "3", "answer": "2.0"}],
         "llm_adapters/mawps/trainset.json": [{"id": 1, "original_text": "N?", "equation": "X=((22.0-14.0)/4.0)",
                                               "ans": 2.0}]}
-    return [Case({name: written(said)}, {name: partial(json_file, valid=said)}) for name, said in files.items()]
+    return [Case({name: written(rows)}, {name: partial(json_file, valid=rows)}) for name, rows in files.items()]
 
 
 def data_jsonl_cases() -> list[Case]:
@@ -551,10 +563,10 @@ def data_jsonl_cases() -> list[Case]:
     def lines(found: object) -> bytes:
         return b"\n".join(map(written, found)) if isinstance(found, list) else written(found)
 
-    def spoilt(draw: Random, said: list) -> bytes:
-        return lines(json_of(draw, said)) if draw.randrange(3) else bytes_of(draw, lines(said))
+    def spoilt(draw: Random, rows: list) -> bytes:
+        return lines(json_of(draw, rows)) if draw.randrange(3) else bytes_of(draw, lines(rows))
 
-    return [Case({name: lines(said)}, {name: partial(spoilt, said=said)}) for name, said in files.items()]
+    return [Case({name: lines(rows)}, {name: partial(spoilt, rows=rows)}) for name, rows in files.items()]
 
 
 def table_of(draw: Random, lines: list[str]) -> bytes:
@@ -640,7 +652,7 @@ FORMATS: dict[str, tuple[Callable[[], list[Case]], Callable[[Path], None]]] = {
 
 @dataclass
 class Seen:
-    """What was measured: inputs, how they ended, seconds of the processor of the slowest, bytes taken at most."""
+    """What was measured: inputs, how many were accepted, CPU seconds of the slowest, most bytes taken."""
 
     inputs: int = 0
     accepted: int = 0
@@ -658,18 +670,18 @@ def too_long(*_) -> None:
 
 
 def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> str:
-    """Reads `folder`: "" where it is accepted, else what is said; AssertionError if that is not as it ought to be."""
-    start, said = time.process_time(), ""
+    """Reads `folder`: "" if it is accepted, else the error message; AssertionError if that breaks the claim above."""
+    start, message = time.process_time(), ""
     signal.signal(signal.SIGVTALRM, too_long)
     signal.setitimer(signal.ITIMER_VIRTUAL, 2 * MOST_SECONDS)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the counts of examples that are not the published ones
             read(folder)
     except (ValueError, OSError) as e:
-        said = str(e)
-        assert not isinstance(e, TimeoutError), said
-        one_line = str(folder) in said and "\n" not in said and len(said) < 1500
-        assert one_line, f"not one line naming the file: {type(e).__name__} {said[:500]!r}"
+        message = str(e)
+        assert not isinstance(e, TimeoutError), message
+        one_line = str(folder) in message and "\n" not in message and len(message) < 1500
+        assert one_line, f"not one line naming the file: {type(e).__name__} {message[:500]!r}"
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
@@ -677,11 +689,11 @@ def one(read: Callable[[Path], None], folder: Path, seen: Seen, before: int) -> 
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     took, more = time.process_time() - start, peak() - before
-    seen.inputs, seen.accepted = seen.inputs + 1, seen.accepted + (not said)
+    seen.inputs, seen.accepted = seen.inputs + 1, seen.accepted + (not message)
     seen.slowest, seen.memory = max(seen.slowest, took), max(seen.memory, more)
     assert took <= MOST_SECONDS, f"{took:.1f} s"
     assert more <= MOST_BYTES, f"{more >> 20} MiB"
-    return said
+    return message
 
 
 def lay(folder: Path, name: str, i: int = 0, **changed: bytes) -> Path:
@@ -701,7 +713,7 @@ def fuzzer(name: str, folder: Path) -> tuple[Callable[[Random], None], Seen]:
     places = [lay(folder, name, i) for i in range(len(cases))]
     for place in places:
         with contextlib.redirect_stderr(io.StringIO()):
-            read(place)  # what is whole is accepted
+            read(place)  # valid files are accepted
     ways = [(i, file, spoilt) for i, case in enumerate(cases) for file, spoilt in case.spoilt.items()]
     before = peak()
 
@@ -726,7 +738,7 @@ def run(name: str, inputs: int, folder: Path) -> None:
     check, seen = fuzzer(name, folder)
     try:
         for n in range(inputs):
-            signal.setitimer(signal.ITIMER_PROF, 10)  # the end of a process that hangs where no Python runs
+            signal.setitimer(signal.ITIMER_PROF, 10)  # ends a process that hangs where no Python runs
             check(Random(n))
     except AssertionError as e:
         print(f"{name:16} input {n}: {e}", flush=True)
@@ -758,7 +770,7 @@ def main() -> None:
         if child.exitcode:
             failed = True
             why = signal.Signals(-child.exitcode).name if child.exitcode < 0 else "see above"
-            print(f"{name:16} FAILED ({why}); the input stands in {folder}", flush=True)
+            print(f"{name:16} FAILED ({why}); the input is in {folder}", flush=True)
     sys.exit(failed)
 
 

@@ -103,7 +103,7 @@ def folder() -> Path:
 def ours(method: str = "lora", path: Path | None = None, device: str = "cpu", **settings) -> nn.Module:
     """Adapted by a method of train.py; "full": as it is."""
     m, s = model.from_pretrained(path or folder(), torch.bfloat16, device), recipes.run_of(method, **settings).settings
-    return sibo.inject(m, s) if s else m
+    return sibo.inject(m, **vars(s)) if s else m
 
 
 def theirs(method: str = "lora", path: Path | None = None, device: str = "cpu",
@@ -119,25 +119,26 @@ def theirs(method: str = "lora", path: Path | None = None, device: str = "cpu",
                                                   target_modules=targets)) if method == "lora" else m
 
 
-class Trainer:
-    """One side's training step; the optimizer and clipping are the same on both."""
+def trainer(m: nn.Module) -> Callable[[list[batch.Row]], None]:
+    """The training step of a side; the optimizer and clipping are the same on both."""
+    trained = [p for p in m.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 3e-4, weight_decay=0.0, fused=True)
 
-    def __init__(self, m: nn.Module):
-        self.m, self.trained = m.train(), [p for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, 3e-4, weight_decay=0.0, fused=True)
-
-    def step(self, rows: list[batch.Row]) -> None:
-        if isinstance(self.m, model.Transformer):
-            loop.train_step(self.m, rows, len(rows), pad_id=2)
+    def step(rows: list[batch.Row]) -> None:
+        if isinstance(m, model.Transformer):
+            loop.train_step(m, rows, len(rows), pad_id=2)
         else:
-            self.m(**batch.to_device(batch.collate(rows, 2), self.m)).loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            m(**batch.to_device(batch.collate(rows, 2), m)).loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def speed(self, rows: list[batch.Row]) -> float:
-        """Tokens per second of one step."""
-        return sum(len(r.ids) for r in rows) / seconds(self.step, rows)
+    return step
+
+
+def speed(step: Callable, rows: list[batch.Row]) -> float:
+    """Tokens per second."""
+    return sum(len(r.ids) for r in rows) / seconds(step, rows)
 
 
 def batches(n: int, size: int, on_inputs: bool = False) -> list[list[batch.Row]]:
@@ -156,16 +157,15 @@ def training() -> Iterator[Row]:
     """Tokens per second of eager and compiled steps of 8 examples, and how long the compiler takes at first."""
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # without the code that an earlier run compiled
-        sides = [Trainer(theirs()), Trainer(ours()), Trainer(loop.compiled(ours()))]
-        ready = sum(seconds(sides[2].step, rows) for rows in batches(8, 8)[:2])
+        steps = [trainer(theirs()), trainer(ours()), trainer(loop.compiled(ours()))]
+        ready = sum(seconds(steps[2], rows) for rows in batches(8, 8)[:2])
         yield Row("compiled training: ready after", "s", ready, goal=60.0, met=ready < 60)
         for what, on_inputs, goals in (("answers labelled", False, (2.0, 3.0)), ("all labelled", True, (1.5, 2.2))):
             some = batches(8, 8, on_inputs)
-            for side in sides:
-                side.step(some[0])
-            peer, *speeds = in_turn([side.speed for side in sides], some)
-            for mode, speed, goal in zip(("eager", "compiled"), speeds, goals, strict=True):
-                yield paired(f"training, {what}, {mode}", "tokens/s", speed, peer, goal)
+            in_turn(steps, some[:1])
+            peer, *speeds = in_turn([partial(speed, step) for step in steps], some)
+            for mode, mine, goal in zip(("eager", "compiled"), speeds, goals, strict=True):
+                yield paired(f"training, {what}, {mode}", "tokens/s", mine, peer, goal)
 
 
 def answer_speed(m: nn.Module, eos: int, most: int, prompts: dict[str, Tensor]) -> float:
@@ -212,7 +212,7 @@ def overhead() -> Iterator[Row]:
         plain, fixed, learned = ours(method), ours(f"{method}-sibo"), ours(f"{method}-sibo", learn_lam=True)
         for name, m in (("", fixed), (", λ learned", learned)):
             name = f"{method}-sibo{name} against {method}"
-            yield timed(f"{name}: training step", Trainer(m).step, Trainer(plain).step, some, 1.02)
+            yield timed(f"{name}: training step", trainer(m), trainer(plain), some, 1.02)
             yield timed(f"{name}: decoding", decoding(m), decoding(plain), prompts, 1.02)
     name, base = "lora-sibo, {}, against the frozen model: decoding", decoding(ours("full"))
     yield timed(name.format("folded"), decoding(sibo.merge(ours("lora-sibo"))), base, prompts, 1.03)
@@ -244,24 +244,21 @@ def child(build: Callable, method: str, length: int = 0) -> dict[str, float]:
         with torch.no_grad():
             m(torch.arange(16)[None])
     else:
-        trainer = Trainer(m)
-        for rows in random_batches(3, 8, length) if length else batches(3, 8):
-            trainer.step(rows)
+        in_turn([trainer(m)], random_batches(3, 8, length) if length else batches(3, 8))
     peak = bench_large.process_memory()["peak"]
     return {"seconds": time.perf_counter() - began, "GB": (peak - start["anonymous"] - start["files"]) / 1e9}
 
 
-def children(method: str, times: int) -> list[dict[str, list[float]]]:
+def children(method: str, times: int) -> dict[str, list[list[float]]]:
     """The figures of both sides."""
     folder()  # written here, not where memory is measured
     found = in_turn([partial(in_fresh_process, child, side) for side in (ours, theirs)], [method] * times)
-    return [{key: [x[key] for x in side] for key in side[0]} for side in found]
+    return {key: [[x[key] for x in side] for side in found] for key in ("seconds", "GB")}
 
 
 def memory() -> Iterator[Row]:
     """Peak memory of training steps of 8 word problems, beyond what the imports take."""
-    mine, peer = children("lora", 3)
-    yield paired("training: peak memory", "GB", mine["GB"], peer["GB"], 0.7)
+    yield paired("training: peak memory", "GB", *children("lora", 3)["GB"], 0.7)
 
 
 def estimates() -> Iterator[Row]:
@@ -278,34 +275,34 @@ def estimates() -> Iterator[Row]:
 
 def loading() -> Iterator[Row]:
     """From safetensors on disk (in the page cache) to the first logits."""
-    mine, peer = children("full", 5)
-    yield paired("load to first logits", "s", mine["seconds"], peer["seconds"], 0.7)
+    found = children("full", 5)
+    yield paired("load to first logits", "s", *found["seconds"], 0.7)
     least = (folder() / "model.safetensors").stat().st_size + 49152 * 576 * 2  # the largest tensor is the embedding
-    yield paired("load to first logits: peak memory against weights + largest tensor", "GB", mine["GB"],
+    yield paired("load to first logits: peak memory against weights + largest tensor", "GB", found["GB"][0],
                  [least / 1e9] * 5, 1.0)
 
 
 def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 256), (8, 1024))) -> Iterator[Row]:
     """LLaMA-7B's shape with LoRA on a GPU: tokens per second, share of the matrix rate, memory."""
-    sides = []
+    steps = []
     if device != "cuda" or torch.cuda.is_available():
         path = path or files.cache() / "bench" / "llama7b"
         bench_large.write_shape(locate.SHAPES["llama7b"], path)
-        sides = [Trainer(loop.compiled(ours(path=path, device=device))), Trainer(theirs(path=path, device=device))]
-        used = sum(p.numel() for n, p in sides[0].m.named_parameters() if n != "embed.weight")
-        flops = 4 * used + 2 * sum(p.numel() for p in sides[0].trained)  # of a token
+        m = loop.compiled(ours(path=path, device=device))
+        steps = [trainer(m), trainer(theirs(path=path, device=device))]
+        flops = sum((6 if p.requires_grad else 4) * p.numel() for n, p in m.named_parameters() if n != "embed.weight")
         a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
         rate = 2 * 4096**3 / min(seconds(torch.matmul, a, a) for _ in range(6))  # FLOP/s
 
-    def peak(side: Trainer, rows: list[batch.Row]) -> float:
+    def peak(step: Callable, rows: list[batch.Row]) -> float:
         estimate.reset_peak(device)
-        side.step(rows)
+        step(rows)
         return estimate.peak_memory(device) / 1e9
 
     for size, length in sizes:
         name, some = f"LLaMA-7B's shape on {device}, {size} × {length}", random_batches(1, size, length)
-        peaks = in_turn([partial(peak, side) for side in sides], some * 2) or [(), ()]  # this warms up, too
-        speeds = in_turn([side.speed for side in sides], some * 5) or [(), ()]
+        peaks = in_turn([partial(peak, step) for step in steps], some * 2) or [(), ()]  # this warms up, too
+        speeds = in_turn([partial(speed, step) for step in steps], some * 5) or [(), ()]
         yield paired(f"{name}: training", "tokens/s", *speeds, 1.3)
         yield paired(f"{name}: share of the matrix rate", "FLOP/s", [x * flops for x in speeds[0]],
                      [rate for _ in speeds[0]], 0.5)
@@ -321,16 +318,16 @@ def table(rows: Sequence[Row]) -> str:
 
     lines = [["", "ours", "peer", "unit", "ratio", "goal", "met"]]
     for r in rows:
-        interval = f" ({r.interval[0]:.3f}–{r.interval[1]:.3f})" if r.interval else ""
+        interval = " ({:.3f}–{:.3f})".format(*r.interval) if r.interval else ""
         lines.append([r.name, show(r.ours), show(r.peer) if r.peer or r.ours is None else "", r.unit,
-                      "" if r.ratio is None else f"{r.ratio:.3f}{interval}",
-                      "" if r.goal is None else f"{'≥' if r.faster else '≤'} {r.goal:g}",
+                      f"{r.ratio:.3f}{interval}" if r.ratio else "",
+                      f"{'≥' if r.faster else '≤'} {r.goal:g}" if r.goal else "",
                       {None: "", True: "yes", False: "no"}[r.met]])
     return cli.format_table(lines, left=(0, 3))
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("-m sibo_lab bench", description="Speed and memory: ours against transformers + peft, SIBO against "
+    p = cli.Parser("-m sibo_lab bench", description="Speed and memory against transformers + peft, and of SIBO against "
                    "the plain method.")
     p.add_argument("--only", metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)")
     p.add_argument("--out", type=Path, default=Path("docs/results/bench.json"), help="(default: %(default)s)")

@@ -1,6 +1,7 @@
 """Shapes of billions of parameters, with random weights: memory and seconds of a training step."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -17,35 +18,32 @@ from sibo_lab.training import loop, recipes
 
 
 def write_shape(spec: dict, folder: Path) -> None:
-    """Writes a Hugging Face folder with random bfloat16 weights of standard deviation 0.02 (norms 1, biases 0), in two
-    shards, unless it is there already. Each matrix starts elsewhere in the same random numbers: quick to make, and no
-    two are alike."""
+    """Writes a Hugging Face folder with random bfloat16 weights of standard deviation 0.02 (norms 1, biases 0), a file
+    for each, unless it is there already. Each matrix starts elsewhere in the same random numbers: quick to make, and
+    no two are alike."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
     m = model.build(spec)
-    shapes = [(export.their_name(m, name), p.shape) for name, p in m.named_parameters()]
-    total, weight_map = sum(shape.numel() for _, shape in shapes), {}
+    shapes = {export.their_name(m, name): p.shape for name, p in m.named_parameters()}
+    total, weight_map = sum(shape.numel() for shape in shapes.values()), {}
     noise = torch.randn(min(total, 1 << 26), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    for i, shard in enumerate((shapes[:len(shapes) // 2], shapes[len(shapes) // 2:]), 1):
-        stored = {}
-        for name, shape in shard:
-            n, start = shape.numel(), len(weight_map) * 4097 % (1 << 20)
-            if len(shape) == 1:
-                stored[name] = torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16)
-            else:
-                stored[name] = noise.roll(-start)[:n].repeat(-(-n // len(noise)))[:n].view(shape)
-            weight_map[name] = f"model-0000{i}-of-00002.safetensors"
-        files.write_tensors(folder / weight_map[name], stored, {"format": "pt"})
+    for i, (name, shape) in enumerate(shapes.items()):
+        n, start = shape.numel(), i * 4097 % (1 << 20)
+        w = noise.roll(-start)[:n].repeat(-(-n // len(noise)))[:n].view(shape)
+        if len(shape) == 1:
+            w.fill_(name.endswith("weight"))
+        weight_map[name] = f"model-{i + 1:05}-of-{len(shapes):05}.safetensors"
+        files.write_tensors(folder / weight_map[name], {name: w}, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2))
     files.write(index, json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map}, indent=2))
 
 
 def process_memory() -> dict[str, int]:
     """Bytes of this process in memory now, its own ("anonymous") and mapped from files, and at their peak (Linux)."""
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmHWM", "Rss")))
-    kib = {key: int(value.split()[0]) for key, value in lines.items()}
-    return {"anonymous": kib["RssAnon"] << 10, "files": kib["RssFile"] << 10, "peak": kib["VmHWM"] << 10}
+    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    keys = {"anonymous": "RssAnon", "files": "RssFile", "peak": "VmHWM"}
+    return {name: int(kib[key]) << 10 for name, key in keys.items()}
 
 
 def train_shape(shape: str, method: str, folder: str, base_bits: int | None = None, steps: int = 3) -> dict:

@@ -41,18 +41,18 @@ def trained(report: Callable[[Groups, str], str], choices: Sequence[dict], args:
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
         return ""
     (rows,) = compare.groups(compare.read(dict.fromkeys(folders)))
-    columns = "method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date".split()
-    lists = "lambda similarity_per_layer loss_per_quarter".split()
+    single, lists = ("method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date",
+                     "lambda similarity_per_layer loss_per_quarter")
     runs = [run.result | run.config | {"loss_per_quarter": run.losses} for g in rows for run in g.runs.values()]
-    write_csv(file, columns + lists, [
-        [run[k] for k in columns] + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run[k])) for k in lists]
-        for run in runs])
+    write_csv(file, f"{single} {lists}", [
+        [run[k] for k in single.split()]
+        + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run[k])) for k in lists.split()] for run in runs])
     return report(rows, file)
 
 
-def write_csv(file: str, columns: Sequence[str], lines: Sequence[Sequence]) -> None:
+def write_csv(file: str, columns: str, lines: Sequence[Sequence]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    csv.writer(text, lineterminator="\n").writerows([columns.split(), *lines])
     files.write(Path(f"{file}.csv"), text.getvalue())
 
 
@@ -183,7 +183,7 @@ def norms(args: argparse.Namespace, file: str) -> str:
     ax.axhline(h0, color="k", ls="--", lw=1, label=f"h0 ({h0:.3f})")
     finish(ax, file, xlabel="block", ylabel="root mean square, median token",
            title=f"{args.backbone}, frozen, {compare.name_of(args.task)}")
-    write_csv(file, "method module rms_h rms_h0 ratio".split(), lines)
+    write_csv(file, "method module rms_h rms_h0 ratio", lines)
     return "; ".join(summary)
 
 
@@ -205,8 +205,8 @@ def cost(args: argparse.Namespace, file: str) -> str:
     ax.set_yticks([0, 1], ["adapter-sibo", "lora-sibo"])
     finish(ax, file, xlabel="a training step, SIBO against plain (95 % interval)", title=args.backbone,
            ylim=(-0.6, 1.6))
-    write_csv(file, "method lam flops_plain flops_sibo flops_ratio seconds_plain seconds_sibo time_ratio low high"
-              .split(), lines)
+    write_csv(file, "method lam flops_plain flops_sibo flops_ratio seconds_plain seconds_sibo time_ratio low high",
+              lines)
     return "; ".join(summary)
 
 

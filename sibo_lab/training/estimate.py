@@ -1,6 +1,6 @@
 """What a run would take, for `train.py --explain` and `--dry-run`, and the memory that one did take.
 
-No weights are read: modules on meta and tensors without contents tell who gets h0, parameters, bytes and FLOPs. The
+No weights are read: modules on meta and tensors without contents show who gets h0, parameters, bytes and FLOPs. The
 official code has no such estimate; its users find out from an out-of-memory error."""
 
 import copy
@@ -31,17 +31,17 @@ from sibo_lab.training.recipes import Run
 
 
 def reset_peak(device: str) -> None:
-    """Lets `peak_memory` start again, for a process's next run (on CPUs: under Linux)."""
+    """Makes `peak_memory` start over, for this process's next run (on CPUs: Linux only)."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with suppress(AttributeError, OSError):  # another libc, a read-only /proc
-            ctypes.CDLL(None).malloc_trim(0)  # first returns what the last run freed to the system
+            ctypes.CDLL(None).malloc_trim(0)  # returns what the last run freed
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> int:
-    """Bytes, of the GPU's allocator or, on a CPU, of the whole process."""
+    """Bytes of the GPU's allocator or, on a CPU, of the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -49,7 +49,7 @@ def peak_memory(device: str) -> int:
 
 
 def explain_run(run: Run, skeleton: nn.Module) -> str:
-    """Where h0 enters a backbone, given without weights."""
+    """`explain`, for a backbone without weights."""
     if not run.settings:
         raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
     return explain(sibo.inject(copy.deepcopy(skeleton), **vars(run.settings)))
@@ -154,7 +154,7 @@ def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int
         m = fake_model(spec, run, num_labels).train()
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
         earlier = trained if run.batch_size > run.micro_batch_size else []
-        for p in earlier:  # an earlier micro-batch left its gradients
+        for p in earlier:  # micro-batches before this one left gradients
             p.grad = torch.empty_like(p)
         ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
         with Alive([*weights, *(p.grad for p in earlier)]) as alive:

@@ -114,7 +114,7 @@ class Training:
 
     def resume_latest(self) -> None:
         """Restores the newest whole state in the run folder, if there is one."""
-        data, (state, corruptions) = self.progress.data, resume.newest(self.out)
+        data, (state, corrupted) = self.progress.data, resume.newest(self.out)
         where = "no saved state, starting at step 1"
         if state:
             self.progress = resume.restore(state, self.trained, self.optimizer, self.run.device)
@@ -123,9 +123,10 @@ class Training:
             raise ValueError(f"{self.out}: expected the training data of its state, sha256 {self.progress.data[:9]}…, "
                              f"got {data[:9]}…; restore them, or name a new --out")
         if not parallel.rank():
-            resume.remove_after(self.out, self.progress.step)  # they must not displace a whole one
-            for line in (*(f"skipped a corrupted state: {c}" for c in corruptions), f"{self.out}: {where}"):
-                print(line, file=sys.stderr)
+            for newer, wrong in corrupted.items():
+                print(f"removed a corrupted state: {wrong}", file=sys.stderr)
+                resume.remove(newer)  # among the last, it would displace a whole one
+            print(f"{self.out}: {where}", file=sys.stderr)
 
     def take_step(self, picked: Sequence[int]) -> dict:
         """Trains on the rows `picked`; returns the step's line of metrics.jsonl."""
@@ -158,12 +159,11 @@ class Training:
         found = torch.tensor(validate(self.m.eval()), dtype=torch.float64, device=self.run.device)
         found = float(parallel.all_reduce(found)) / parallel.world()  # all must agree on what is best
         self.m.train()
-        finite, best = math.isfinite(found), self.progress.best
-        line["validation"] = found if finite else None
-        is_best = finite and (not best or found > best["validation"])
-        if is_best:
-            self.progress.best = {"step": self.progress.step, "validation": found}
-        return is_best
+        line["validation"], best = found if math.isfinite(found) else None, self.progress.best
+        if not math.isfinite(found) or best and found <= best["validation"]:
+            return False
+        self.progress.best = {"step": self.progress.step, "validation": found}
+        return True
 
     def save_if_due(self, due: bool, asked: Sequence[int], line: dict) -> bool:
         """Saves the state if any process finds it due, and returns whether one did. Then KeyboardInterrupt if one was
@@ -173,9 +173,9 @@ class Training:
         if due or stop:
             resume.save(self.out, progress, self.trained, self.optimizer, run.device)
         if bad:
-            raise ValueError(f"step {progress.step}: expected a finite loss and gradient, got none for {BAD_STEPS} steps "
-                             f"in a row, the last on examples {line['skipped']} (all: {run.out}/metrics.jsonl); lower "
-                             f"--lr (now {run.lr}) or use --dtype float32")
+            raise ValueError(f"step {progress.step}: expected a finite loss and gradient, got none for {BAD_STEPS} "
+                             f"steps in a row, the last on examples {line['skipped']} (all: {run.out}/metrics.jsonl); "
+                             f"lower --lr (now {run.lr}) or use --dtype float32")
         if stop:
             raise KeyboardInterrupt(f"stopped after step {progress.step} of {run.steps}, which is saved: the same "
                                     "command with --resume continues", 128 + (asked or [signal.SIGTERM])[0])

@@ -85,19 +85,19 @@ def _manifest(state: Path) -> dict:
     return manifest
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole state in a run folder, and what is wrong with each newer one."""
-    corruptions = []
+    corrupted = {}
     for state in reversed(states(folder)):
         try:
             expected = files.read_json(state / "manifest.json")
             for name, got in _manifest(state).items():
                 if got != expected.get(name):
                     raise ValueError(f"{state / name}: expected {expected.get(name)}, got {got}")
-            return state, corruptions
+            return state, corrupted
         except (OSError, ValueError) as e:
-            corruptions.append(str(e))
-    return None, corruptions
+            corrupted[state] = str(e)
+    return None, corrupted
 
 
 def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], optimizer: Optimizer,
@@ -120,7 +120,7 @@ def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], 
             files.write_tensors(draft / "state.safetensors", tensors, {})
             files.write(draft / "state.json", json.dumps(asdict(progress)))
             files.write(draft / "manifest.json", json.dumps(_manifest(draft)))
-            _remove(target)  # a corrupted one
+            remove(target)  # a corrupted one
             os.replace(draft, target)
             files.flush(target.parent)
         finally:
@@ -129,24 +129,17 @@ def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], 
         bests = [files.read_json(state / "state.json")["best"] for state in last]
         kept = {*last, *(state_folder(folder, best["step"]) for best in bests if best)}
         for state in {*states(folder)} - kept:
-            _remove(state)
+            remove(state)
 
     parallel.one_rank_at_a_time(write, ranks=1)
 
 
-def _remove(state: Path) -> None:
+def remove(state: Path) -> None:
     """Renames before it deletes, so that no half of a state keeps its name."""
     if state.exists():
         gone = state.with_name(f".{os.getpid()}.{state.name}.old")
         os.replace(state, gone)
         shutil.rmtree(gone)
-
-
-def remove_after(folder: Path, step: int) -> None:
-    """Removes the states after later steps than `step`."""
-    for state in states(folder):
-        if int(state.name) > step:
-            _remove(state)
 
 
 def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, device: str) -> Progress:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from test_bench_large import TINY
 
 from sibo_lab import cli

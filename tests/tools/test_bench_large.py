@@ -14,14 +14,18 @@ TINY_GPTJ = {"model_type": "gptj", "vocab_size": 90, "n_embd": 32, "n_layer": 3,
 
 
 @pytest.mark.parametrize("spec", [TINY, TINY_GPTJ])
-def test_a_written_shape_is_two_shards_that_load_whole(tmp_path, spec):
+def test_a_written_shape_is_many_shards_that_load_whole(tmp_path, spec):
     bench_large.write_shape(spec, tmp_path)
     index = files.read_json(tmp_path / "model.safetensors.index.json")
-    assert len(set(index["weight_map"].values())) == 2
+    assert len(set(index["weight_map"].values())) == len(index["weight_map"])
     m = model.from_pretrained(tmp_path, torch.bfloat16)  # strict: nothing missing, nothing unknown
     assert sum(p.numel() * 2 for p in m.parameters()) == index["metadata"]["total_size"]
     logits = m(torch.arange(9)[None])
     assert torch.isfinite(logits).all() and logits.std() > 0.01
+    assert all(p.detach().float().std().item() == pytest.approx(0.02, rel=0.2) for p in m.parameters() if p.dim() > 1)
+    assert all(bool((p == name.endswith("weight")).all()) for name, p in m.named_parameters() if p.dim() == 1)
+    bench_large.write_shape(spec | {"vocab_size": 7}, tmp_path)
+    assert files.read_json(tmp_path / "config.json") == spec  # it was there already
 
 
 @pytest.mark.parametrize("method", ["adapter-sibo", "lora"])

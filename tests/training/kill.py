@@ -95,8 +95,8 @@ def killed(folder: Path, times: int, rng: random.Random) -> list[int]:
         time.sleep(rng.random() / 20)  # into a step, a write, a validation, or before the first
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) in (-signal.SIGKILL, 0)
-        state, corruptions = resume.newest(folder / "run")
-        assert not corruptions, corruptions
+        state, corrupted = resume.newest(folder / "run")
+        assert not corrupted, corrupted
         found.append(int(state.name) if state else 0)
         assert found[-1] >= reached(folder / "run") - EVERY, f"death {i}: {found[-1]}, {reached(folder / 'run')}"
         assert found[-1] >= found[-2]

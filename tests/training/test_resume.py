@@ -180,13 +180,13 @@ def flip(file):
 def test_a_torn_or_corrupted_state_is_named_and_the_one_before_is_used(stopped, tmp_path, capsys, name, harm):
     shutil.copytree(stopped, tmp_path / "run")
     harm(tmp_path / "run" / "checkpoints" / "00000010" / name)
-    state, corruptions = resume.newest(tmp_path / "run")
-    assert state.name == "00000009" and len(corruptions) == 1
-    assert "00000010" in corruptions[0] and "\n" not in corruptions[0]
+    state, corrupted = resume.newest(tmp_path / "run")
+    (path, wrong), = corrupted.items()
+    assert state.name == "00000009" and path.name == "00000010" and "00000010" in wrong and "\n" not in wrong
     m, rows, run = small(tmp_path / "run")
     loop.fit(m, rows, 0, run, None, EACH, resuming=True)
     printed = capsys.readouterr().err
-    assert f"skipped a corrupted state: {corruptions[0]}" in printed and "continuing after step 9 of 10" in printed
+    assert f"removed a corrupted state: {wrong}" in printed and "continuing after step 9 of 10" in printed
     with open(stopped / "checkpoints" / "00000010" / "state.safetensors", "rb") as a, \
             open(tmp_path / "run" / "checkpoints" / "00000010" / "state.safetensors", "rb") as b:
         assert a.read() == b.read()
@@ -257,9 +257,9 @@ def test_whichever_write_fails_a_state_no_older_than_one_interval_remains(where,
         except OSError as e:
             assert e.errno == error
         monkeypatch.setattr(os, where, real)
-        state, corruptions = resume.newest(folder)
+        state, corrupted = resume.newest(folder)
         reached = log_of(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 2
-        assert not corruptions and int(state.name) >= reached - 1, (at, corruptions)
+        assert not corrupted and int(state.name) >= reached - 1, (at, corrupted)
         resume.lock(folder).close()  # the next process
         assert not list(folder.glob("checkpoints/.*")) and not list(folder.glob(".[0-9]*"))
         if not failed:
@@ -295,6 +295,15 @@ def test_a_state_is_continued_from_only_when_asked(stopped, tmp_path):
     with pytest.raises(ValueError, match="expected no saved state, .*; continue it with --resume"):
         run_folder.claim(run)
     assert run_folder.claim(run, resuming=True) is None
+
+
+def test_a_restored_optimizer_lies_where_the_weights_do(stopped):
+    """As AdamW's fused kernels on a GPU require; the meta device needs none."""
+    m, _, run = small(stopped)
+    trained = {n: p for n, p in m.to("meta").named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values())
+    resume.restore(resume.newest(stopped)[0], trained, optimizer, "cpu")
+    assert all(optimizer.state[p][key].device == p.device for p in trained.values() for key in ("step", "exp_avg"))
 
 
 def test_data_other_than_the_run_began_with_are_refused(stopped):
