@@ -7,9 +7,9 @@
       └────────────┘   1−λ     │ h ← h̃ + f(h̃ Wdown)Wup   │  │ h ← hW + s·h̃ Wdown Wup    │
                                └─── Adapter-SIBO (4) ────┘  └────── LoRA-SIBO (5) ──────┘
 
-Source: Wen, Zhang, Fang, "SIBO", Findings of ACL 2024 (arXiv 2402.11896), with its equation and section numbers. The
-authors' code leaves the skip unmixed (here skip="plain"), adapts inputs (side="in"), runs the plain method where h0 is
-missing (here an error), needs λ repeated by hand (here saved), and merges without h0 (here exact)."""
+Source: Wen, Zhang, Fang, "SIBO", Findings of ACL 2024 (arXiv 2402.11896), with its equation numbers. The authors' code
+leaves the skip unmixed (here skip="plain"), adapts inputs (side="in"), runs the plain method where h0 is missing (here
+an error), needs λ repeated by hand (here saved), and merges without h0 (here exact)."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ class InitialResidual:
 
     def end(self, root, args, output):
         """Checkpointed blocks run again in the backward, perhaps after a later pass: the first gradient to reach this
-        output restores its h0. (A compiled graph holds h0 by value.)"""
+        output restores its h0. (Compiled graphs hold h0 by value.)"""
         for t in () if torch.compiler.is_compiling() else torch.utils._pytree.tree_leaves(output):
             if isinstance(t, Tensor) and t.requires_grad:
                 t.register_hook(lambda grad, h0=self.h0: setattr(self, "h0", h0))

@@ -1,7 +1,6 @@
-"""One file of what was trained: its tensors, the settings of `sibo.inject`, and samples of the frozen backbone.
+"""One file of what was trained: its tensors, the settings of `sibo.inject`, and samples of the backbone.
 
-The official code has λ repeated by hand and takes any backbone of that shape. Here the file knows both, and what does
-not fit is refused before the model changes."""
+The official code has λ repeated by hand and takes any backbone of that shape; here what does not fit is refused."""
 
 import json
 import math
@@ -36,6 +35,8 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     """The settings (None: all of `m` was trained) and the tensors. ValueError where they do not fit `m`."""
     stored, metadata = files.read_tensors(file)
     spec = files.parse_json(metadata.get("sibo", "{}"), f"{file}, its settings")
+    if not isinstance(spec, dict) or not spec.keys() <= {"backbone", *Settings.__dataclass_fields__}:
+        raise ValueError(f"{file}: expected settings of sibo.inject, got {quoted(spec)}")
     samples = {n.removeprefix(SAMPLE): stored.pop(n) for n in list(stored) if n.startswith(SAMPLE)}
     try:
         config = spec.pop("backbone", {})
@@ -49,26 +50,28 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:
             raise ValueError(f"expected {wrong[0]}={ours.get(wrong[0])!r}, got {quoted(spec.get(wrong[0]))}")
         shapes = {_plain(n): tuple(t.shape) for n, t in stored.items()}
-        for name, (d_in, _) in widths.items():  # a few bytes can ask for any rank: look first
+        for name, (d_in, _) in widths.items():  # a few bytes can ask for any rank
             expected = (settings.rank if settings.method == "lora" else settings.bottleneck, d_in)
             if (shape := shapes.get(_plain(f"{name}.down"), "none")) != expected:
                 raise ValueError(f"tensor '{name}.down': expected {expected}, got {shape}")
         _require_backbone(m, config, samples)
-    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{file}: {files.one_line(e)}") from e
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as e:
+        raise ValueError(f"{file}: malformed ({files.one_line(e)})") from e
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
     return settings, {re.sub(r"\.logit$", ".lam_logit", n): t for n, t in stored.items()}  # its name until then
 
 
-def _plain(name: str) -> str:  # without the wrappers around it: one target may lie inside another
+def _plain(name: str) -> str:  # one target may lie inside another
     return name.replace(".base.", ".")
 
 
 def _config(m: nn.Module) -> dict:
-    c = getattr(m, "config", None)  # transformers' own, which has a to_dict, knows paths and versions too
+    c = getattr(m, "config", None)  # not transformers', which knows paths and versions
     return asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
 
 
-def _sample(p: Tensor) -> Tensor:  # at most 64 values, spread over all
+def _sample(p: Tensor) -> Tensor:  # 64 values, spread over all
     flat = parallel.full_tensor(p.detach()).flatten()
     return flat[::max(1, len(flat) // 64)][:64].clone()
 

@@ -51,7 +51,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     names, mixed = find_all(m, targets), frozenset(find_all(m, at))
     if s.lam and not (mixed and mixed <= set(names)):
         raise ValueError(f"sibo_at {quoted(s.sibo_at)}: expected some of the adapted {quoted(list(targets))}, got "
-                         f"{quoted(list(at))}; name who gets h0, or use lam=0 for the plain method")
+                         f"{quoted(list(at))}; lam=0 is the plain method")
     sources = sorted({n for name in ((s.h0,) if s.h0 else h0) for n in find(m, name)})
     if len(sources) != 1 and (s.lam or s.h0):
         raise ValueError(f"h0 {quoted(s.h0)}: expected one module, whose output enters block one, got {sources}")
@@ -64,7 +64,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     return Placement(replace(s, targets=targets, sibo_at=at, h0=source), widths, mixed)
 
 
-def _width_of_h0(source: nn.Module) -> int:  # read off the last weight: of an embedding, a norm, a patch projection
+def _width_of_h0(source: nn.Module) -> int:  # of its last weight
     owners = [x for x in source.modules() if any(True for _ in x.parameters(recurse=False))]
     if not owners:
         raise ValueError(f"h0: expected a module with weights, got a {type(source).__name__}")

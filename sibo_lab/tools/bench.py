@@ -1,9 +1,8 @@
 """Speed and memory beside transformers + peft: same weights, dtype, batches, tokens and LoRA.
 
-`python -m sibo_lab bench` prints the table and writes docs/results/bench.json. Both sides take turns on one machine,
-and the ratio is the median of the pairs' ratios; memory and loading are measured in fresh processes. On SmolLM2-135M
-in bfloat16, with LoRA where the paper puts it on LLaMA. Needs transformers and peft (tests/requirements.txt). Quote
-the ratios: seconds change with the machine and its load."""
+`python -m sibo_lab bench` prints the table and writes docs/results/bench.json: SmolLM2-135M in bfloat16, LoRA where the
+paper puts it on LLaMA. Sides take turns, and the ratio is the median of the pairs' ratios: quote it, as seconds change
+with the machine and its load. Needs transformers and peft (tests/requirements.txt)."""
 
 import argparse
 import ctypes
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from operator import truediv
 from pathlib import Path
 from statistics import median
 
@@ -51,10 +49,14 @@ class Row:
     interval: tuple[float, float] | None = None  # 95 %, of the ratio
 
 
+Rows = Iterator[Row]
+
+
 def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], goal: float | None = None) -> Row:
-    """The row of paired measurements, or of none: medians, and from 30 pairs on an interval of their ratios' median, by
-    its order statistics."""
-    row, ratios = Row(name, unit, goal=goal, faster=unit.endswith("/s")), sorted(map(truediv, ours, peer))
+    """The row of paired measurements, or of none: medians, and from 30 pairs on the ratio's interval, by the order
+    statistics of a median."""
+    row = Row(name, unit, goal=goal, faster=unit.endswith("/s"))
+    ratios = sorted(x / y for x, y in zip(ours, peer, strict=True))
     if ratios:
         row.ours, row.peer, row.ratio = median(ours), median(peer), median(ratios)
         row.met = None if goal is None else row.ratio >= goal if row.faster else row.ratio <= goal
@@ -65,7 +67,7 @@ def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], g
 
 
 def in_turn(sides: Sequence[Callable], inputs: Sequence) -> list[list]:
-    """What each side returns for each input. All take one input before the next, every other time in reverse order: a
+    """What each side returns for each input. All take one input before the next, in alternating order, so that a
     machine that slows down slows all alike."""
     found = [[] for _ in sides]
     for i, x in enumerate(inputs):
@@ -153,7 +155,7 @@ def random_batches(n: int, size: int, length: int) -> list[list[batch.Row]]:
     return [[batch.Row(ids, ids) for ids in some] for some in torch.randint(3, 1000, (n, size, length)).tolist()]
 
 
-def training() -> Iterator[Row]:
+def training() -> Rows:
     """Tokens per second of eager and compiled steps of 8 examples, and how long the compiler takes at first."""
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # without the code that an earlier run compiled
@@ -176,7 +178,7 @@ def answer_speed(m: nn.Module, eos: int, most: int, prompts: dict[str, Tensor]) 
     return sum(row.index(eos) + 1 if eos in row else len(row) for row in out) / (time.perf_counter() - began)
 
 
-def generation() -> Iterator[Row]:
+def generation() -> Rows:
     """Answers to word problems, of at most 96 tokens; the peer in whichever dtype is faster."""
     t, mine = tokenizer.from_pretrained("smollm2-135m"), ours().eval()
     peers = [theirs(dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32)]
@@ -201,7 +203,7 @@ def bandwidth(m: nn.Module, prompts: dict[str, Tensor]) -> Row:
                   [reading])
 
 
-def overhead() -> Iterator[Row]:
+def overhead() -> Rows:
     """SIBO against the plain method, and folded LoRA-SIBO against the frozen model: 30 pairs each."""
     some, prompts = batches(30, 4), [torch.arange(100, 108).repeat(8, 1)] * 30  # (8, 8)
 
@@ -229,8 +231,8 @@ def in_fresh_process(work: Callable, *args) -> dict:
 
 
 def child(build: Callable, method: str, length: int = 0) -> dict[str, float]:
-    """Seconds and GB, beyond the imports, of loading ("full"), or of three training steps by another method: on word
-    problems, or on 8 rows of `length` tokens that share no beginning, where freed memory is given back at once."""
+    """Seconds and GB, beyond the imports, of loading ("full") or of three steps of another method: on word problems, or
+    on 8 random rows of `length` tokens, with freed memory given back at once."""
     if build is theirs:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
@@ -256,12 +258,12 @@ def children(method: str, times: int) -> dict[str, list[list[float]]]:
     return {key: [[x[key] for x in side] for side in found] for key in ("seconds", "GB")}
 
 
-def memory() -> Iterator[Row]:
+def memory() -> Rows:
     """Peak memory of training steps of 8 word problems, beyond what the imports take."""
     yield paired("training: peak memory", "GB", *children("lora", 3)["GB"], 0.7)
 
 
-def estimates() -> Iterator[Row]:
+def estimates() -> Rows:
     """What `train.py --dry-run` estimates against the measured peak."""
     spec = config.read_spec(folder())
     for method, length in product(("adapter-sibo", "lora-sibo"), (64, 128)):
@@ -273,7 +275,7 @@ def estimates() -> Iterator[Row]:
         yield row
 
 
-def loading() -> Iterator[Row]:
+def loading() -> Rows:
     """From safetensors on disk (in the page cache) to the first logits."""
     found = children("full", 5)
     yield paired("load to first logits", "s", *found["seconds"], 0.7)
@@ -282,7 +284,7 @@ def loading() -> Iterator[Row]:
                  [least / 1e9] * 5, 1.0)
 
 
-def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 256), (8, 1024))) -> Iterator[Row]:
+def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 256), (8, 1024))) -> Rows:
     """LLaMA-7B's shape with LoRA on a GPU: tokens per second, share of the matrix rate, memory."""
     steps = []
     if device != "cuda" or torch.cuda.is_available():

@@ -18,9 +18,8 @@ from sibo_lab.training import loop, recipes
 
 
 def write_shape(spec: dict, folder: Path) -> None:
-    """Writes a Hugging Face folder with random bfloat16 weights of standard deviation 0.02 (norms 1, biases 0), a file
-    for each, unless it is there already. Each matrix starts elsewhere in the same random numbers: quick to make, and
-    no two are alike."""
+    """Writes a Hugging Face folder of random bfloat16 weights with standard deviation 0.02 (norms 1, biases 0), one
+    file per tensor, unless it is there. Matrices start at different places of one noise: quick, yet no two alike."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
@@ -47,9 +46,10 @@ def process_memory() -> dict[str, int]:
 
 
 def train_shape(shape: str, method: str, folder: str, base_bits: int | None = None, steps: int = 3) -> dict:
-    """Trains a shape of locate.SHAPES, written to `folder`, with the paper's recipe on 1 × 256 tokens in bfloat16, with
-    gradient checkpointing; returns losses, seconds and bytes. Wants a process of its own."""
-    start, highest, stop = process_memory(), {"anonymous": 0, "files": 0}, threading.Event()
+    """Trains a shape of locate.SHAPES, written to `folder`, by the paper's recipe on 1 × 256 tokens in bfloat16, with
+    gradient checkpointing; returns losses, seconds and bytes. For a fresh process."""
+    start, stop = process_memory(), threading.Event()
+    highest = {key: start[key] for key in ("anonymous", "files")}
 
     def watch() -> None:
         while not stop.wait(0.05):

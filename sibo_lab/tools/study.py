@@ -1,8 +1,8 @@
 """The paper's analyses, one command each: `python -m sibo_lab study NAME [options of train.py]`.
 
 A study trains what is missing, writes docs/results/NAME-BACKBONE-TASK.csv and .png, and prints a row for a table of
-results. It sets what it varies (methods, λ, places) unless your options do; `norms` and `cost` train nothing. Departs
-from the paper, whose figures show one seed: points are means over --seeds, bars their standard deviation."""
+results. It sets what it varies (methods, λ, places) unless your options do. Departs from the paper, whose figures show
+one seed: points are means over --seeds, bars their standard deviation."""
 
 import argparse
 import csv
@@ -41,8 +41,8 @@ def trained(report: Callable[[Groups, str], str], choices: Sequence[dict], args:
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
         return ""
     (rows,) = compare.groups(compare.read(dict.fromkeys(folders)))
-    single, lists = ("method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date",
-                     "lambda similarity_per_layer loss_per_quarter")
+    single = "method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date"
+    lists = "lambda similarity_per_layer loss_per_quarter"
     runs = [run.result | run.config | {"loss_per_quarter": run.losses} for g in rows for run in g.runs.values()]
     write_csv(file, f"{single} {lists}", [
         [run[k] for k in single.split()]
@@ -124,8 +124,8 @@ def similarity(rows: Groups, file: str) -> str:
 
 
 def learned(rows: Groups, file: str) -> str:
-    """Section 7: where λ went in each block, one line for each of its modules that get h0; with --targets, which may
-    take more of one block than of another, in each module."""
+    """Section 7: where λ went in each block, one line for each of its modules that get h0; with --targets, which need
+    not be in every block, in each module."""
     summary, rows = "; ".join(score(g, rows) for g in rows), [g for g in rows if g.config["learn_lam"]]
     free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
     _, ax = pictures.figure()
@@ -134,7 +134,7 @@ def learned(rows: Groups, file: str) -> str:
         lam = g.over_seeds("lambda")  # (seeds, modules)
         lines = lam.reshape(len(lam), lam.shape[1] if free else blocks, -1).transpose(2, 1, 0)  # (lines, x, seeds)
         for i, line in enumerate(lines):
-            which = f", {i + 1}. of {len(lines)} modules" if len(lines) > 1 else ""
+            which = f", module {i + 1} of {len(lines)}" if len(lines) > 1 else ""
             draw_means(ax, np.arange(1, len(line) + 1) + 0.04 * i, line, g.config["method"], next(markers),
                        label=compare.name(g, rows) + which, alpha=1 - 0.6 * i / len(lines))
         ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
@@ -155,8 +155,8 @@ def examples(args: argparse.Namespace, n: int) -> tuple[nn.Module, list[batch.Ro
 
 @torch.no_grad()
 def norms(args: argparse.Namespace, file: str) -> str:
-    """Root mean squares of h, where h0 is mixed into it, and of h0: what a λ means in each module. The median token
-    counts, as the first token's activations can be a hundred times the others'."""
+    """Root mean squares of h, where h0 is mixed into it, and of h0: what a λ means in each module. Of the median token,
+    as the first one's activations can be a hundred times the others'."""
     m, rows, pad = examples(args, 64)
     b = batch.to_device(batch.collate([replace(r, labels=None) for r in rows], pad), m)
     real, rms, lines, summary = b["attention_mask"].bool(), {}, [], []
@@ -251,5 +251,5 @@ def main(args: argparse.Namespace) -> None:
     where, study = STUDIES[args.study]
     file = args.results / f"{args.study}-{compare.name_of(args.backbone)}-{compare.name_of(args.task)}"
     summary = study(args, str(file))
-    if summary and not parallel.rank():
+    if summary:
         print(f"| {where} | `{run_folder.command()}` | {summary} |")

@@ -65,6 +65,16 @@ def test_the_gpu_comparison_has_rows_without_figures_where_there_is_no_gpu(monke
                                                         ("GB", None, None)] * 2
 
 
+@pytest.mark.parametrize("method", ["adapter-sibo", "lora"])
+def test_big_trains_what_lies_in_its_folder_in_a_process_of_its_own(tmp_path, capsys, method):
+    bench_large.write_shape(TINY, tmp_path)
+    cli.run(bench.main, bench.parser(), ["--big", "llama7b", "--method", method, "--folder", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shape"], found["method"], found["base_bits"]) == ("llama7b", method, None)
+    assert len(found["losses"]) == len(found["step_seconds"]) == 3
+    assert found["peak"] >= found["highest"]["anonymous"] >= found["loaded"]["anonymous"] > 0
+
+
 def test_an_unknown_group_is_one_line(capsys):
     with pytest.raises(SystemExit) as e:
         cli.run(bench.main, bench.parser(), ["--only", "trainning"])

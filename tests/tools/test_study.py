@@ -37,18 +37,18 @@ def command(monkeypatch, capsys, tmp_path, name, *options):
 
 
 @pytest.mark.parametrize(("name", "runs"), [("lambda", 2 + 2 * 7), ("low-rank", 3), ("learned", 4 + 2)])
-def test_a_study_of_runs_writes_a_line_a_run_a_picture_and_a_line_for_the_table(monkeypatch, capsys, tmp_path,
+def test_a_study_of_runs_writes_one_line_per_run_a_picture_and_a_line_for_the_table(monkeypatch, capsys, tmp_path,
                                                                                tiny_llama, mine, name, runs):
-    said, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
+    line, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
                          "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
     assert len(rows) == runs and {float(r["lam"]) > 0 for r in rows if r["method"].endswith("-sibo")} == {True}
     assert len(rows[0]["similarity_per_layer"].split()) == 3
-    assert said.startswith(
+    assert line.startswith(
         f"| {study.STUDIES[name][0]} | `python -m sibo_lab study --results")
     assert ({r["frozen_too"] for r in rows} == {"True", "False"}) == (name == "low-rank")
     again, _ = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
                        "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
-    assert again == said
+    assert again == line
 
 
 def test_a_learned_lam_is_drawn_where_not_every_block_has_one(monkeypatch, capsys, tmp_path, tiny_llama, mine):
@@ -77,8 +77,15 @@ def test_norms_are_those_that_transformers_modules_have(monkeypatch, capsys, tmp
     assert [float(r["rms_h0"]) for r in rows] == pytest.approx([rms["h0"]] * 4, abs=1e-4)
 
 
-def test_the_mixing_costs_three_operations_an_element_and_no_product(monkeypatch, capsys, tmp_path, tiny_llama, mine):
-    said, rows = command(monkeypatch, capsys, tmp_path, "cost", "--backbone", tiny_llama, "--task", mine)
+def test_a_dot_in_a_backbones_name_stays_in_the_names_of_the_files(monkeypatch, tmp_path, tiny_llama, mine):
+    (tmp_path / "tiny-1.5b").symlink_to(tiny_llama)
+    run(monkeypatch, "norms", "--backbone", tmp_path / "tiny-1.5b", "--task", mine, "--results", tmp_path / "results")
+    names = sorted(file.name for file in (tmp_path / "results").iterdir())
+    assert names == ["norms-tiny-1.5b-mine.csv", "norms-tiny-1.5b-mine.png"]
+
+
+def test_mixing_costs_three_operations_per_element_and_no_product(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    line, rows = command(monkeypatch, capsys, tmp_path, "cost", "--backbone", tiny_llama, "--task", mine)
     t = tokenizer.from_pretrained(tiny_llama)
     (example,) = readers.load(tasks.task(str(mine)), "test", tmp_path)
     elements = len(t.encode(batch.prompt(example.instruction))) * model.from_pretrained(tiny_llama).config.hidden_size
@@ -87,11 +94,11 @@ def test_the_mixing_costs_three_operations_an_element_and_no_product(monkeypatch
         assert float(r["low"]) <= float(r["time_ratio"]) <= float(r["high"])
 
 
-def test_an_option_of_the_users_wins_over_the_studys_own(monkeypatch, capsys, tmp_path, tiny_llama, mine):
-    said, rows = command(monkeypatch, capsys, tmp_path, "lambda", "--backbone", tiny_llama, "--task", mine, "--steps",
+def test_an_option_of_the_user_wins_over_the_studys_own(monkeypatch, capsys, tmp_path, tiny_llama, mine):
+    line, rows = command(monkeypatch, capsys, tmp_path, "lambda", "--backbone", tiny_llama, "--task", mine, "--steps",
                          1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs", "--method",
                          "lora,lora-sibo", "--lam", 0.4)
-    assert [(r["method"], float(r["lam"])) for r in rows] == [("lora", 0.0), ("lora-sibo", 0.4)] and "--lam 0.4" in said
+    assert [(r["method"], float(r["lam"])) for r in rows] == [("lora", 0.0), ("lora-sibo", 0.4)] and "--lam 0.4" in line
 
 
 def test_runs_of_another_study_in_the_same_folder_are_no_part_of_this_one(monkeypatch, capsys, tmp_path, tiny_llama,
