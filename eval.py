@@ -1,7 +1,5 @@
-"""Measures over-smoothing (paper, Eq. 3); scores a run or a backbone, asks it, exports it; compares runs.
-
-`python eval.py runs/NAME` scores a saved run again, to the same number (sibo_lab/evaluation/scoring.py: what a score
-is, and how the official code's differs). Source of Eq. (3): the paper's Section 3.1; padding has no part in it."""
+"""Measures over-smoothing (Eq. 3; paper, Section 3.1); scores a run or a backbone, asks it, exports it; compares runs.
+What a score is, and how the official code's differs: sibo_lab/evaluation/scoring.py."""
 
 import sys
 from argparse import Namespace
@@ -44,7 +42,7 @@ def _mean(total: Tensor, sentences: int) -> Tensor:
 
 @torch.no_grad()
 def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, batch_size: int = 16) -> list[float]:
-    """Eq. (3) of each of the L+1 hidden states, over all rows: the curve of Figures 1 and 2."""
+    """Eq. (3) of each of the L+1 hidden states: the curve of Figures 1 and 2."""
     generate.require_eval(m)
     totals, count = 0, 0
     for start in range(0, len(rows), batch_size):
@@ -69,7 +67,7 @@ def main(args: Namespace) -> None:
         return table(args)
     arguments.complete(args)
     command = export_run if args.export else draw_similarity if args.similarity else ask if args.ask else score
-    return command(args)
+    command(args)
 
 
 def table(args: Namespace) -> None:
@@ -83,14 +81,13 @@ def table(args: Namespace) -> None:
 
 
 def load(args: Namespace) -> tuple[nn.Module, subwords.Tokenizer]:
-    """The backbone as it is, and its tokenizer."""
     m = model.build(args.spec, args.path, args.head or None)
     t = tokenizer.for_model(args.path, m.config.vocab_size, "pad" if isinstance(m, model.Bert) else "eos")
     return model.load_weights(m, args.path, args.dtype, args.device, args.config.get("base_bits")), t
 
 
 def adapt(m: nn.Module, args: Namespace) -> nn.Module:
-    """Puts the run, or peft's LoRA, onto the backbone; with --merge folds it."""
+    """Puts the run, or peft's LoRA, onto the backbone; with --merge, folds it."""
     if args.run:
         sibo.load(m, args.run)
     if args.peft:
@@ -140,7 +137,7 @@ def score(args: Namespace) -> None:
             found = scoring.score_sentences(m, t, task, rows, args.batch_size)
         else:
             found = scoring.score_examples(m, t, task, test, args.batch_size, args.num_beams, args.protocol)
-        print((f"{task.name}: " if len(tests) > 1 else "") + str(found))
+        print(f"{task.name}: {found}" if len(tests) > 1 else found)
 
 
 if __name__ == "__main__":

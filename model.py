@@ -1,43 +1,34 @@
 """BERT, GPT-J and LLaMA side by side, with the weights of Hugging Face's files.
 
 Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); names and layouts as
-in Hugging Face transformers. Nothing here knows of adapters: sibo.py attaches to modules by name.
-Departs from the official code: positions and masks follow the attention mask, so padding changes no result.
-
+in Hugging Face transformers. Departs from the official code: padding changes no result.
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sibo_lab import fast
+from sibo_lab import fast, files
 from sibo_lab.backbone import config, locate, quantized, weights
 from sibo_lab.backbone.generate import KeyValues, generate, to_float32  # noqa: F401  (model.generate is public)
-from sibo_lab.files import quoted
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | None = None) -> Tensor:
-    """The angle of each of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2). Su et al. 2021; llama3's scaling
-    as in transformers' modeling_rope_utils.py: only wavelengths beyond the trained context are stretched."""
-    # first the power, then the inverse, as in training: rounded otherwise, logits differ by 1e-4 after 30 layers
+    """The angles of the dim/2 pairs at each position, (…, T) -> (…, T, dim/2): Su et al. 2021; llama3's scaling, as in
+    transformers' modeling_rope_utils.py, stretches only wavelengths beyond the trained context."""
+    # first the power, then the inverse, as in training: else logits differ by 1e-4 after 30 layers
     frequency = 1 / theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = scaling and scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the trained context
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # over the trained context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
@@ -59,17 +50,17 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Tokens that all rows of a batch begin with, such as a prompt's template; sharing them saves a third of a step.
+    """What all rows of a batch begin with, such as a prompt's template, is computed once.
 
     The rows (B, T, ·) become one, (1, P + B (T−P), ·): P common tokens, then each row's own; only attention sees rows.
-    Exact: the gradients of the common tokens add up (dropout draws one mask for them)."""
+    Exact: gradients of common tokens add up (dropout draws one mask for them)."""
 
     rows: int  # B
     common: int  # P
 
     @classmethod
-    def of(cls, input_ids: Tensor, labels: Tensor) -> SharedPrefix | None:
-        """The first tokens and labels that all rows share, without the last of these: what follows it differs."""
+    def of(cls, input_ids: Tensor, labels: Tensor) -> "SharedPrefix | None":
+        """Without the last common token: the label after it differs."""
         alike = ((input_ids == input_ids[:1]) & (labels == labels[:1])).all(0)
         common = int(alike.int().cumprod(0).sum()) - 1
         return cls(len(labels), common) if len(labels) > 1 and common > 0 else None
@@ -83,9 +74,7 @@ class SharedPrefix:
 
 
 @dataclass
-class Context:
-    """What all blocks share in one forward pass."""
-
+class Context:  # of one forward pass
     mask: Tensor | None  # bool (B, 1, T, S); None: every token sees all earlier ones (BERT: all)
     cos: Tensor | None = None  # (B, 1, T, rotary/2)
     sin: Tensor | None = None
@@ -93,7 +82,7 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; groups of query heads may share a key/value head (GQA)."""
+    """Groups of query heads may share a key/value head (GQA)."""
 
     def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
                  out_dropout: float):
@@ -106,7 +95,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(out_dropout)
         self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if ctx.shared:
             q, k, v = map(ctx.shared.unpack, (q, k, v))
@@ -115,25 +104,24 @@ class Attention(nn.Module):
             q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
         if past is not None:
             k, v = past.extend(k, v)  # (B, H, S, D)
-        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
-        if T == 1:  # one new token: a group's heads pass as queries of one head, without copies of k and v
-            q, causal = q.reshape(q.shape[0], k.shape[1], groups, -1), False
+        groups, T = q.shape[1] // k.shape[1], q.shape[2]
+        if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
+            q = q.reshape(len(q), -1, groups, self.head_dim)
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        causal = self.causal and ctx.mask is None and T > 1
         out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
-        if T == 1:
-            out = out.reshape(out.shape[0], -1, 1, self.head_dim)
-        out = out.transpose(1, 2).flatten(2)
+        out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
 
 
 class MLP(nn.Module):
-    """GPT-J's and BERT's feed-forward sub-layer."""
+    """GPT-J's and BERT's."""
 
     def __init__(self, c: config.Config, dropout: float):
         super().__init__()
-        inner = c.intermediate_size or 4 * c.hidden_size
-        self.fc_in, self.fc_out = nn.Linear(c.hidden_size, inner), nn.Linear(inner, c.hidden_size)
+        d, inner = c.hidden_size, c.intermediate_size or 4 * c.hidden_size
+        self.fc_in, self.fc_out = nn.Linear(d, inner), nn.Linear(inner, d)
         self.act, self.dropout = config.ACTIVATIONS[c.hidden_act], nn.Dropout(dropout)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -141,13 +129,14 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's feed-forward sub-layer."""
+    """LLaMA's."""
 
     def __init__(self, c: config.LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        d, inner = c.hidden_size, c.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, c.mlp_bias)
+        self.up_proj = nn.Linear(d, inner, c.mlp_bias)
+        self.down_proj = nn.Linear(inner, d, c.mlp_bias)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
@@ -162,7 +151,7 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         h = h + self.attn(self.attn_norm(h), ctx, past)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -175,7 +164,7 @@ class GPTJBlock(nn.Module):
                               dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         normed = self.norm(h)
         return h + self.attn(normed, ctx, past) + self.mlp(normed)  # both in parallel
 
@@ -189,26 +178,20 @@ class BertBlock(nn.Module):
         self.mlp = MLP(c, c.hidden_dropout_prob)
         self.mlp_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None = None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         h = self.attn_norm(h + self.attn(h, ctx, past))
         return self.mlp_norm(h + self.mlp(h))
 
 
 class Transformer(nn.Module):
-    """What the three families share: a stack of blocks."""
-
-    grad_checkpoint = False  # recompute each block's activations in the backward pass instead of keeping them
-    kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for whatever adapts this model
+    grad_checkpoint = False  # compute each block's activations again in the backward pass, instead of keeping them
+    kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for what adapts this model
 
     def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
-        """h (B, T, d), and h after each block."""
-        states = [h]
-        for i, block in enumerate(self.blocks):
-            if self.grad_checkpoint and self.training:
-                h = recompute(block, h, ctx, use_reentrant=False)
-            else:
-                h = block(h, ctx, cache[i] if cache else None)
-            states.append(h)
+        states = [h]  # (B, T, d)
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            step = partial(recompute, block, use_reentrant=False) if self.grad_checkpoint and self.training else block
+            states.append(step(states[-1], ctx, past))
         return states
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> list[Tensor]:
@@ -217,15 +200,14 @@ class Transformer(nn.Module):
 
 
 class CausalLM(Transformer):
-    """Embedding, blocks, norm, head. A subclass adds the rotary settings and the names of its weights."""
-
-    def __init__(self, c: config.Config, block: type[nn.Module], norm: nn.Module, head_bias: bool):
+    def __init__(self, c: config.Config, block: type[nn.Module], norm: nn.Module, dropout: nn.Module, head_bias: bool):
         super().__init__()
         self.config = c
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.num_hidden_layers))
         self.norm = norm
         self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
+        self.dropout = dropout
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 cache: list[KeyValues] | None = None, last: int = 1,
@@ -235,7 +217,16 @@ class CausalLM(Transformer):
         `labels` (B, T): instead, the mean cross-entropy of the labelled tokens; -100 marks the others.
         `cache` (see new_cache): input_ids continue it, in place, attention_mask (B, S) covers both; logits (B, last, V)
         of the `last` positions. `return_hidden`: see hidden_states."""
-        positions, mask = self.positions_and_mask(input_ids, attention_mask, cache[0].length if cache else 0)
+        T, past = input_ids.shape[1], cache[0].length if cache else 0
+        positions, mask = torch.arange(past, past + T, device=input_ids.device)[None], None
+        several = past > 0 and T > 1
+        if several and attention_mask is None:
+            raise ValueError(f"{T} tokens at once after a cache of {past}: pass the attention_mask, padding included")
+        if attention_mask is not None and (several or not attention_mask.all()):
+            seen = attention_mask.bool()
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # padding takes no position
+            i = torch.arange(past + T, device=seen.device)  # padding sees itself: no row of the softmax is empty
+            mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
         shared = SharedPrefix.of(input_ids, labels) if labels is not None and mask is None else None
         h = self.embed(shared.pack(input_ids) if shared else input_ids)  # (B, T, d): this is h0
         angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
@@ -246,23 +237,6 @@ class CausalLM(Transformer):
         if labels is not None and cache is None:
             return self.mean_loss(states[-1], labels, shared)
         return self.head(self.norm(states[-1] if cache is None else states[-1][:, -last:]))
-
-    def positions_and_mask(self, input_ids: Tensor, attention_mask: Tensor | None,
-                           past: int) -> tuple[Tensor, Tensor | None]:
-        """The positions (1 or B, T) of tokens after `past` others, and which tokens each sees (see Context)."""
-        T = input_ids.shape[1]
-        positions = torch.arange(past, past + T, device=input_ids.device)[None]
-        several = past > 0 and T > 1
-        if several and attention_mask is None:
-            raise ValueError(f"{T} tokens at once after a cache of {past}: pass the attention_mask, padding included")
-        if attention_mask is None or not several and bool(attention_mask.all()):
-            return positions, None
-        seen = attention_mask.bool()
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # padding takes no position
-        if T == 1:
-            return positions, seen[:, None, None]
-        i = torch.arange(past + T, device=seen.device)  # padding sees itself, so that no row of the softmax is empty
-        return positions, (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
 
     def mean_loss(self, h: Tensor, labels: Tensor, shared: SharedPrefix | None) -> Tensor:
         targets, weight = F.pad(labels[:, 1:], (0, 1), value=-100), torch.ones_like(labels)
@@ -277,7 +251,7 @@ class CausalLM(Transformer):
         return (losses * weight).sum() / weight.sum()
 
     def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, one entry per layer."""
+        """Empty, for `batch` sequences of up to `capacity` tokens."""
         like, shape = self.norm.weight, (batch, self.config.heads_kv, capacity, self.config.d_head)
         empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # like.new_empty would be sharded too
         return [KeyValues(empty(), empty()) for _ in self.blocks]
@@ -293,11 +267,8 @@ class Llama(CausalLM):
     }, unused=["layers.{}.self_attn.rotary_emb.inv_freq"])
 
     def __init__(self, c: config.LlamaConfig):
-        super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), head_bias=False)
-        self.dropout = nn.Identity()
-
-    def rotary(self, positions: Tensor) -> Tensor:
-        return rotary_angles(positions, self.config.d_head, self.config.rope_theta, self.config.rope_scaling)
+        super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), nn.Identity(), head_bias=False)
+        self.rotary = partial(rotary_angles, dim=c.d_head, theta=c.rope_theta, scaling=c.rope_scaling)
 
 
 class GPTJ(CausalLM):
@@ -308,11 +279,9 @@ class GPTJ(CausalLM):
     }, unused=["h.{}.attn.bias", "h.{}.attn.masked_bias"])  # old files hold the causal mask
 
     def __init__(self, c: config.GPTJConfig):
-        super().__init__(c, GPTJBlock, nn.LayerNorm(c.hidden_size, c.layer_norm_eps), head_bias=True)
-        self.dropout = nn.Dropout(c.embd_pdrop)
-
-    def rotary(self, positions: Tensor) -> Tensor:
-        return rotary_angles(positions, self.config.rotary_dim or self.config.d_head, 10000.0)
+        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        super().__init__(c, GPTJBlock, norm, nn.Dropout(c.embd_pdrop), head_bias=True)
+        self.rotary = partial(rotary_angles, dim=c.rotary_dim or c.d_head, theta=10000.0)
 
 
 class BertEmbeddings(nn.Module):
@@ -320,10 +289,11 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, c: config.BertConfig):
         super().__init__()
-        self.word = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        self.segment = nn.Embedding(c.type_vocab_size, c.hidden_size)
-        self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        d = c.hidden_size
+        self.word = nn.Embedding(c.vocab_size, d)
+        self.position = nn.Embedding(c.max_position_embeddings, d)
+        self.segment = nn.Embedding(c.type_vocab_size, d)
+        self.norm = nn.LayerNorm(d, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -332,7 +302,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertHead(nn.Module):
-    """BERT's pooler, of the first token, and a linear layer to n classes, or n = 1 number."""
+    """The pooler, on the first token, and a linear layer to num_labels classes (1: to a number)."""
 
     def __init__(self, c: config.BertConfig, num_labels: int):
         super().__init__()
@@ -369,15 +339,14 @@ class Bert(Transformer):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, *,
                 labels: Tensor | None = None, return_hidden: bool = False) -> Tensor | list[Tensor]:
         """Hidden states (B, T, d); with a head its logits (B, n); with `labels` (B,) too the mean cross-entropy, or for
-        n = 1 the mean squared error. ValueError for more tokens than there are positions."""
+        n = 1 the mean squared error. ValueError for more tokens than positions."""
         T, most = input_ids.shape[1], self.config.max_position_embeddings
         if T > most:
             raise ValueError(f"expected at most {most} tokens, the positions of this BERT, got {T}; shorten the text")
-        positions = torch.arange(T, device=input_ids.device)[None]
-        mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
+        positions, mask = torch.arange(T, device=input_ids.device)[None], None
+        if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-            if not bool(attention_mask[:, 0].all()):  # padding on the left: the first real token has position 0
+            if not attention_mask[:, 0].all():  # padding on the left takes no position
                 positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
@@ -397,18 +366,17 @@ class Bert(Transformer):
 FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
 
 
-def from_pretrained(name_or_dir: str | PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu",
+def from_pretrained(name_or_dir: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
                     num_labels: int | None = None, base_bits: int | None = None) -> nn.Module:
     """The model of a short name, folder, .gguf file or hub id (see locate.py), in eval mode; m.config is its Config.
-    Arguments and errors: see build and load_weights."""
+    The rest as in build and load_weights."""
     path = locate.locate(name_or_dir)
     return load_weights(build(config.read_spec(path), path, num_labels), path, dtype, device, base_bits)
 
 
 def build(spec: dict, path: object = "config.json", num_labels: int | None = None) -> nn.Module:
-    """A model without weights (on the meta device) from a config.json's contents; `path` is for errors.
-
-    `num_labels`: a BERT with a head of so many classes (1: a number). ValueError names an unsupported setting."""
+    """A model without weights (on the meta device) from a config.json's contents; `num_labels`: a BERT with a head of
+    so many classes (1: a number). ValueError names `path` and what is not supported."""
     c, family = config.parse(spec, path), FAMILIES[spec["model_type"]]
     if num_labels and family is not Bert:
         raise ValueError(f"num_labels {num_labels}: expected a BERT, only it has a classifier, got a {family.__name__}")
@@ -420,8 +388,8 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
                  base_bits: int | None = None) -> nn.Module:
     """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
 
-    A BERT's head starts small and random if the file has none. `base_bits` 8 or 4: the blocks' matrices are quantized
-    (see quantized.py) as they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
+    A BERT's head that the file lacks starts small and random. `base_bits` 8 or 4: the blocks' matrices are quantized as
+    they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
     expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
     headless = getattr(m, "classifier", None) is None
     for name, tensor in weights.tensors(path):
@@ -429,7 +397,7 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
         if new is None or new == "head.weight" and tied or headless and new.startswith("classifier."):
             continue
         if new not in expected:
-            raise ValueError(f"{path}: unexpected tensor {quoted(name)} for this config.json")
+            raise ValueError(f"{path}: unexpected tensor {files.quoted(name)} for this config.json")
         if tensor.shape != expected[new].shape or not tensor.is_floating_point():
             raise ValueError(f"{path}: tensor {name!r}: expected floating-point numbers of shape "
                              f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
@@ -450,13 +418,12 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
     return m.eval()
 
 
-class SkipInit(TorchFunctionMode):
-    """Skips initial weights: the meta device holds none, and drawing them makes PyTorch import for a second."""
+class SkipInit(torch.overrides.TorchFunctionMode):
+    """Draws no weights on the meta device, which holds none: PyTorch would import for a second."""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f not in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_):
-            return f(*args, **(kwargs or {}))
-        return None
+        drawing = f in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
+        return None if drawing else f(*args, **(kwargs or {}))
 
 
 def put(m: nn.Module, name: str, tensor: Tensor) -> None:
@@ -466,5 +433,5 @@ def put(m: nn.Module, name: str, tensor: Tensor) -> None:
 
 def loss(m: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:
     """The mean cross-entropy of the labelled tokens, each predicted from those before it: labels (B, T), -100 for none;
-    of a BERT with a head: labels (B,). Goes through m.__call__, as hidden_states and generate do."""
+    of a BERT with a head: labels (B,)."""
     return m(input_ids, attention_mask, labels=labels, **inputs)

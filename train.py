@@ -1,19 +1,16 @@
 """Fine-tunes a backbone with adapters or LoRA, plain or SIBO: `python train.py` is the whole main job.
 
-`execute` tells the story of one run: load, baseline, inject, fit, save, score. Its options and recipes are in
-sibo_lab/training. Departures from the official code: the frozen model is scored too, the plain method is the same code
-with λ = 0, and examples that the cutoff shortens are counted and reported."""
+`execute` tells one run as a story: load, baseline, inject, fit, save, score. Departures from the official code: the
+frozen model is scored too, the plain method is the same code with λ = 0, and what the cutoff shortens is counted."""
 
-from __future__ import annotations
-
-import argparse
 import copy
 import json
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +20,12 @@ from torch import nn
 import eval as evaluation
 import model
 import sibo
-from sibo_lab import cli, files, parallel
+from sibo_lab import cli, files
 from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
+from sibo_lab.parallel import all_gather_dicts, one_rank_at_a_time, rank, wrap
 from sibo_lab.placement import place
 from sibo_lab.training import estimate, loop, options, resume, run_folder
 from sibo_lab.training.options import parser
@@ -36,100 +34,94 @@ from sibo_lab.training.recipes import Run
 
 @dataclass
 class Data:
-    """What a run learns from, chooses its best checkpoint by, and is scored on: each test with its task."""
+    """What a run learns from, is scored on, and chooses its best checkpoint by."""
 
     task: tasks.Task
     train: Sequence
-    valid: Sequence
     tests: Sequence[tuple[tasks.Task, Sequence]]
+    valid: Sequence = ()
 
 
 @dataclass
 class Backbone:
-    """Where it is, what its config.json says, the model without weights, of which each run fills a copy, and once it is
-    measured what it scores frozen, with Eq. (3) of each hidden state."""
+    """Where it is, its config.json, the model without weights, which each run fills, and, once measured, its score."""
 
     path: Path
     spec: dict
     skeleton: nn.Module
-    baseline: tuple[scoring.Score, list[float]] | None = None
+    baseline: run_folder.Measured | None = None
 
     def load(self, run: Run) -> nn.Module:
-        """With the seed set for whatever is drawn; to be sharded: on the CPU, where files are mapped."""
+        """Seeds whatever is drawn next. What is to be sharded stays on the CPU, where files are mapped."""
         torch.manual_seed(run.seed)
         return model.load_weights(copy.deepcopy(self.skeleton), self.path, getattr(torch, run.dtype),
                                   "cpu" if run.shard else run.device, run.base_bits)
 
 
-# -------------------------------------------------------------------------------------------------------------- one run
-
-
 def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resuming: bool) -> dict:
-    """Trains, scores and writes one run, and returns its result. The frozen backbone is measured if it was not yet."""
+    """Trains, scores and writes one run, and returns its result."""
     out = Path(run.out)
     estimate.reset_peak(run.device)
     m = backbone.load(run)
     t = tokenizer.for_model(backbone.path, m.config.vocab_size, "pad" if d.task.num_labels else "eos")
-    pad = t.eos_id if t.pad_id is None else t.pad_id
     rows, valid = encode(d.train, t, run), encode(d.valid, t, run)
-    cut, unlabelled = report_cut(rows, valid, run)
-    texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
+    cut = count_cut(rows, valid, run)
     if not backbone.baseline:
         if run.shard:
-            parallel.wrap(m, run.device, True)
-        frozen = majority(d, t, run) if d.task.num_labels else measure(m, t, d.tests, run, 50)
-        backbone.baseline = frozen, evaluation.layer_similarities(m, texts, pad)
+            wrap(m, run.device, True)
+        backbone.baseline = measure(m, t, d, run, frozen=True)
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)
     m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
-    if not parallel.rank():
+    if not rank():
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
     validate = partial(validation, t=t, d=d, rows=valid, run=run) if valid else None
-    trained = loop.fit(m, rows, pad, run, validate, every, resuming)
+    trained = loop.fit(m, rows, t.eos_id if t.pad_id is None else t.pad_id, run, validate, every, resuming)
     sibo.save(m, out)
-    score, curve = measure(m, t, d.tests, run), evaluation.layer_similarities(m, texts, pad)
+    measured = measure(m, t, d, run)
     digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
         task.name: batch.digest(test) for task, test in d.tests}
-    result = run_folder.result(m, run, score, curve, *backbone.baseline, cut, unlabelled, trained, digests)
-    if not parallel.rank():
-        files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in score.records))
+    result = run_folder.result(m, run, measured, backbone.baseline, cut, trained, digests)
+    if not rank():
+        files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in measured[0].records))
         files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
         shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
     return result
 
 
 def encode(examples: Sequence, t: Tokenizer, run: Run) -> list[batch.Row]:
-    """Examples or sentences as token ids and labels, cut to run.cutoff."""
     return [batch.encode_sentence(e, t, run.cutoff) if isinstance(e, tasks.Sentence) else
             batch.encode(e, t, run.cutoff, run.train_on_inputs, run.protocol) for e in examples]
 
 
-def report_cut(rows: Sequence[batch.Row], valid: Sequence[batch.Row], run: Run) -> tuple[int, int]:
-    """How many training examples the cutoff shortens, and how many it leaves without a label; both are printed.
-    ValueError where no training or no validation example has one."""
-    cut, unlabelled = sum(r.cut for r in rows), []
-    for kind, part in (("training", rows), ("validation", valid)):
-        unlabelled.append(sum(isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part))
-        if part and unlabelled[-1] == len(part):
+def count_cut(rows: Sequence[batch.Row], valid: Sequence[batch.Row], run: Run) -> dict[str, int]:
+    """How many training examples the cutoff shortens, or leaves without a label, also printed. ValueError where it
+    leaves none to train or to validate on."""
+    lost = [[isinstance(r.labels, list) and set(r.labels[1:]) <= {-100} for r in part] for part in (rows, valid)]
+    for kind, part in zip(("training", "validation"), lost, strict=True):
+        if part and all(part):
             raise ValueError(f"--cutoff {run.cutoff}: expected labelled tokens in the {len(part)} {kind} examples, got "
                              "none: their prompts fill it; raise it")
-    for n, what in ((cut, f"cut off at {run.cutoff} tokens"), (unlabelled[0], "left without a label")):
-        if n and not parallel.rank():
+    cut, unlabelled = sum(r.cut for r in rows), sum(lost[0])
+    for n, what in ((cut, f"cut off at {run.cutoff} tokens"), (unlabelled, "left without a label")):
+        if n and not rank():
             print(f"{n} of {len(rows)} training examples are {what} (--cutoff)", file=sys.stderr)
-    return cut, unlabelled[0]
+    return {"examples_cut_off": cut, "examples_without_label": unlabelled}
 
 
-def majority(d: Data, t: Tokenizer, run: Run) -> scoring.Score:
-    """What always guessing the commonest class scores: a BERT without a trained head knows no better."""
-    return scoring.mean({task.name: scoring.majority(task, d.train, encode(test, t, run)) for task, test in d.tests})
-
-
-def measure(m: nn.Module, t: Tokenizer, tests: Sequence[tuple[tasks.Task, Sequence]], run: Run,
-            first: int | None = None) -> scoring.Score:
-    """The score of each test on its first examples, and of several their mean."""
-    return scoring.mean({
-        task.name: scoring.score_sentences(m, t, task, encode(test[:first], t, run)) if task.num_labels
-        else scoring.score_examples(m, t, task, test[:first], protocol=run.protocol) for task, test in tests})
+def measure(m: nn.Module, t: Tokenizer, d: Data, run: Run, frozen: bool = False) -> run_folder.Measured:
+    """The tests' mean score, and Eq. (3) of each hidden state. Frozen, an LLM answers 50 examples; a BERT, its head
+    untrained, scores as always guessing the commonest class would."""
+    scores = {}
+    for task, test in d.tests:
+        if task.num_labels:
+            rows = encode(test, t, run)
+            found = scoring.majority(task, d.train, rows) if frozen else scoring.score_sentences(m, t, task, rows)
+        else:
+            found = scoring.score_examples(m, t, task, test[:50] if frozen else test, protocol=run.protocol)
+        scores[task.name] = found
+    texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
+    return scoring.mean(scores), evaluation.layer_similarities(m, texts, t.pad_id or 0)
 
 
 @torch.no_grad()
@@ -147,69 +139,66 @@ def validation(m: nn.Module, t: Tokenizer, d: Data, rows: Sequence[batch.Row], r
     return -loss / total
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def main(args: argparse.Namespace, several: bool = False) -> list[Run]:
-    """One run, or (with lists, or `several`) a folder of runs and their table; returns those that are there now."""
+def main(args: Namespace, several: bool = False) -> list[Run]:
+    """One run, or (with lists, or `several`) a folder of runs and their table; returns the runs."""
     choices, dry = options.grid(args), args.dry_run or args.explain
     several |= len(choices) > 1
     for one in choices:
         options.check_options(one)
-    learned, train, tests = read_data(args, dry)
-    backbone = find_backbone(args, learned, dry)
-    runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], learned, len(train)), args, several)
+    d = read_data(args, dry)
+    backbone = find_backbone(args, d.task, dry)
+    runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], d.task, len(d.train)), args, several)
             for one in choices]
     if dry:
-        unknown = "epochs" if args.steps or learned.kind == "word-problems" else "" if train else "steps"
+        unknown = "epochs" if args.steps or d.task.kind == "word-problems" else "" if d.train else "steps"
         for run in runs:
-            print(estimate.explain_run(run, backbone.skeleton) if args.explain else
-                  estimate.dry_run(run, backbone.spec, learned, unknown))
+            print(estimate.explain(run, copy.deepcopy(backbone.skeleton)) if args.explain else
+                  estimate.dry_run(run, backbone.spec, d.task, unknown))
         return []
     for run in runs:  # what does not fit the model is said before weights are read
         if run.settings:
             place(backbone.skeleton, run.settings)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
-    results = train_all(runs, args, learned, train, tests, backbone)
-    if parallel.rank():
+    results = train_all(runs, args, d, backbone)
+    if rank():
         return runs
     if args.compare:
         pictures.draw_training(runs, results)
     folder = Path(runs[0].out).parent
     print(f"{compare.tables(compare.read([folder]))}\n{folder}/" if several else
-          compare.side_by_side(results) + "\n" + "\n".join(f"{run.out}/" for run in runs))
+          "\n".join([compare.side_by_side(results), *(f"{run.out}/" for run in runs)]))
     return runs
 
 
-def read_data(args: argparse.Namespace, dry: bool) -> tuple[tasks.Task, list, list[tuple[tasks.Task, list]]]:
-    """The (first) task to learn, the training examples (word problems are made for each run), each test's examples."""
+def read_data(args: Namespace, dry: bool) -> Data:
+    """The (first) task to learn, the training examples (word problems are made for each run), and the tests'."""
     learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
-    tests, (task, *_) = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned, learned
+    task, made = learned[0], learned[0].kind == "word-problems"
+    tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
     if task.num_labels and args.protocol == "paper":
         raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
-    there = task.kind != "word-problems" and all((folder / file).is_file() for t in learned for file in t.train)
-    train = [row for t in learned for row in readers.load(t, "train", folder)] if there or not (
-        dry or task.kind == "word-problems") else []
+    absent = any(not (folder / file).is_file() for t in learned for file in t.train)
+    train = [] if made or dry and absent else [row for t in learned for row in readers.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [
         (t, readers.load(t, "test", folder, args.limit)) for t in tests]
-    for t, test in () if parallel.rank() else tests:
+    for t, test in () if rank() else tests:
         if t.train and not t.test:
             print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
                   file=sys.stderr)
         if seen := readers.overlap(train, test):
             print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
-                  f"answer to one may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
-    return task, train, tests
+                  f"answer may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
+    return Data(task, train, tests)
 
 
-def find_backbone(args: argparse.Namespace, task: tasks.Task, dry: bool) -> Backbone:
+def find_backbone(args: Namespace, task: tasks.Task, dry: bool) -> Backbone:
     """Located once, built once. A dry run of a large model reads its shape from a table and fetches nothing."""
     spec, path = dry and locate.SHAPES.get(args.backbone), Path(args.backbone)
     if not spec:
-        path = parallel.one_rank_at_a_time(lambda: locate.locate(args.backbone, config_only=dry))
+        path = one_rank_at_a_time(lambda: locate.locate(args.backbone, config_only=dry))
         spec = config.read_spec(path)
     config.parse(spec, args.backbone)
     if (spec["model_type"] == "bert") != bool(task.num_labels):
@@ -218,22 +207,21 @@ def find_backbone(args: argparse.Namespace, task: tasks.Task, dry: bool) -> Back
     return Backbone(path, spec, model.build(spec, args.backbone, task.num_labels or None))
 
 
-def train_all(runs: Sequence[Run], args: argparse.Namespace, task: tasks.Task, train: Sequence,
-              tests: Sequence[tuple[tasks.Task, Sequence]], backbone: Backbone) -> list[dict]:
+def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone) -> list[dict]:
     """The results of the runs; those of finished ones are read. One process at a time trains in a folder."""
-    claimed = parallel.one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
-    results = [result for _, result in sorted(parallel.all_gather_dicts(dict(enumerate(claimed or ()))).items())]
-    if not parallel.rank() and any(results):
+    claimed = one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
+    results = list(all_gather_dicts(dict(enumerate(claimed or ()))).values())
+    if not rank() and any(results):
         print(f"{sum(map(bool, results))} of {len(runs)} runs are finished: read, not run again", file=sys.stderr)
     for i, run in enumerate(runs):
         if results[i]:
             continue
-        rows = train or readers.load(task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
+        rows = d.train or readers.load(d.task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
         rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
-        with parallel.one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
-            results[i] = execute(run, Data(task, rows, valid, tests or [(task, valid)]), backbone, args.save_every,
-                                 args.resume)
-            if not parallel.rank():
+        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid)])
+        with one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
+            results[i] = execute(run, mine, backbone, args.save_every, args.resume)
+            if not rank():
                 pictures.draw_training([run], [results[i]])
     return results
 

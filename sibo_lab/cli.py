@@ -7,34 +7,41 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sibo_lab import parallel
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and "python" before the name of each command and subcommand."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_argument("--offline", action="store_true", help="touch no network, as HF_HUB_OFFLINE=1")
 
+    @property
+    def prog(self) -> str:
+        return f"python {self._name}"
+
+    @prog.setter
+    def prog(self, name: str) -> None:
+        self._name = name.removeprefix("python ")
+
     def error(self, message: str):
-        raise ValueError(f"{message}; see python {self.prog} --help")
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def format_table(rows: Sequence[Sequence[object]], left: Container[int] = (0,)) -> str:
-    """Rows of cells as lines of text; the columns `left` are aligned on the left, the others on the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell!s:{'<' if i in left else '>'}{width}}" for i, (cell, width) in
-                               enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+def format_table(rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)) -> str:
+    """Rows of cells as lines of text, the columns `left` aligned on the left, the others on the right."""
+    line = "  ".join(f"{{!s:{'<' if i in left else '>'}{max(map(len, map(str, column)))}}}"
+                     for i, column in enumerate(zip(*rows, strict=True)))
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 def run(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser,
         argv: Sequence[str] | None = None) -> None:
-    """Calls `main` with the options in `argv` (None: the command line's). A ValueError or OSError holds a line for the
-    user, and ends the command."""
+    """Calls `main` with the options in `argv` (None: the command line's). A ValueError or OSError is for the user."""
     try:
         with parallel.group():
             args = parser.parse_args(argv)
@@ -56,7 +63,7 @@ def run(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentP
 
 
 def without_secrets(text: str) -> str:
-    """`text` without the hub's tokens: the one in use, and any that looks like one."""
+    """`text` without the hub's token, and any that looks like one."""
     text = re.sub(r"\bhf_\w{4,}", "hf_…", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "…")
@@ -65,19 +72,17 @@ def without_secrets(text: str) -> str:
 
 @contextmanager
 def stop_asked() -> Iterator[list[int]]:
-    """Within it, a first Ctrl-C or SIGTERM is only noted in the list, so that the caller can stop where nothing is
-    lost; a second one stops at once."""
-    asked: list[int] = []
+    """Notes a first Ctrl-C or SIGTERM in the list, so that the caller can stop where nothing is lost; a second stops at
+    once."""
+    asked = []
 
-    def note(number: int, _) -> None:
+    def note(number, _):
         if asked:
             raise KeyboardInterrupt("stopped", 128 + number)
         asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
-        yield asked
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # other threads get no signals
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield asked
     finally:

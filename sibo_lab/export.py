@@ -1,8 +1,6 @@
-"""A run as other libraries' files, and theirs as ours: peft's LoRA folders, Hugging Face's checkpoint folders.
-
-peft (0.21) holds W + s·AB and nothing of h0, so it takes plain LoRA only. A Hugging Face folder takes what folds into
-the weights: all of a plain LoRA; of LoRA-SIBO all but the branch h0·[A][λsB], which gets its own file. The weights then
-have a name that transformers does not load, for without the branch they are another model."""
+"""A run as other libraries' files, and theirs as ours: peft's LoRA folders (peft 0.21: plain LoRA, nothing of h0), and
+Hugging Face's checkpoints: what folds into the weights. The branch h0·[A][λsB] of LoRA-SIBO gets its own file, and the
+weights a name that transformers does not load, for without the branch they are another model."""
 
 import json
 import re
@@ -24,31 +22,29 @@ PEFT = "base_model.model."  # begins all of peft's names
 
 
 def their_name(m: nn.Module, ours: str) -> str:
-    """Hugging Face's name of one of our modules or weights: a LLaMA's blocks.3.attn.q_proj is
-    model.layers.3.self_attn.q_proj. A BERT without a head is their BertModel, whose names have no prefix."""
-    number = re.search(r"\.(\d+)\.", ours)
-    template = ours.replace(number[0], ".{}.", 1) if number else ours
+    """Hugging Face's name of one of our modules or weights: blocks.3.attn.q_proj of a LLaMA is their
+    model.layers.3.self_attn.q_proj. ValueError if they have no such part."""
+    template = re.sub(r"\.\d+\.", ".{}.", ours, count=1)
     names = {mine: theirs for theirs, mine in m.names.items()}
     theirs = names.get(template) or names.get(f"{template}.weight", "").removesuffix(".weight")
     if not theirs:
         raise ValueError(f"{ours}: expected a part that transformers' {type(m).__name__} has too, got one of ours only")
-    bare = re.match(r"lm_head|classifier", theirs) or hasattr(m, "classifier") and m.classifier is None
-    return ("" if bare else m.prefix) + theirs.format(number and number[1])
+    bare = re.match(r"lm_head|classifier", theirs) or getattr(m, "classifier", m) is None  # None: their BertModel
+    return ("" if bare else m.prefix) + theirs.format(*re.findall(r"\.(\d+)\.", ours))
 
 
 def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights. ValueError for
     what peft cannot express: adapters, λ > 0, full fine-tuning."""
     s = getattr(m, "sibo", None)
-    if s is None or s.method != "lora" or s.lam:
-        got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else f"λ = {s.lam}"
-        raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft's modules never see h0, and none is a "
-                         "bottleneck adapter; LoRA-SIBO can be exported with hf, folded")
+    got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else s.lam and f"λ = {s.lam}"
+    if got:
+        raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft has no h0, no adapters; hf folds SIBO")
     loras = {their_name(m, n): x for n, x in m.named_modules() if isinstance(x, sibo.LoRA)}
     head = {PEFT + their_name(m, n): p for n, p in m.named_parameters() if n.startswith("classifier.")}
     tensors = {f"{PEFT}{n}.lora_{letter}.weight": p for n, x in loras.items()
                for letter, p in (("A", x.down), ("B", x.up))} | head
-    files.write_tensors(folder / "adapter_model.safetensors", {n: p.detach() for n, p in tensors.items()}, {})
+    files.write_tensors(folder / "adapter_model.safetensors", tensors, {})
     files.write(folder / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "base_model_name_or_path": backbone, "inference_mode": True, "bias": "none",
         "task_type": "SEQ_CLS" if head else "FEATURE_EXTRACTION" if hasattr(m, "classifier") else "CAUSAL_LM",
@@ -58,7 +54,7 @@ def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
 
 
 def from_peft(m: nn.Module, folder: Path) -> nn.Module:
-    """Puts a LoRA that peft saved onto our model `m`, in place, and returns it; ValueError for any other kind."""
+    """Puts a LoRA that peft saved onto our model `m`, in place; ValueError for any other kind."""
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     spec, stored = files.read_json(file), files.read_tensors(weights)[0]
     for key, plain in PLAIN_LORA.items():
@@ -83,12 +79,10 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold."""
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
-        raise ValueError("--export hf: expected a W that reads h, got frozen_too, where it reads h̃; transformers has "
-                         "no such module")
+        raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
     if s and s.lam:  # of BERT's embeddings, only the parts have names in the map
         h0 = their_name(m, f"{s.h0}.word").rpartition(".")[0] if s.h0 == "embeddings" else their_name(m, s.h0)
-    if s:
-        sibo.merge(m)
+    sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
     kind = {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM",
@@ -125,8 +119,8 @@ def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @torch.no_grad()
 def attach(theirs: nn.Module, folder: Path) -> nn.Module:
-    """Puts a folded LoRA-SIBO, as to_hugging_face wrote it, into transformers' own model of its config.json, in place:
-    the weights, and h0's branch as hooks: y ← y + (h0 A) B."""
+    """Puts a folded LoRA-SIBO, as to_hugging_face wrote it, into transformers' model of its config.json, in place: the
+    weights, and h0's branch as hooks: y ← y + (h0 A) B."""
     weights, _ = files.read_tensors(folder / "folded.safetensors")
     branch, metadata = files.read_tensors(folder / "h0_branch.safetensors")
     parameters = {n: p for n, p in theirs.named_parameters()  # a tied head; a pooler that our BertModel lacks

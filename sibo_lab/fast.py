@@ -18,8 +18,8 @@ def mixed_linear(x: Tensor, W: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout for p in [0, 1). On CPUs it draws the distances between dropped elements, not one number per element:
-    at p = 0.05 a thirteenth of the time."""
+    """F.dropout for p in [0, 1). On CPUs it draws the gaps between dropped elements: at p = 0.05 a thirteenth of the
+    time."""
     if not (training and p):
         return x
     return _drop(x, p)[0] if x.device.type == "cpu" else F.dropout(x, p)
@@ -27,20 +27,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 @torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, which draws slowly
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
-    """x / (1 − p), and 0 at the given places. Linear in x and its own transpose: the backward pass is the same call."""
-    y = _like(x)
-    torch.div(x, 1 - p, out=y)
-    y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
+    """x / (1 − p), but 0 at the places. Linear in x and its own transpose: the backward pass is the same call."""
+    flat = x.new_empty(x.numel() + 1)  # the last one is for places past the end
+    y = torch.div(x, 1 - p, out=flat[:-1].view(x.shape))
+    flat.index_fill_(0, places, 0)
     return y
 
 
-def _like(x: Tensor) -> Tensor:
-    """Empty, of x's shape, with one more element after it, for the places past the end."""
-    return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
-
-
 def _draws(n: int, p: float) -> int:
-    """How many gaps to draw for n elements: 7 standard deviations more than needed, or more."""
+    """Gaps to draw for n elements: at least 7 standard deviations more than needed."""
     return n * math.ceil(1.2 * 1024 * p) // 1024 + 64
 
 
@@ -52,14 +47,8 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return _zero(x.contiguous(), places, p), places
 
 
-@_zero.register_fake
-def _(x, places, p):
-    return _like(x)
-
-
-@_drop.register_fake
-def _(x, p):
-    return _like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)
+_zero.register_fake(lambda x, places, p: x.new_empty(x.shape))
+_drop.register_fake(lambda x, p: (x.new_empty(x.shape), torch.empty(_draws(x.numel(), p), dtype=torch.int64)))
 
 
 def _keep_places(ctx, inputs, output):
@@ -81,19 +70,19 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, b, labels, weight, chunk):
         wide = torch.promote_types(h.dtype, torch.float32)
-        loss, weight = h.new_zeros((), dtype=wide), weight[:, None].to(wide)
+        loss, labels, weight = h.new_zeros((), dtype=wide), labels[:, None], weight[:, None].to(wide)
         dh, dW, db = (torch.zeros_like(x) if need else None
                       for x, need in zip((h, W, b), ctx.needs_input_grad, strict=False))
-        for h_, labels_, weight_, dh_ in zip(h.split(chunk), labels[:, None].split(chunk), weight.split(chunk),
-                                             (h if dh is None else dh).split(chunk), strict=True):
-            log_p = F.linear(h_, W, b).log_softmax(-1, wide)  # (chunk, V)
-            loss -= (weight_ * log_p.gather(1, labels_)).sum()
-            if any(ctx.needs_input_grad):
-                d = log_p.exp_().scatter_add_(1, labels_, torch.full_like(weight_, -1.0)).mul_(weight_).to(h.dtype)
-                if dh is not None:  # ∂loss/∂logits = weight · (softmax − one-hot)
-                    torch.mm(d, W, out=dh_)
+        for start in range(0, len(h), chunk):
+            at = slice(start, start + chunk)
+            log_p = F.linear(h[at], W, b).log_softmax(-1, wide)  # (chunk, V)
+            loss -= (weight[at] * log_p.gather(1, labels[at])).sum()
+            if any(ctx.needs_input_grad):  # ∂loss/∂logits = weight · (softmax − one-hot)
+                d = log_p.exp_().scatter_add_(1, labels[at], -torch.ones_like(weight[at])).mul_(weight[at]).to(h.dtype)
+                if dh is not None:
+                    torch.mm(d, W, out=dh[at])
                 if dW is not None:
-                    dW += d.T @ h_
+                    dW += d.T @ h[at]
                 if db is not None:
                     db += d.sum(0)
         ctx.save_for_backward(dh, dW, db)
@@ -106,32 +95,30 @@ class _CrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def prepacked_weights(m: nn.Module, most: int = 2**30) -> Iterator[None]:
-    """While in it, each nn.Linear of a bfloat16 CPU model multiplies with a copy of its weight in oneDNN's layout, in
-    half the time for few rows: PyTorch repacks the weight in every call. Not for models of more than `most` bytes."""
+    """Inside, each nn.Linear of a bfloat16 CPU model multiplies with a copy of its weight in oneDNN's layout, in half
+    the time for few rows: PyTorch repacks the weight in every call. Not for more than `most` bytes."""
     linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
                and x.weight.device.type == "cpu" and x.weight.dtype == torch.bfloat16]
-    if sum(x.weight.numel() * 2 for x in linears) > most or not torch.backends.mkldnn.is_available():
+    if sum(x.weight.nbytes for x in linears) > most or not torch.backends.mkldnn.is_available():
         linears = []
+    ops = torch.ops.mkldnn
     try:
         for x in linears:
-            x.forward = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(x.weight.detach()), x.bias)
+            x.forward = partial(ops._linear_pointwise, W=ops._reorder_linear_weight(x.weight.detach()), B=x.bias,
+                                attr="none", scalars=[], algorithm="")
         yield
     finally:
         for x in linears:
             del x.forward
 
 
-def _linear(W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
     """softmax(q kᵀ / √D) v for q (B, H, T, D) and k, v (B, H, S, D); `mask` (bool) is True where a query may look."""
     B, H, T, _ = q.shape
     if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and T <= 256:
-        # the plain formula: here PyTorch's fused kernel takes three times as long, mostly in the backward pass
+        # the plain formula: PyTorch's fused kernel takes three times as long, mostly in the backward pass
         later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         return (F.dropout(scores.softmax(-1), dropout) @ v).unflatten(0, (B, H))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)

@@ -1,7 +1,7 @@
-"""Files in and out: atomic writes, and checked reads of JSON and tensors.
+"""Files in and out: atomic writes, checked reads.
 
-Files may come from strangers: nothing is unpickled here, headers are checked before memory is allocated, and anything
-wrong is a ValueError that names the file (see tests/fuzz.py)."""
+Files may come from strangers: nothing is unpickled, headers are checked before memory is taken, and what is wrong is a
+ValueError that names the file (see tests/fuzz.py)."""
 
 import difflib
 import json
@@ -11,7 +11,7 @@ import re
 import reprlib
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,26 +20,27 @@ from safetensors.torch import save_file
 
 from sibo_lab import parallel
 
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
 
 def cache() -> Path:
-    """$SIBO_CACHE, else ~/.cache/sibo (or $XDG_CACHE_HOME/sibo)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("SIBO_CACHE") or home / "sibo")
+    env = os.environ.get
+    return Path(env("SIBO_CACHE") or Path(env("XDG_CACHE_HOME") or Path.home() / ".cache", "sibo"))
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE, which --offline sets, forbids use of the network."""
+    """Whether HF_HUB_OFFLINE, which --offline sets, forbids the network."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """"; did you mean …?" with similar names, or ""."""
-    similar = difflib.get_close_matches(name.lower(), list(known), 4, 0.4)
+    similar = difflib.get_close_matches(name.lower(), known, 4, 0.4)
     return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def check_archive(z: zipfile.ZipFile) -> None:
-    """ValueError names a member that leads out of the folder, is a link, or is packed in an unusual way."""
+    """ValueError names a member that leads elsewhere or is packed in an unusual way."""
     for info in z.infolist():
         name = info.filename
         wrong = ("leads out of its folder" if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) else
@@ -52,7 +53,7 @@ def check_archive(z: zipfile.ZipFile) -> None:
 
 
 class Reader:
-    """Takes bytes one after another; `whole` begins its errors, as in "m.gguf: not a whole GGUF file"."""
+    """Takes bytes one after another; `whole` begins errors, as in "m.gguf: not a whole GGUF file"."""
 
     def __init__(self, data: bytes | mmap.mmap, whole: str):
         self.data, self.whole, self.at = data, whole, 0
@@ -67,7 +68,7 @@ class Reader:
         return self.data[self.at - size:self.at]
 
 
-def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_safetensors(file: Path) -> Tensors:
     try:
         with safe_open(file, "pt") as f:
             names = list(f.offset_keys())
@@ -75,17 +76,16 @@ def read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(file, "pt") as f:
                 seen = 0
                 while names and seen < 1 << 28:
-                    name = names.pop(0)
-                    tensor = f.get_tensor(name)
+                    tensor = f.get_tensor(names[0])
                     seen += tensor.nbytes
-                    yield name, tensor
+                    yield names.pop(0), tensor
                     del tensor
     except SafetensorError as e:
         raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)}); fetch or copy it again") from None
 
 
-def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copies all of `stored` into `parameters`; ValueError names the first missing, unexpected or mis-shaped tensor."""
+def assign(parameters: dict[str, torch.nn.Parameter], stored: dict[str, torch.Tensor], path: Path) -> None:
+    """Copies all of `stored`, or none: ValueError names the first missing, unexpected or mis-shaped tensor."""
     for name in sorted(parameters.keys() | stored.keys()):
         expected, got = (tuple(x[name].shape) if name in x else "none" for x in (parameters, stored))
         if got != expected:
@@ -96,7 +96,6 @@ def assign(parameters: Mapping[str, torch.nn.Parameter], stored: Mapping[str, to
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, expected one that sibo.save wrote")
     stored = dict(read_safetensors(file))
@@ -104,17 +103,16 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return stored, f.metadata() or {}
 
 
-def write_tensors(file: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    write(file, lambda draft: save_file({n: t.contiguous() for n, t in stored.items()}, draft, dict(metadata)))
+def write_tensors(file: Path, stored: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    write(file, lambda draft: save_file({n: t.contiguous() for n, t in stored.items()}, draft, metadata))
 
 
 def write(file: Path, fill: Callable[[Path], object] | str) -> None:
-    """Writes text, or what `fill(draft path)` writes, beside `file`, flushes it to disk and renames it: whole or not at
-    all, even if the machine stops."""
+    """Writes text, or what fill(draft) writes, to a draft, flushes and renames it: whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: it is the format of a picture
+    draft = file.with_name(f".{os.getpid()}.{file.name}")  # keeps the suffix, a picture's format
     try:
-        draft.write_text(fill, encoding="utf-8") if isinstance(fill, str) else fill(draft)
+        draft.write_text(fill, "utf-8") if isinstance(fill, str) else fill(draft)
         flush(draft)
         os.replace(draft, file)
         flush(file.parent)
@@ -125,7 +123,7 @@ def write(file: Path, fill: Callable[[Path], object] | str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to disk."""
+    """Forces a file, or a folder's names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -135,34 +133,29 @@ def flush(path: Path) -> None:
 
 def read_json(file: Path) -> dict:
     """The JSON object in `file`; ValueError names the file and line if there is none."""
-    try:
-        found = parse_json(file.read_text(encoding="utf-8"), file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: not valid JSON ({e})") from None
-    if not isinstance(found, dict):
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    if not isinstance(found := parse_json(file.read_bytes(), file), dict):
         raise ValueError(f"{file}: expected an object, got a JSON {type(found).__name__}")
     return found
 
 
-def parse_json(text: str, file: object, line: int = 1) -> object:
-    """The value of a JSON text that begins on this line of `file`; ValueError names both if it is not valid (NaN)."""
+def parse_json(text: str | bytes, file: object, line: int = 1) -> object:
+    """The value of a JSON text that begins on this line of `file`; ValueError names both if it is invalid (NaN)."""
     def refuse(constant: str):
         raise ValueError(f"{constant} is no number")
 
     try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}, line {line + e.lineno - 1}: not valid JSON ({e.msg})") from None
-    except ValueError as e:  # NaN, or an integer of more than 4300 digits
-        raise ValueError(f"{file}, line {line}: not valid JSON ({e})") from None
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse)
+    except ValueError as e:  # also NaN, or an integer of more than 4300 digits
+        line, what = line + getattr(e, "lineno", 1) - 1, f"not valid JSON ({getattr(e, 'msg', e)})"
     except RecursionError:
-        raise ValueError(f"{file}, line {line}: nested too deeply, expected flat objects") from None
+        what = "nested too deeply, expected flat objects"
+    raise ValueError(f"{file}, line {line}: {what}")
 
 
 def quoted(value: object) -> str:
-    """A value from a file as an error shows it: its repr, shortened if long or deep."""
+    """The repr of a value from a file, shortened if long or deep, for errors."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return _clipped(short.repr(value))

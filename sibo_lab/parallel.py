@@ -1,8 +1,7 @@
-"""Many processes on many machines: all that passes between them.
+"""Many processes on many machines: all that passes between them. For a single one every call is the identity.
 
-`torchrun train.py …` starts one process per device; each holds the whole model (DistributedDataParallel) or, with
---shard, a slice of it (FSDP2: Zhao et al. 2023). For a single process every call is the identity. The official code
-trains on one GPU."""
+`torchrun train.py …` starts one per device; each holds the whole model (DistributedDataParallel) or, with --shard, a
+slice of it (FSDP2: Zhao et al. 2023). The official code trains on one GPU."""
 
 import os
 import sys
@@ -24,21 +23,20 @@ def rank() -> int:
 
 
 def world() -> int:
-    """The number of processes on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Joins the processes that torchrun started, if any (CPUs: gloo; GPUs: NCCL, one per process). ConnectionError when
-    another one ends, or is silent for half an hour."""
+    """Joins the processes that torchrun started, if any. ConnectionError when another ends, or is silent for half an
+    hour."""
     if "RANK" not in os.environ:
         yield
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # which GPU "cuda" means
-    dist.init_process_group(timeout=timedelta(minutes=30))
+    dist.init_process_group(timeout=timedelta(minutes=30))  # CPUs: gloo; GPUs: NCCL
     try:
         with redirect_stdout(None if rank() else sys.stdout):  # printing to None is silent
             yield
@@ -51,7 +49,7 @@ def group() -> Iterator[None]:
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other process said this before: an error of all is printed once."""
+    """Whether no other process did before."""
     try:
         return world() == 1 or dist.distributed_c10d._get_default_store().add(line, 1) == 1
     except dist.DistError:  # the process that counts is gone
@@ -59,12 +57,12 @@ def first_to_say(line: str) -> bool:
 
 
 def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any:
-    """Calls `work` on each process in turn (or the first `ranks`) and returns its result there. A ValueError or OSError
+    """Calls `work` on each process (or the first `ranks`) in turn and returns its result there; a ValueError or OSError
     of one is raised on all."""
     if not dist.is_initialized():
         return work()
     result = None
-    for turn in range(world() if ranks is None else ranks):
+    for turn in range(ranks or world()):
         error = [None]
         if turn == rank():
             try:
@@ -79,9 +77,9 @@ def one_rank_at_a_time(work: Callable[[], Any], ranks: int | None = None) -> Any
 
 def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
     """`m` as training calls it, with gradients averaged over the processes. `shard` slices it in place, block by block,
-    so that `device` never holds all of it, and replaces its parameters: make the optimizer afterwards."""
+    into new parameters: make the optimizer afterwards."""
     if shard:
-        from torch.distributed.fsdp import fully_shard  # takes a second that most commands need not wait
+        from torch.distributed.fsdp import fully_shard  # takes a second
 
         mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
         for unit in (*m.blocks, m):
@@ -95,8 +93,7 @@ def wrap(m: nn.Module, device: str, shard: bool) -> nn.Module:
 
 
 def _mean(_, bucket):
-    """Tensor by tensor: DDP rearranges its buckets after the first step, also of a resumed run, and a tensor's place in
-    them must change no bit."""
+    """Tensor by tensor: DDP rearranges its buckets after the first step, even a resumed run's; no bit must change."""
     sums = [dist.all_reduce(grad.div_(world()), async_op=True).get_future() for grad in bucket.gradients()]
     return collect_all(sums).then(lambda _: bucket.buffer())
 
@@ -106,7 +103,7 @@ def is_sharded(m: nn.Module) -> bool:
 
 
 def accumulating(m: nn.Module, last: bool) -> AbstractContextManager:
-    """Around a micro-batch's forward and backward: gradients are exchanged after the `last` one only."""
+    """Around a micro-batch's forward and backward: gradients are exchanged after the `last` only."""
     if is_sharded(m):
         m.set_requires_gradient_sync(last)
     return m.no_sync() if isinstance(m, DistributedDataParallel) and not last else nullcontext()
@@ -144,8 +141,8 @@ def all_gather_dicts(mine: dict) -> dict:
 
 @contextmanager
 def in_step(m: nn.Module) -> Iterator[None]:
-    """Lets processes call a sharded `m` different numbers of times. Each call gathers slices from all of them, so a
-    process that is done joins in, on one token, until all are."""
+    """Lets processes call a sharded `m` different numbers of times: as each call needs all of them, one that is done
+    joins in, on one token, until all are."""
     if not is_sharded(m):
         yield
         return

@@ -39,6 +39,16 @@ def test_a_wrong_option_is_one_line_and_options_are_not_abbreviated(capsys):
         assert ended(capsys, print, option) == (2, [f"error: unrecognized arguments: {option}; see python x.py --help"])
 
 
+def test_usage_and_hints_name_every_command_as_it_is_typed():
+    p = cli.Parser("x.py")
+    p.prog = "-m x"
+    for parser, name in ((cli.Parser("x.py"), "python x.py"), (p, "python -m x"),
+                         (p.add_subparsers().add_parser("y"), "python -m x y")):
+        assert parser.format_usage().startswith(f"usage: {name} [-h] [--offline]")
+        with pytest.raises(ValueError, match=f"; see {name} --help$"):
+            parser.parse_args(["--nothing"])
+
+
 def test_offline_is_the_hubs_own_switch(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     cli.run(lambda args: None, cli.Parser("x.py"), [])

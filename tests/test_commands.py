@@ -171,7 +171,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error():
     (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: expected a run that train.py wrote"),
     (["eval.py", "--backbone", "minilm", "--similarity", "--task", "word-problems,word-problems"], "expected one task"),
     (["-m", "sibo_lab"], "expected python -m sibo_lab data|study|bench|export|table, got "),
-    (["-m", "sibo_lab", "date"], "expected python -m sibo_lab data|study|bench|export|table, got 'date'"),
+    (["-m", "sibo_lab", "date"], "expected python -m sibo_lab data|study|bench|export|table, got date"),
     ([*DATA, "fetch", "gsm9k"], "unknown task 'gsm9k'; did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):

@@ -79,7 +79,7 @@ def test_what_is_not_plain_lora_is_refused_by_name(change, says, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("lora-sibo", "expected a plain LoRA, got λ = 0.3: peft's modules never see h0"),
+    ("lora-sibo", "expected a plain LoRA, got λ = 0.3: peft has no h0"),
     ("adapter", "expected a plain LoRA, got adapters"), ("adapter-sibo", "expected a plain LoRA, got adapters"),
 ])
 def test_what_peft_cannot_express_is_refused_with_the_reason(name, says, tmp_path):

@@ -1,1 +1,1 @@
-"""Frozen models: where their files are, what these hold, and the tokenizers that belong to them."""
+"""Frozen models: where their files are, what these hold, and their tokenizers."""

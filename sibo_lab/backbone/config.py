@@ -1,8 +1,7 @@
-"""What config.json may say: each family's settings, checked; what is not supported is refused by name."""
+"""What config.json may say: each family's settings; what is not supported is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh
 
 @dataclass(frozen=True)
 class Config:
-    """config.json by Hugging Face's names; it must hold the fields without a default."""
+    """config.json by Hugging Face's names; those without a default must be there."""
 
     vocab_size: int
     hidden_size: int
@@ -78,14 +77,13 @@ ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "n
            "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
            "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
 ONLY = {  # of settings that change the result, the values that are implemented
-    "llama": {"hidden_act": ["silu"], "quantization_config": [None]},
-    "gptj": {"quantization_config": [None]},
+    "llama": {"hidden_act": ["silu"]},
     "bert": {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
-             "add_cross_attention": [None, False], "quantization_config": [None]},
+             "add_cross_attention": [None, False]},
 }
 ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-# The largest values; all others stay below 2^20, so that no weight can take 2^63 bytes.
+# The largest values; for all others 2^20, so that no weight can take 2^63 bytes.
 LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}
 
 
@@ -95,12 +93,12 @@ def read_spec(path: Path) -> dict:
 
 
 def parse(spec: dict, path: object = "config.json") -> Config:
-    """The family's Config; ValueError names `path` and what is missing, not supported, or of a wrong type or size."""
+    """The family's Config; ValueError names `path` and what is missing, unsupported, or of a wrong type or size."""
     def wrong(name: str, expected: str, got: object) -> ValueError:
         return ValueError(f"{path}: {name}: expected {expected}, got {quoted(got)}")
 
     family = spec.get("model_type")
-    if not isinstance(family, str) or family not in CONFIGS:
+    if family not in list(CONFIGS):  # a list: it may be no hashable
         raise wrong("model_type", f"one of {', '.join(CONFIGS)}", family)
     kind = CONFIGS[family]
     known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in spec.items()}
@@ -108,28 +106,26 @@ def parse(spec: dict, path: object = "config.json") -> Config:
         if known.get("num_key_value_heads") is None:
             known["num_key_value_heads"] = known.get("num_attention_heads")
         known |= _rope(known, wrong)
-    for name, allowed in ONLY[family].items():
+    for name, allowed in ({"quantization_config": [None]} | ONLY.get(family, {})).items():
         if (value := known.get(name, allowed[0])) not in allowed:
             raise wrong(name, " or ".join(map(repr, allowed)), value)
-    for field in fields(kind):
-        value = known.get(field.name)
-        if (field.default is MISSING or field.name in known) and (expected := _expected(field, value)):
+    settings = {f: known.get(f.name) for f in fields(kind) if f.default is MISSING or f.name in known}
+    for field, value in settings.items():
+        if expected := _expected(field, value):
             raise wrong(field.name, expected, value)
-    c = kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
-    if c.hidden_act not in ACTIVATIONS:
-        raise wrong("hidden_act", ", ".join(ACTIVATIONS), c.hidden_act)
+    c = kind(**{field.name: value for field, value in settings.items()})
     if not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads:
         raise wrong("hidden_size", f"a multiple of the {c.num_attention_heads} heads", c.hidden_size)
     if c.num_attention_heads % c.heads_kv:
         raise wrong("num_attention_heads", f"a multiple of num_key_value_heads {c.heads_kv}", c.num_attention_heads)
-    rotary = {"llama": c.d_head, "gptj": getattr(c, "rotary_dim", None) or c.d_head, "bert": 0}[family]
-    if rotary % 2 or rotary > c.d_head:
+    rotary = getattr(c, "rotary_dim", None) or c.d_head
+    if family != "bert" and (rotary % 2 or rotary > c.d_head):
         raise wrong("rotary dimensions", f"an even number, at most {c.d_head}", rotary)
     return c
 
 
 def _expected(field: Field, value: object) -> str:
-    """What a Config's field expects, if `value` is not that, else ""."""
+    """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
     theta = field.name == "rope_theta"  # the other numbers are dropouts and epsilons
@@ -138,19 +134,19 @@ def _expected(field: Field, value: object) -> str:
         "float": (number and (0 < value < 1e12 if theta else 0 <= value < 1),
                   "a positive number below 1e12" if theta else "a number from 0 to below 1"),
         "bool": (isinstance(value, bool), "true or false"),
-        "str": (isinstance(value, str), "a name"),
-        "dict": (isinstance(value, dict), "an object")}[kind]
+        "str": (value in list(ACTIVATIONS), ", ".join(ACTIVATIONS)),
+        "dict": (True, "")}[kind]  # checked by _rope
     return "" if fits or value is None and optional else expected
 
 
-def _rope(known: dict, wrong: Callable[..., ValueError]) -> dict:
+def _rope(known: dict, wrong) -> dict:
     """LLaMA's rotary settings, in the new spelling or the old."""
     rope = known.get("rope_scaling") if known.get("rope_parameters") is None else known["rope_parameters"]
     if not isinstance(rope, dict | None):
         raise wrong("rope scaling", "an object", rope)
     rope = rope or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(scaling, str) or scaling not in ROPE_SCALINGS:
+    if scaling not in list(ROPE_SCALINGS):
         raise wrong("rope scaling", f"one of {', '.join(ROPE_SCALINGS)}", scaling)
     for name in ROPE_SCALINGS[scaling]:
         if type(value := rope.get(name)) not in (int, float) or not 0 < value <= 1e12:

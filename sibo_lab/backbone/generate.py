@@ -1,7 +1,5 @@
 """Greedy and beam search with a cache of keys and values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +11,7 @@ from sibo_lab import fast
 
 @dataclass
 class KeyValues:
-    """One layer's keys and values, (B, H, capacity, D), of which `length` tokens are filled."""
+    """One layer's keys and values, (B, H, capacity, D), of `length` tokens so far."""
 
     keys: Tensor
     values: Tensor
@@ -25,7 +23,7 @@ class KeyValues:
         self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
-    def select(self, rows: Tensor) -> KeyValues:
+    def select(self, rows: Tensor) -> "KeyValues":
         return KeyValues(self.keys[rows], self.values[rows], self.length)
 
 
@@ -35,7 +33,6 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def require_eval(m: nn.Module) -> None:
-    """ValueError if dropout is on, which changes every measurement."""
     if m.training:
         raise ValueError(f"{type(m).__name__}: expected eval mode, got training mode (dropout is on); call m.eval()")
 
@@ -46,31 +43,32 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     """Greedy search, or with `num_beams` > 1 transformers' beam search (length_penalty 1, early_stopping False).
 
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns prompts and new ids, (B, T + at most
-    max_new_tokens), with pad_token_id (or else eos_token_id) after an EOS."""
+    max_new_tokens), with pad_token_id (else eos_token_id) after an EOS."""
     require_eval(m)
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"generate: expected 1 or more new tokens and beams, got {max_new_tokens} and {num_beams}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if not bool(mask[:, -1].all()):
+    if not mask[:, -1].all():
         raise ValueError("generate: expected padding on the left, got a prompt with padding at its end")
     pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
+    eos = -1 if eos_token_id is None else eos_token_id
     with fast.prepacked_weights(m):
         if num_beams > 1:
-            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos_token_id, pad)
-        return _greedy(m, input_ids, mask, max_new_tokens, eos_token_id, pad)
+            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad)
+        return _greedy(m, input_ids, mask, max_new_tokens, eos, pad)
 
 
 def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
             last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
-    """Logits (B, last, V) of the last positions of the prompts (B, T), padded on the left, and a cache of `capacity`
-    tokens with its mask (B, T). What all prompts begin with is read once, and precedes the padding in the cache."""
+    """Logits (B, last, V) of the prompts' last positions, the mask (B, T) of their cache, and the cache, of `capacity`
+    tokens. What all prompts (B, T) begin with is read once, and precedes their padding, on the left."""
     B, T = prompts.shape
     cache, i = m.new_cache(B, capacity), torch.arange(T, device=prompts.device)
     start = T - mask.sum(1, keepdim=True)  # (B, 1)
     shifted = prompts.gather(1, (start + i).clamp(max=T - 1))  # (B, T): as if padded on the right
     alike = (shifted == shifted[:1]).all(0).int().cumprod(0).sum()
-    left = B > 1 and bool((mask == (i >= start)).all())
-    common = max(int(torch.minimum(alike, T - start.max() - last)), 0) if left else 0
+    left = B > 1 and (mask == (i >= start)).all()
+    common = max(int(min(alike, T - start.max() - last)), 0) if left else 0
     if common:
         m(shifted[:1, :common], cache=(shared := m.new_cache(1, common)))
         for kv, once in zip(cache, shared, strict=True):
@@ -79,7 +77,7 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int | None, pad: int) -> Tensor:
+def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int, pad: int) -> Tensor:
     B, T = prompts.shape
     out = torch.cat((prompts, prompts.new_full((B, max_new), pad)), 1)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
@@ -87,51 +85,44 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int 
     for end in range(T, T + max_new):
         new = logits[:, -1].max(-1, keepdim=True).indices  # (rows, 1); argmax takes four times as long on a CPU
         out[rows[unfinished], end] = new[unfinished, 0]
-        if eos is not None:
-            unfinished &= new[:, 0] != eos
-            if not unfinished.any():
-                return out[:, : end + 1]
-            if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth of the rows are done: drop them
-                new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
-                cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
-        if end + 1 < T + max_new:
-            mask = torch.cat((mask, torch.ones_like(new)), 1)
-            logits = m(new, mask, cache=cache)
-    return out
+        unfinished &= new[:, 0] != eos
+        if end + 1 == T + max_new or not unfinished.any():
+            return out[:, : end + 1]
+        if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them
+            new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
+            cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
+        mask = torch.cat((mask, torch.ones_like(new)), 1)
+        logits = m(new, mask, cache=cache)
 
 
-def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int | None,
-                 pad: int) -> Tensor:
-    """Keeps the K likeliest continuations of each prompt; a finished one scores log p / its new tokens. A prompt is
-    done when its K finished ones all score better than an open one could at its present length."""
-    (B, T), device, eos = prompts.shape, prompts.device, -1 if eos is None else eos
-    each = torch.arange(B, device=device)[:, None] * K  # (B, 1): where a prompt's beams begin among all B·K rows
+def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int, pad: int) -> Tensor:
+    """Keeps each prompt's K likeliest continuations; a finished one scores log p / its new tokens. A prompt is done
+    when its K finished ones all score better than an open one could at its present length."""
+    (B, T), device = prompts.shape, prompts.device
+    each = torch.arange(B, device=device)[:, None] * K  # (B, 1): the first of a prompt's rows, among B·K
     running = prompts[:, None].repeat(1, K, 1)  # (B, K, T…)
-    scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=device).repeat(B, 1)  # at first the K beams are one
     done = torch.full((B, K, T + max_new), pad, device=device)
-    done_scores = torch.full((B, K), -1e9, device=device)
+    scores, done_scores = torch.full((2, B, K), -1e9, device=device)
+    scores[:, 0] = 0  # at first the K beams are one
     improving = torch.ones(B, 1, dtype=torch.bool, device=device)
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
-    rows = each.expand(B, K).flatten() // K  # each prompt is read once, then continued by its K beams
+    rows = each.expand(B, K).flatten() // K  # read once, continued by K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
     for n in range(1, max_new + 1):
         logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
-        V = logp.shape[-1]
-        top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K of them end here, K go on
-        parent, token = index // V, index % V
-        grown = torch.cat((_beams(running, parent), token[..., None]), -1)
+        top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K end here, K go on
+        parent, token = index // logp.shape[-1], index % logp.shape[-1]
+        grown = torch.cat((running.take_along_dim(parent[..., None], 1), token[..., None]), -1)
         ends = (token == eos) | (n == max_new)
 
-        finished = torch.where(ends & improving, top / n, -1e9)
-        finished[:, K:] = -1e9  # a continuation outside the K best may not finish
-        pool = torch.cat((done, F.pad(grown, (0, done.shape[-1] - grown.shape[-1]), value=pad)), 1)
+        finished = torch.where(ends & improving, top / n, -1e9)[:, :K]  # only the K best may finish
+        pool = torch.cat((done, F.pad(grown[:, :K], (0, max_new - n), value=pad)), 1)
         done_scores, best = torch.cat((done_scores, finished), 1).topk(K)
-        done = _beams(pool, best)
+        done = pool.take_along_dim(best[..., None], 1)
 
         scores, best = torch.where(ends, -1e9, top).topk(K)
-        running = _beams(grown, best)
-        worst = torch.where(done_scores > -1e8, done_scores.min(1, keepdim=True).values, -1e9)  # -1e9: not done
-        improving &= (scores[:, :1] / n > worst).any(1, keepdim=True)
+        running = grown.take_along_dim(best[..., None], 1)
+        improving &= scores[:, :1] / n > done_scores[:, -1:]
         if not improving.any() or ends.all():
             break
         rows = (each + parent.gather(1, best)).flatten()
@@ -141,8 +132,3 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     ended = done[:, 0, T:T + n] == eos
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
     return done[:, 0, :T + int(longest)]
-
-
-def _beams(sequences: Tensor, index: Tensor) -> Tensor:
-    """The rows `index` (B, K) of sequences (B, N, T)."""
-    return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[-1]))

@@ -1,12 +1,10 @@
 """LLaMA from a .gguf file, by ggml's docs/gguf.md: its metadata in config.json's words, and its tensors.
 
-The gguf package only dequantizes: its reader believes every count (2^40 numbers keep it busy for days) and is slow."""
+The gguf package only dequantizes: its reader is slow and believes every count in a file."""
 
 import math
 import mmap
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +33,6 @@ class StoredTensor(NamedTuple):
 
 
 class Reader(files.Reader):
-    """Reads the values of a .gguf file."""
-
     def numbers(self, kind: int, count: int) -> list:
         if kind not in NUMBERS:
             raise self.error(f"values of type {kind}")
@@ -57,7 +53,7 @@ class Reader(files.Reader):
         kind, count = self.number(U32), self.number(U64)
         return [self.text() for _ in range(count)] if kind == STRING else self.numbers(kind, count)
 
-    def named(self, count: int, read: Callable[[], object]) -> dict:
+    def named(self, count: int, read) -> dict:
         entries = {}
         for _ in range(count):
             if (name := self.text()) in entries:
@@ -65,9 +61,13 @@ class Reader(files.Reader):
             entries[name] = read()
         return entries
 
-    def tensors(self, headers: Mapping, alignment: int) -> dict[str, StoredTensor]:
-        """The tensors with these headers, (shape, type, offset) by name."""
-        known, sizes = {0, 1, *_library().quants._type_traits}, _library().GGML_QUANT_SIZES  # 0 and 1: F32 and F16
+    def tensors(self, headers: dict, alignment: int) -> dict[str, StoredTensor]:
+        """The tensors of these headers, (shape, type, offset) by name."""
+        try:
+            import gguf  # folders load without it
+        except ImportError:
+            raise ValueError("a .gguf file needs the gguf package: pip install gguf") from None
+        known, sizes = {0, 1, *gguf.quants._type_traits}, gguf.GGML_QUANT_SIZES  # 0 and 1: F32 and F16
         start, left, stored = -(-self.at // alignment) * alignment, len(self.data) - self.at, {}
         for name, (shape, kind, offset) in headers.items():
             block, size = sizes[kind] if kind in known else (1, 0)  # numbers in a block, and its bytes
@@ -81,25 +81,15 @@ class Reader(files.Reader):
         return stored
 
 
-def _library():
-    try:
-        import gguf  # only here: Hugging Face's folders load without it
-    except ImportError:
-        raise ValueError("a .gguf file needs the gguf package: pip install gguf") from None
-    return gguf
-
-
-def read(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
-    """The metadata and the tensors; ValueError if the file is no GGUF or is cut short."""
+def read(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
+    """Metadata and tensors; ValueError if the file is no GGUF or cut short."""
     with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     r = Reader(data, f"{path}: not a whole GGUF file")
-    if (magic := r.take(4)) != b"GGUF":
-        raise r.error(f"{magic!r}")
-    if (version := r.number(U32)) not in (2, 3):
-        raise r.error(f"version {version}, expected 2 or 3")
-    count = r.number(U64)
-    fields = r.named(r.number(U64), r.value)
+    magic, version = r.take(4), r.number(U32)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise r.error(f"{magic!r} of version {version}, expected b'GGUF' of 2 or 3")
+    count, fields = r.number(U64), r.named(r.number(U64), r.value)
     headers = r.named(count, lambda: (r.numbers(U64, r.number(U32))[::-1], r.number(U32), r.number(U64)))
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
@@ -107,15 +97,14 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     return fields, r.tensors(headers, alignment)
 
 
-def spec(path: Path, fields: Mapping, stored: Mapping[str, StoredTensor]) -> dict:
+def spec(path: Path, fields: dict, stored: dict[str, StoredTensor]) -> dict:
     """The metadata as a config.json; ValueError names what is missing or not supported."""
-    if (architecture := fields.get("general.architecture")) != "llama":
-        raise ValueError(f"{path}: expected architecture 'llama', got {quoted(architecture)}")
-    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"{path}: expected no rope scaling in a GGUF, got {quoted(scaling)}")
+    for key, expected in {"general.architecture": "llama", "llama.rope.scaling.type": "none"}.items():
+        if (got := fields.get(key, "none")) != expected:
+            raise ValueError(f"{path}: expected {key} {expected!r}, got {quoted(got)}")
     try:
         return {
-            "model_type": "llama", "hidden_act": "silu", "hidden_size": fields["llama.embedding_length"],
+            "model_type": "llama", "hidden_size": fields["llama.embedding_length"],
             "num_attention_heads": fields["llama.attention.head_count"],
             "num_hidden_layers": fields["llama.block_count"], "intermediate_size": fields["llama.feed_forward_length"],
             "num_key_value_heads": fields.get("llama.attention.head_count_kv"),
@@ -129,14 +118,15 @@ def spec(path: Path, fields: Mapping, stored: Mapping[str, StoredTensor]) -> dic
         raise ValueError(f"{path}: expected a LLaMA's metadata, got no {e.args[0]!r}") from None
 
 
-def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(path: Path) -> files.Tensors:
     """(llama.cpp's name, dequantized tensor) of each weight."""
     fields, stored = read(path)
     config = spec(path, fields, stored)
+    from gguf.quants import dequantize
     for name, t in stored.items():
-        weight = torch.from_numpy(_library().quants.dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
+        weight = torch.from_numpy(dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
         if m := re.search(r"attn_([qk])\.weight", name):
-            # for its rotary layout llama.cpp makes neighbours of each head's pairs (i, i + D/2): undo that
+            # llama.cpp makes neighbours of each head's rotary pairs (i, i + D/2): undo that
             n = config["num_attention_heads" if m[1] == "q" else "num_key_value_heads"] or config["num_attention_heads"]
             if weight.ndim != 2 or len(weight) % (2 * n):
                 raise ValueError(f"{path}: tensor {name!r}: expected rows for {n} heads, got shape {t.shape}")

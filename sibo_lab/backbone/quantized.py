@@ -1,7 +1,6 @@
-"""A frozen backbone in 8 or 4 bits per weight, for machines that cannot hold it in 16: `--base-bits`.
+"""A frozen backbone in 8 or 4 bits per weight (`--base-bits`), with bitsandbytes' kernels; NF4: Dettmers et al. 2023.
 
-Scales, steps and kernels are bitsandbytes' (NF4: Dettmers et al. 2023). The official code, asked for 8 bits, silently
-trains without h0; here nothing changes but the values of the frozen weights."""
+The official code silently trains without h0 in 8 bits; here only the frozen weights change."""
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +8,34 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear with its weight in 8 bits (256 even steps) or 4 (NF4), and a float32 scale per 64 weights; the
+    """A frozen nn.Linear with its weight in 8 bits (even steps) or 4 (NF4), and a float32 scale per 64 weights; the
     product is computed in the precision of x.
 
-    On the CPU bitsandbytes restores a weight in 1-2 ns without intermediates (torchao 0.18: 7-10 ns and up to seven
-    times the memory). But its own linear layer rounds x too in 8 bits, and torchao's keeps each restored W."""
+    On the CPU bitsandbytes restores a weight in 1-2 ns (torchao 0.18: 7-10 ns, up to seven times the memory), but its
+    own linear layer rounds x too in 8 bits; torchao's keeps each restored W."""
 
     block = 64
 
     def __init__(self, linear: nn.Linear, weight: Tensor, bits: int):
         nn.Module.__init__(self)
         check_bits(bits)
-        self.in_features, self.out_features, self.bias, self.bits = *linear.weight.shape[::-1], linear.bias, bits
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         ops = torch.ops.bitsandbytes
         steps = torch.linspace(-1, 1, 255, device=weight.device)  # sorted; 0 stays 0
         code = torch.cat((steps, steps[-1:])) if bits == 8 else None
         parts = [ops.quantize_blockwise(part, code, self.block) if bits == 8 else
                  ops.quantize_4bit(part, self.block, "nf4", torch.uint8)
-                 for part in weight.reshape(-1).split(1 << 22)]  # all at once takes six times the weight
+                 for part in weight.reshape(-1).split(1 << 22)]  # all at once take six times the weight
         data, scales = map(torch.cat, zip(*parts, strict=True))
         self.weight = nn.Parameter(data.view(weight.shape) if bits == 8 else data, requires_grad=False)
         self.register_buffer("scales", scales)
         self.register_buffer("code", code, persistent=False)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that x is multiplied with."""
-        return dequantize(self.weight, self.scales, self.code, (self.out_features, self.in_features), dtype)
+    def parts(self) -> tuple:
+        return self.weight, self.scales, self.code, (self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = QuantizedProduct.apply(x, self.weight, self.scales, self.code, (self.out_features, self.in_features))
+        out = QuantizedProduct.apply(x, *self.parts())
         return out if self.bias is None else out + self.bias
 
 
@@ -50,16 +48,16 @@ def dequantize(data: Tensor, scales: Tensor, code: Tensor | None, shape: tuple[i
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x Wᵀ. The backward pass restores W again: kept, all layers' W would take 16 bits after all."""
+    """x Wᵀ. The backward pass restores W again: kept, it would take 16 bits after all."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, data: Tensor, scales: Tensor, code: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx, x, data, scales, code, shape):
         ctx.save_for_backward(data, scales, code)
         ctx.shape = shape
         return F.linear(x, dequantize(data, scales, code, shape, x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, grad):
         return grad @ dequantize(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None, None
 
 

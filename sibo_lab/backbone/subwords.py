@@ -1,12 +1,9 @@
-"""Text <-> token ids: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2), and SentencePiece-BPE with byte
-fallback (LLaMA).
+"""Text <-> token ids: WordPiece (BERT), byte-level BPE (GPT-2, GPT-J, SmolLM2), SentencePiece-BPE with byte fallback
+(LLaMA). Sources: Wu et al. 2016, Sennrich et al. 2016, Radford et al. 2019, Kudo & Richardson 2018.
 
-The ids are those of the library that each model was trained with: tests compare `tokenizers` (tokenizer.json) and
-`sentencepiece` (tokenizer.model). The one exception is WordPiece on 749 characters on which the libraries' Unicode
-tables disagree, all but four newer than Unicode 3.2.
-Sources: Sennrich et al. 2016 (BPE), Wu et al. 2016 (WordPiece), Radford et al. 2019 (bytes), Kudo & Richardson 2018.
-Both BPEs run on tiktoken, which merges the neighbours of lowest rank; here ranks are merge priorities, not ids.
-Departs from the official code: transformers' LlamaTokenizer differs from sentencepiece on leading and double spaces."""
+The ids are those of `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model), but for WordPiece on 749
+characters on which Unicode tables disagree, all but four newer than Unicode 3.2. Departs from the official code:
+transformers' LlamaTokenizer differs from sentencepiece on leading and double spaces."""
 
 import re
 import unicodedata
@@ -17,46 +14,45 @@ import tiktoken
 
 from sibo_lab.files import quoted
 
-Templates = tuple[list, list]  # around one text and around a pair: ids, and "A" and "B" where the texts go
 SPACE = "▁"  # how SentencePiece spells a space
-# GPT-2's split into words, with possessive quantifiers: the same matches without backtracking.
+# GPT-2's split into words; possessive quantifiers match the same without backtracking.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same after splitting off each digit: blanks before a digit then end their text.
-WORDS_DIGITS_APART = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"
-# Ideographs, each of which is a word to BERT, as in `tokenizers` (where one range begins at 2B920, not at 2B820).
+WORDS_DIGITS_APART = WORDS.replace(r" ?\p{N}++", r"\p{N}").replace(r"\s++$", r"\s++(?=\p{N}|$)")
+# Ideographs, each a word to BERT, as in `tokenizers` (where one range begins at 2B920, not 2B820).
 CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf"
        r"\U0002f800-\U0002fa1f]")
 
 
 class Tokenizer:
-    """What the families share: added tokens, special tokens around a text, the ids of bos, eos, pad, unk (or None).
-    vocab_size is 1 + the largest id."""
+    """What the families share. bos_id, eos_id, pad_id and unk_id may be None; vocab_size is 1 + the largest id.
 
-    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: Templates):
+    templates: of a text and of a pair, ids, and "A" and "B" for the texts."""
+
+    def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: tuple):
         for token in added:
             if token.get("single_word") or vocab.get(token["content"], token["id"]) != token["id"]:
                 raise ValueError(f"unsupported added token {quoted(token['content'])}: single_word, or another id than "
                                  "the vocabulary's")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
-        if not self.vocab or min(self.vocab.values()) < 0 or max(self.vocab.values()) >= 1 << 31:
+        self.vocab_size = 1 + max(self.vocab.values(), default=0)
+        if min(self.vocab.values(), default=-1) < 0 or self.vocab_size > 1 << 31:
             raise ValueError("expected a vocabulary with non-negative integers below 2^31 as ids")
-        self.vocab_size = 1 + max(self.vocab.values())
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
         self.templates = templates
         self.special = {token["id"] for token in added if token["special"]}
-        # A "normalized" token is looked for in normalized text, spelled as the normalizer leaves it.
+        # "normalized": looked for in normalized text, spelled as the normalizer leaves it
         self.added = {token["content"]: token for token in added if not token.get("normalized")}
         self.added_normalized = {self._normalize(token["content"]): token for token in added if token.get("normalized")}
 
     def encode(self, text: str, pair: str | None = None) -> list[int]:
-        """The ids of a text or a pair, with the family's special tokens; nothing is padded or cut off. ValueError for
-        half a surrogate pair, which has no UTF-8 form."""
+        """The ids of a text or a pair, with special tokens, whole. ValueError for half a surrogate pair."""
         parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
         return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids without special tokens. Broken UTF-8 is U+FFFD, and so is an id without a token, which
-        a model can write if its embeddings are padded to a round number."""
+        """The text without special tokens. Broken UTF-8 and ids without a token, which models with padded embeddings
+        write, are U+FFFD."""
         return self._join([self.spelled.get(i, self.unspelled) for i in map(int, ids) if i not in self.special])
 
     def _encode(self, text: str) -> Iterator[int]:
@@ -68,8 +64,8 @@ class Tokenizer:
 
 
 class WordPiece(Tokenizer):
-    """BERT: clean the text, split it at blanks, punctuation and ideographs, then take the longest piece first.
-    Blanks are lost: decode puts one between any two words."""
+    """BERT: cleans a text, splits it at blanks, punctuation and ideographs, then takes the longest piece first. decode
+    puts one blank between words."""
 
     unspelled = "\ufffd"
 
@@ -89,7 +85,7 @@ class WordPiece(Tokenizer):
             text = re.sub(CJK, r" \g<0> ", text)
         if self.strip_accents:
             text = regex.sub(r"\p{Mn}", "", unicodedata.normalize("NFD", text))
-        # BERT lowers one character at a time; str.lower() looks at a sigma's neighbours.
+        # BERT lowers each character alone; str.lower() looks at a sigma's neighbours
         return text.replace("Σ", "σ").lower() if self.lowercase else text
 
     def _pieces(self, text: str, first: bool) -> Iterator[int]:
@@ -98,26 +94,26 @@ class WordPiece(Tokenizer):
 
     def _longest_first(self, word: str) -> list[int]:
         ids, start = [], 0
-        if len(word) > self.max_chars:
-            return [self.unk_id]
-        while start < len(word):
+        while start < len(word) <= self.max_chars:
             last = min(len(word), start + self.longest)
             pieces = (("##" * (start > 0) + word[start:end], end) for end in range(last, start, -1))
             piece, start = next(((p, end) for p, end in pieces if p in self.vocab), (None, 0))
             if piece is None:
                 return [self.unk_id]
             ids.append(self.vocab[piece])
-        return ids
+        return ids or [self.unk_id]
 
     def _join(self, pieces: list[str]) -> str:
         return " ".join(pieces).replace(" ##", "")
 
 
 class BPE(Tokenizer):
-    """Both BPEs. ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
+    """Both BPEs, on tiktoken, whose ranks are priorities of merges here, not ids.
+
+    ranks: the ids of each byte string that merging can make, in order of merging, the 256 bytes first.
     spelled: the bytes of each id. words: the pattern of what is merged on its own.
     space: "" for byte-level BPE, else how spaces are replaced: "prefix" and "replace" as tokenizer.json's normalizers
-    Prepend and Replace; "always", "first" and "never" as Metaspace, which adds no space before a leading one."""
+    Prepend and Replace; "always", "first" and "never" as Metaspace, which adds none before a leading one."""
 
     unspelled = "\ufffd".encode()
 
@@ -130,7 +126,7 @@ class BPE(Tokenizer):
         self.missing = bytes(b for b in range(256) if not self.ids[b])
 
     def _normalize(self, text: str) -> str:
-        text = SPACE + text if self.space == "prefix" else text
+        text = SPACE * (self.space == "prefix") + text
         return text.replace(" ", SPACE) if self.space in ("prefix", "replace") else text
 
     def _pieces(self, text: str, first: bool) -> list[int]:
@@ -141,8 +137,8 @@ class BPE(Tokenizer):
         if self.space or len(text) <= 100_000 and text.encode().translate(None, self.missing) == text.encode():
             ranks = self.engine.encode_ordinary(text)
         else:
-            # Slower, word by word: tiktoken's regular expression overflows its stack on a million blanks in a row, and
-            # a byte without a token (SmolLM2 lacks 21) must be dropped after the split, before the merges.
+            # Slower, word by word: a million blanks overflow tiktoken's stack, and a byte without a token (SmolLM2
+            # lacks 21) must be dropped after the split, before the merges.
             words = (word.encode().translate(None, self.missing) for word in regex.findall(self.words, text))
             ranks = [rank for word in words if word for rank in self.engine._encode_single_piece(word)]
         return [i for rank in ranks for i in self.ids[rank]]
@@ -153,7 +149,7 @@ class BPE(Tokenizer):
 
 
 def _split(text: str, added: dict[str, dict]) -> Iterator[int | str]:
-    """The ids of added tokens in a text, leftmost and then longest first, and the strings between them."""
+    """The ids of added tokens in a text, leftmost then longest first, and the strings between."""
     pattern, end = "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))), 0
     for match in re.finditer(pattern, text) if pattern else ():
         token, before = added[match.group()], text[end:match.start()]

@@ -1,21 +1,19 @@
 """The tokenizer of a backbone."""
 
-from os import PathLike
 from pathlib import Path
 
 from sibo_lab.backbone import locate, subwords, tokenizer_files
 
 
-def from_pretrained(name_or_dir: str | PathLike) -> subwords.Tokenizer:
+def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:
     """The tokenizer of a short name, folder, .gguf file or hub id (see locate.py).
 
-    FileNotFoundError if a folder has none; ValueError names the file that is malformed or not supported."""
+    FileNotFoundError if a folder has none; ValueError names a file that is malformed or not supported."""
     return tokenizer_files.read(locate.locate(name_or_dir))
 
 
 def for_model(path: Path, vocab_size: int, *roles: str) -> subwords.Tokenizer:
-    """The tokenizer at a located path; ValueError if it has more ids than the model has embeddings, or lacks a special
-    token (`roles`: eos to end an answer, pad to fill a batch)."""
+    """The tokenizer at a located path; ValueError for more ids than embeddings, or no token for a role, such as eos."""
     t = tokenizer_files.read(path)
     if t.vocab_size > vocab_size:
         raise ValueError(f"{path}: expected a tokenizer of at most {vocab_size} ids, as there are embeddings, got "

@@ -1,15 +1,14 @@
-"""The files a tokenizer comes in: tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, GGUF."""
+"""Tokenizers from tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, or GGUF."""
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sibo_lab.backbone import gguf
-from sibo_lab.backbone.subwords import BPE, SPACE, WORDS, WORDS_DIGITS_APART, Templates, Tokenizer, WordPiece
+from sibo_lab.backbone.subwords import BPE, SPACE, WORDS, WORDS_DIGITS_APART, Tokenizer, WordPiece
 from sibo_lab.files import Reader, one_line, quoted, read_json
 
-Shared = tuple[dict[str, int], list[dict], dict[str, int | None], Templates]  # what Tokenizer() takes
-SUPPORTED = {  # of a model's or step's settings, or tokenizer_config.json's, the values that are implemented
+SUPPORTED = {  # of settings of a model, a step or tokenizer_config.json, the values that are implemented
     "WordPiece": {"continuing_subword_prefix": ("##",)},
     "BPE": {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
             "ignore_merges": (None, False)},
@@ -27,8 +26,8 @@ SUPPORTED = {  # of a model's or step's settings, or tokenizer_config.json's, th
 
 def read(path: Path) -> Tokenizer:
     """The tokenizer of a folder or a .gguf file; ValueError names a file that is malformed or not supported."""
-    # tokenizer.model before tokenizer.json: the weights were trained with it; conversions have differed on leading and
-    # double spaces, and take a "</s>" typed in a text for its end.
+    # tokenizer.model first: the weights were trained with it, and a converted tokenizer.json takes a "</s>" typed in a
+    # text for its end.
     readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
                "vocab.json": _from_merges, "encoder.json": _from_merges}
     file = path if path.suffix == ".gguf" else next((path / n for n in readers if (path / n).is_file()), None)
@@ -40,12 +39,12 @@ def read(path: Path) -> Tokenizer:
         raise ValueError(f"{file}: {one_line(e).removeprefix(f'{file}: ')}") from e
 
 
-def _byte_level(shared: Shared, merges: list, digits_apart: bool) -> BPE:
-    # GPT-2 writes a byte as a letter: itself if printable, else the next one from U+0100 on.
+def _byte_level(shared: tuple, merges: list, digits_apart: bool) -> BPE:
+    # GPT-2 writes a byte as a letter: itself if printable, else the next from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
     vocab, merged = shared[0], _merged(merges, shared[0])
-    spelled = {token: bytes(map(byte.get, token)) for token in vocab if byte.keys() >= set(token)}
+    spelled = {token: bytes(map(byte.get, token)) for token in vocab if set(token) <= byte.keys()}
     if strange := next((token for token in merged if token not in spelled), None):
         raise ValueError(f"malformed merge: expected letters that stand for bytes, got {quoted(strange)}")
     ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
@@ -54,19 +53,18 @@ def _byte_level(shared: Shared, merges: list, digits_apart: bool) -> BPE:
                words=WORDS_DIGITS_APART if digits_apart else WORDS)
 
 
-def _sentencepiece(shared: Shared, merged: list[str], space: str, by_word: bool = False) -> BPE:
-    """merged: the pieces of several characters, in order. by_word: each space begins a new word."""
-    vocab, byte_tokens = shared[0], [f"<0x{b:02X}>" for b in range(256)]
+def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool = False) -> BPE:
+    """merged: pieces of several characters, in order. by_word: each space begins a new word."""
+    vocab, byte_ids = shared[0], [shared[0].get(f"<0x{b:02X}>") for b in range(256)]
     if any(SPACE in piece.lstrip(SPACE) for piece in merged):
-        raise ValueError("unsupported piece with a space after another character, as texts are merged word by word")
-    if not vocab.keys() >= set(byte_tokens):
+        raise ValueError("unsupported piece with a space after another character: texts are merged word by word")
+    if None in byte_ids:
         raise ValueError("expected byte fallback, a token for each of the 256 bytes")
-    byte_ids = [vocab[token] for token in byte_tokens]
-    # tiktoken begins with bytes, SentencePiece with characters: so these are merged first, prefix by prefix.
+    # tiktoken begins with bytes, SentencePiece with characters: these are merged first, prefix by prefix.
     characters = sorted({c for piece in vocab for c in piece})
     strings = [bytes([b]) for b in range(256)] + [c.encode()[:size] for size in (2, 3, 4) for c in characters]
     pieces = {piece.encode(): [vocab[piece]] for piece in (*(c for c in characters if c in vocab), *merged)}
-    # A character that is no piece, or a mere prefix of one, is spelled in byte tokens.
+    # A character that is no piece, or a prefix of one, is spelled in byte tokens.
     ranks = {data: pieces.get(data) or [byte_ids[b] for b in data] for data in (*strings, *pieces)}
     spelled = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     return BPE(*shared, ranks=ranks, spelled=spelled | {i: bytes([b]) for b, i in enumerate(byte_ids)}, space=space,
@@ -74,7 +72,7 @@ def _sentencepiece(shared: Shared, merged: list[str], space: str, by_word: bool 
 
 
 def _from_tokenizer_json(file: Path) -> Tokenizer:
-    # "truncation" and "padding" are not applied: they are what its author happened to use (MiniLM: 128 tokens).
+    # "truncation" and "padding" are its author's habits (MiniLM: 128 tokens): not applied.
     spec = read_json(file)
     model, added = _get(spec, "model", dict), _added(spec)
     vocab, unk = _ids(model.get("vocab")), _get(model, "unk_token", str, None)
@@ -87,11 +85,10 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
     match (kind, bool(model.get("byte_fallback")), *names):
         case ("WordPiece", False, "BertNormalizer", "BertPreTokenizer"):
             clean = steps["BertNormalizer"]
-            return WordPiece(
-                *shared, lowercase=_get(clean, "lowercase", bool),
-                strip_accents=_get(clean, "strip_accents", bool, None),
-                split_cjk=_get(clean, "handle_chinese_chars", bool),
-                max_chars=_get(model, "max_input_chars_per_word", int))
+            return WordPiece(*shared, lowercase=_get(clean, "lowercase", bool),
+                             strip_accents=_get(clean, "strip_accents", bool, None),
+                             split_cjk=_get(clean, "handle_chinese_chars", bool),
+                             max_chars=_get(model, "max_input_chars_per_word", int))
         case ("BPE", False, "ByteLevel") | ("BPE", False, "Digits", "ByteLevel"):
             t = _byte_level(shared, _get(model, "merges", list), "Digits" in steps)
             if t.missing and unk:
@@ -100,8 +97,7 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
         case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace"):
             space, by_word = "prefix" if "Prepend" in steps else "replace", False
         case ("BPE", True, "Metaspace"):
-            space = steps["Metaspace"].get("prepend_scheme") or "always"
-            by_word = steps["Metaspace"].get("split") is not False
+            space, by_word = listed[0].get("prepend_scheme") or "always", listed[0].get("split") is not False
         case _:
             raise ValueError(
                 f"unsupported model {kind} after {', '.join(names) or 'no steps'}: expected WordPiece after "
@@ -111,17 +107,16 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
 
 
 def _from_vocab(file: Path) -> Tokenizer:
-    vocab = {line.rstrip("\r"): i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
+    vocab = {line: i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
     config, late, named = _beside(file, vocab, {r: f"[{r.upper()}]" for r in ("unk", "sep", "pad", "cls", "mask")})
     _require("vocab.txt", config)
     cls, sep = named["cls"], named["sep"]
     if cls is None or sep is None:
         raise ValueError("expected [CLS] and [SEP] in the vocabulary")
     shared = (vocab, _special(vocab, named.values()) + late, named, ([cls, "A", sep], [cls, "A", sep, "B", sep]))
-    return WordPiece(
-        *shared, lowercase=_get(config, "do_lower_case", bool, True),
-        strip_accents=_get(config, "strip_accents", bool, None),
-        split_cjk=_get(config, "tokenize_chinese_chars", bool, True))
+    return WordPiece(*shared, lowercase=_get(config, "do_lower_case", bool, True),
+                     strip_accents=_get(config, "strip_accents", bool, None),
+                     split_cjk=_get(config, "tokenize_chinese_chars", bool, True))
 
 
 def _from_merges(file: Path) -> Tokenizer:
@@ -132,15 +127,13 @@ def _from_merges(file: Path) -> Tokenizer:
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
     config, late, named = _beside(file, vocab, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
     _require("merges.txt", config)
-    added = _special(vocab, named.values()) + late
-    return _byte_level((vocab, added, named, _around(named, config)), lines, False)
+    shared = (vocab, _special(vocab, named.values()) + late, named, _around(named, config))
+    return _byte_level(shared, lines, False)
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:
-    # The numbers are those of sentencepiece_model.proto.
+    # numbers as in sentencepiece_model.proto
     messages = list(_protobuf(file.read_bytes()))
-    if strange := [field for field, message in messages if field in (1, 2, 3) and isinstance(message, int)]:
-        raise ValueError(f"not a SentencePiece model: expected a message in field {strange[0]}, got a number")
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
     if trainer.get(3, 1) != 2:
         raise ValueError(f"model_type: expected 2, for BPE, got {trainer.get(3, 1)}")
@@ -160,42 +153,42 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    prefix = "tokenizer.ggml."
-    spec = {key.removeprefix(prefix): value for key, value in gguf.read(file)[0].items() if key.startswith(prefix)}
+    spec = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.read(file)[0].items()}
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     named = {role: _get(spec, f"{key}_token_id", int, None) for role, key in roles.items()}
     vocab = {token: i for i, token in enumerate(_get(spec, "tokens", [str]))}
     kind, pre = _get(spec, "model", str), spec.get("pre")
     if kind == "llama":
         return _from_pieces(vocab, [], named, spec)
-    # llama.cpp's "default" is a split of its own, not GPT-2's.
-    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
+    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):  # "default" is llama.cpp's own split
         raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer 'smollm' or 'gpt-2', got "
                          f"{quoted(kind)} with {quoted(pre)}")
-    control, user = ({i for i, kind in enumerate(_get(spec, "token_type", [int])) if kind == k} for k in (3, 4))
-    added = _special(vocab, control) + _special(vocab, user, special=False)
+    kinds = dict(enumerate(_get(spec, "token_type", [int])))  # 3: control, 4: user-defined
+    added = [{"content": token, "id": i, "special": kinds[i] == 3} for token, i in vocab.items()
+             if kinds.get(i) in (3, 4)]
     return _byte_level((vocab, added, named, _around(named, spec)), _get(spec, "merges", [str]), pre == "smollm")
 
 
 def _from_pieces(vocab: dict, added: list, named: dict, spec: dict) -> BPE:
-    """A SentencePiece model; `spec` as in a .gguf file."""
+    """SentencePiece; `spec` as in a .gguf file."""
     if spec.get("precompiled_charsmap") or spec.get("remove_extra_whitespaces"):
         raise ValueError("unsupported normalization of characters or spaces")
     scores, kinds = _get(spec, "scores", [float]), _get(spec, "token_type", [int])
     if not len(vocab) == len(kinds) == len(scores) or set(kinds) != {1, 2, 3, 6}:
-        raise ValueError("expected each piece once, of type normal, unknown, control or byte, got other pieces")
-    best_first = sorted((-score, i, piece) for (piece, i), score, kind in zip(vocab.items(), scores, kinds, strict=True)
-                        if kind == 1 and len(piece) > 1)
+        raise ValueError("expected each piece once, of type normal, unknown, control or byte")
+    normal = [piece for piece, i in vocab.items() if kinds[i] == 1 and len(piece) > 1]
     shared = (vocab, added, named, _around(named, {"add_bos_token": True} | spec))
-    t = _sentencepiece(shared, [piece for *_, piece in best_first],
+    t = _sentencepiece(shared, sorted(normal, key=lambda piece: -scores[vocab[piece]]),
                        "prefix" if spec.get("add_space_prefix", True) else "replace")
-    # As in sentencepiece, these pieces are not looked for in texts: no text can spell its own end.
+    # As in sentencepiece, not looked for in texts: no text can spell its own end.
     t.special.update(i for i, kind in enumerate(kinds) if kind in (2, 3))
     return t
 
 
-def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The (field, value) pairs of a protobuf message; nested and fixed-size values stay bytes."""
+def _protobuf(data: bytes | int) -> Iterator[tuple[int, int | bytes]]:
+    """(field, value) pairs; messages and values of fixed size stay bytes."""
+    if isinstance(data, int):
+        raise ValueError("not a SentencePiece model: expected a message, got a number")
     r = Reader(data, "not a whole SentencePiece model")
 
     def varint() -> int:
@@ -209,38 +202,39 @@ def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
     while r.at < len(data):
         field, wire = divmod(varint(), 8)
-        if wire not in (0, 1, 2, 5):
+        size = varint() if wire in (0, 2) else {1: 8, 5: 4}.get(wire)
+        if size is None:
             raise r.error(f"wire type {wire}")
-        yield field, varint() if wire == 0 else r.take({1: 8, 5: 4}[wire] if wire != 2 else varint())
+        yield field, r.take(size) if wire else size
 
 
-def _merged(merges: list, vocab: dict[str, int]) -> list[str]:
+def _merged(merges: list, vocab: dict) -> list[str]:
     """What the merges make, in order."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    for pair in pairs:
-        texts = isinstance(pair, list) and all(isinstance(token, str) and token for token in pair)
-        if not texts or len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            merge = quoted(" ".join(pair) if texts else pair)
-            raise ValueError(f"malformed merge: expected two tokens that make a third, got {merge}")
-    return list(dict.fromkeys(map("".join, pairs)))
+    made = {}
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        two = isinstance(pair, list) and [*map(type, pair)] == [str, str] and all(pair)
+        if not two or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(f"malformed merge: expected two tokens that make a third, got {quoted(merge)}")
+        made["".join(pair)] = None
+    return list(made)
 
 
-def _special(vocab: dict[str, int], ids: Iterable[int | None], special: bool = True) -> list[dict]:
-    """Added tokens with these ids; decode leaves out the special ones."""
+def _special(vocab: dict, ids: Iterable) -> list[dict]:
     ids = set(ids)
-    return [{"content": token, "id": i, "special": special} for token, i in vocab.items() if i in ids]
+    return [{"content": token, "id": i, "special": True} for token, i in vocab.items() if i in ids]
 
 
-def _beside(file: Path, vocab: dict[str, int], defaults: Mapping) -> tuple[dict, list[dict], dict[str, int | None]]:
-    """What is beside a vocabulary: tokenizer_config.json, tokens added later, and the ids of tokens with a role."""
+def _beside(file: Path, vocab: dict, defaults: dict) -> tuple[dict, list[dict], dict]:
+    """Beside a vocabulary: tokenizer_config.json, tokens added later, and what _named returns."""
     late = _ids(_json(file.with_name("added_tokens.json")))
     tokens = _special(late, late.values()) + _added({"added_tokens": []} | _json(file.with_name("tokenizer.json")))
     added = list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
     return _json(file.with_name("tokenizer_config.json")), added, _named(file.parent, vocab, added, defaults)
 
 
-def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, str | None]) -> dict[str, int | None]:
-    """The ids of tokens with a role: as the tokenizer's files name them, else the default, else the model's."""
+def _named(folder: Path, vocab: dict, added: list[dict], defaults: dict) -> dict[str, int | None]:
+    """Ids by role: as the tokenizer's files name them, else the default, else the model's."""
     table, named = vocab | {token["content"]: token["id"] for token in added}, {}
     by_name = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
@@ -256,30 +250,28 @@ def _named(folder: Path, vocab: dict, added: list[dict], defaults: Mapping[str, 
     return named
 
 
-def _around(named: dict, config: dict) -> Templates:
-    """bos before and eos after each text, where add_bos_token and add_eos_token say so."""
+def _around(named: dict, config: dict) -> tuple:
+    """bos before and eos after each text, as add_bos_token and add_eos_token say."""
     before, after = ([named[role]] if _get(config, f"add_{role}_token", bool, None) else [] for role in ("bos", "eos"))
     if None in before + after:
         raise ValueError("expected a bos or eos token to add, got none")
     return [*before, "A", *after], [*before, "A", *after, *before, "B", *after]
 
 
-def _post_processor(spec: dict) -> Templates:
+def _post_processor(spec: dict) -> tuple:
     steps = [step for step in _steps(spec.get("post_processor")) if step["type"] != "ByteLevel"]  # offsets only
     if not steps:
         return ["A"], ["A", "B"]
     if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
         raise ValueError(f"post_processor: expected TemplateProcessing, got {', '.join(names)}")
-    ids = {"A": ["A"], "B": ["B"]}
-    for name, token in _get(steps[0], "special_tokens", dict).items():
-        ids[name] = _get(token, "ids", [int])
-    single, pair = ([i for item in _get(steps[0], form, [dict]) for part in item.values()
-                     for i in _get(ids, _get(part, "id", str), list)] for form in ("single", "pair"))
-    return single, pair
+    special = _get(steps[0], "special_tokens", dict)
+    ids = {"A": ["A"], "B": ["B"]} | {name: _get(token, "ids", [int]) for name, token in special.items()}
+    return tuple([i for item in _get(steps[0], form, [dict]) for part in item.values()
+                  for i in _get(ids, _get(part, "id", str), list)] for form in ("single", "pair"))
 
 
 def _steps(step: dict | None) -> list[dict]:
-    """The members of a Sequence, or the one step there is."""
+    """The members of a Sequence, or the only step."""
     if step is None or _get(step, "type", str) != "Sequence":
         return [step] if step else []
     members = next((key for key in step if key != "type"), "its members")
@@ -289,11 +281,11 @@ def _steps(step: dict | None) -> list[dict]:
 def _get(spec: object, key: str, kind: type | list[type], *default: object) -> object:
     """spec[key] if it is of this type, or a list ([type]) of it, or the default; else ValueError."""
     value = spec.get(key, *default) if isinstance(spec, dict) else None
-    several, each = isinstance(kind, list), kind[0] if isinstance(kind, list) else kind
-    values = (value if isinstance(value, list) else [None]) if several else [value]
-    if not (default and value is default[0]) and not all(type(v) is each for v in values):
-        expected = f"a list of {each.__name__}" if several else each.__name__
-        raise ValueError(f"malformed {quoted(key)[1:-1]}: expected {expected}, got {quoted(value)}")
+    each, several = (kind[0], "a list of ") if isinstance(kind, list) else (kind, "")
+    values = value if several else [value]
+    fits = isinstance(values, list) and all(type(v) is each for v in values)
+    if not fits and not (default and value is default[0]):
+        raise ValueError(f"malformed {quoted(key)[1:-1]}: expected {several}{each.__name__}, got {quoted(value)}")
     return value
 
 

@@ -1,12 +1,12 @@
-"""Weights from a checkpoint: safetensors, pickles of plain tensors, or a .gguf file, by Hugging Face's names."""
+"""A checkpoint's weights, from safetensors, pickles of plain tensors or a .gguf file, by Hugging Face's names."""
 
 import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -15,16 +15,13 @@ from sibo_lab.backbone import gguf
 from sibo_lab.files import quoted
 
 
-def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face's name, tensor) of each weight at `path`, on the CPU, one shard at a time."""
+def tensors(path: Path) -> files.Tensors:
+    """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
     if path.suffix == ".gguf":
-        yield from ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
-        return
+        return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
     for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", _pickled_tensors)):
         if shards := _shards(path, file):
-            for shard in shards:
-                yield from read(shard)
-            return
+            return chain.from_iterable(map(read, shards))
     raise FileNotFoundError(f"{path}: expected model.safetensors, pytorch_model.bin or their index.json, got none")
 
 
@@ -39,10 +36,10 @@ def _shards(path: Path, file: str) -> list[Path]:
     return [path / n for n in names]
 
 
-def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _pickled_tensors(file: Path) -> files.Tensors:
     try:
         with open(file, "rb") as f:
-            zipped = f.read(4) == b"PK\3\4"  # files older than PyTorch 1.6 are not, and cannot be mapped
+            zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped
             f.seek(0)
             if zipped:
                 with zipfile.ZipFile(f) as z:
@@ -51,8 +48,8 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                         raise ValueError(f"its members claim {claimed} bytes of {size}")
                     with z.open(next((n for n in z.namelist() if n.endswith("/data.pkl")), "data.pkl")) as pickle:
                         _check_pickle(pickle)
-            else:  # five pickles: magic number, version, platform, tensors and their keys
-                for _ in range(5):
+            else:
+                for _ in ("magic number", "version", "platform", "tensors", "keys"):
                     _check_pickle(f)
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # on a torn file the unpickler raises anything
@@ -63,7 +60,7 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError(f"{file}: expected a dictionary of tensors, got a {type(stored).__name__}")
     for name, tensor in stored.items():
         whole = isinstance(tensor, torch.Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
-        if not isinstance(name, str) or not whole:  # a stride of 0 makes a large tensor from few bytes
+        if not isinstance(name, str) or not whole:  # strides of 0 make a large tensor of few bytes
             raise ValueError(f"{file}: expected names and whole tensors, got {type(tensor).__name__} {quoted(name)}")
         yield name, tensor
 
@@ -71,9 +68,9 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage")
 
 
-def _check_pickle(stream: IO[bytes]) -> None:
-    """Refuses what no dictionary of tensors needs: PyTorch's unpickler runs no code, but a few bytes can make it
-    allocate a bytearray of any size, or hash tuples of the same tuples forever."""
+def _check_pickle(stream) -> None:
+    """Refuses what no dictionary of tensors needs: PyTorch's unpickler runs no code, but few bytes can make it allocate
+    a bytearray of any size, or hash tuples of the same tuples forever."""
     last, memo = "", {}
     for op, arg, _ in pickletools.genops(stream):
         if op.name == "GLOBAL" and not PICKLED.fullmatch(arg):
@@ -86,22 +83,20 @@ def _check_pickle(stream: IO[bytes]) -> None:
             last = op.name
 
 
-def names(modules: Mapping[str, str | None], block: str, inside: Mapping[str, str],
-          unused: Iterable[str]) -> dict[str, str | None]:
-    """Hugging Face's names of all weights and biases, and ours (None: not needed), from those of the modules: outside
-    of the blocks, the block itself ({} is its number), and inside; `unused`: other tensors that are not needed."""
-    modules = {**modules, **{f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}}
+def names(modules: dict, block: str, inside: dict, unused: Iterable[str]) -> dict[str, str | None]:
+    """Hugging Face's names of weights and biases, and ours (None: not needed), from those of `modules` and of those
+    `inside` a `block` ({} is its number)."""
+    modules = modules | {f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}
     return dict.fromkeys(unused) | {f"{theirs}.{leaf}": ours and f"{ours}.{leaf}"
                                     for theirs, ours in modules.items() for leaf in ("weight", "bias")}
 
 
-def rename(name: str, names: Mapping[str, str | None], path: Path, prefix: str = "") -> str | None:
-    """Our name of the tensor `name`, from what `names` returned; ValueError if it is unknown."""
+def rename(name: str, names: dict, path: Path, prefix: str = "") -> str | None:
+    """Our name of a tensor, from what `names` returned; ValueError if it is unknown."""
     name = name.removeprefix(prefix)
-    for old, new in (("gamma", "weight"), ("beta", "bias")):  # BERTs from TensorFlow
-        name = name.replace(f"LayerNorm.{old}", f"LayerNorm.{new}")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # old BERTs
     number = re.search(r"\.(\d+)\.", name)
-    template = name[: number.start()] + ".{}." + name[number.end():] if number else name
+    template = name.replace(number[0], ".{}.", 1) if number else name
     if template not in names:
         raise ValueError(f"{path}: unexpected tensor {quoted(name)} in this kind of model")
     ours = names[template]

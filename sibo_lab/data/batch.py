@@ -1,7 +1,5 @@
-"""From examples to token ids, labels and padded batches.
-
-The official code indents its Alpaca prompt by accident; that is the protocol "paper" here, and
-"clean" is the default."""
+"""From examples to token ids, labels and padded batches. The official code's Alpaca prompt, indented by accident, is
+the protocol "paper"; "clean" is the default."""
 
 import hashlib
 import random
@@ -16,23 +14,20 @@ from sibo_lab.data import tasks
 
 @dataclass(frozen=True)
 class Row:  # its repr enters the digests of saved runs
-    """One example as token ids.
-
-    labels: one per token (-100: no loss there), a GLUE label, or None for a prompt."""
+    """One example as token ids."""
 
     ids: list[int]
-    labels: list[int] | int | float | None = None
+    labels: list[int] | int | float | None = None  # one per token (-100: no loss), a GLUE label, or a prompt's None
     cut: bool = False  # the cutoff removed something
     types: list[int] | None = None  # BERT's token types: 0 first sentence, 1 second
     part: str = ""  # its Sentence's
 
 
 _ABOVE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-_INDENT = " " * 16
+_FORM = "\n### Instruction:\n{}\n\n### Response:\n"
 PROMPTS = {  # by protocol
-    "clean": _ABOVE + "\n\n### Instruction:\n{}\n\n### Response:\n",
-    "paper": (f"{_ABOVE}  # noqa: E501\n\n{_INDENT}### Instruction:\n{_INDENT}{{}}\n{_INDENT}\n"
-              f"{_INDENT}### Response:\n{_INDENT}"),  # the linter's comment is part of the official string
+    "clean": f"{_ABOVE}\n{_FORM}",
+    "paper": f"{_ABOVE}  # noqa: E501\n" + _FORM.replace("\n", "\n" + " " * 16),  # the official string has the comment
 }
 
 
@@ -42,10 +37,8 @@ def prompt(instruction: str, protocol: str = "clean") -> str:
 
 
 def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, the same as at generation, and those of the `output` that follows it.
-
-    Where the tokenizer would merge across the border, the output is spelled as it is alone, or after
-    a line feed. ValueError if neither continues the prompt."""
+    """The ids of a prompt, the same as at generation, and those of the `output` that follows it. Where the tokenizer
+    merges across the border, the output's are as alone, or after a line feed; ValueError if neither continues it."""
     given, whole = tokenizer.encode(text), tokenizer.encode(text + output)
     # An output alone gets a space before it from SentencePiece; after a prompt, BPE merges its line feeds.
     for before in (text, "", "\n"):
@@ -60,9 +53,8 @@ def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool
            protocol: str = "clean") -> Row:
     """Prompt, output and EOS as ids; the labels are the ids, but -100 on a prompt not trained on.
 
-    The ids begin with exactly those that the model is given at generation. They are cut to `cutoff`
-    tokens from the right. A cut example has no EOS, which would teach the model to stop in
-    mid-sentence, and no label left if its prompt fills the cutoff. Raises what continuation raises."""
+    Cut to `cutoff` tokens from the right. A cut example has no EOS, which would teach the model to stop mid-sentence,
+    and no label left if its prompt fills the cutoff. Raises what continuation raises."""
     given, written = continuation(prompt(example.instruction, protocol), example.output, tokenizer)
     ids = given + written + [tokenizer.eos_id]
     labels = ids if train_on_inputs else [-100] * len(given) + ids[len(given):]
@@ -70,12 +62,10 @@ def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool
 
 
 def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
-    """[CLS] text [SEP] or [CLS] text [SEP] pair [SEP], in at most `cutoff` tokens.
-
-    The longer sentence loses its end until both fit. ValueError if the tokenizer is not BERT's."""
+    """[CLS] text [SEP] or [CLS] text [SEP] pair [SEP], in at most `cutoff` tokens: the longer sentence loses its end.
+    ValueError if the tokenizer is not BERT's."""
     if len(special := tokenizer.encode("")) != 2:
-        raise ValueError(f"expected a tokenizer that puts two special tokens around a text, got {len(special)}: "
-                         "GLUE tasks need a BERT backbone")
+        raise ValueError(f"GLUE: expected a BERT's tokenizer, with two special tokens on a text, got {len(special)}")
     cls, sep = special
     parts = [tokenizer.encode(text)[1:-1] for text in (sentence.text, sentence.pair) if text is not None]
     room = max(0, cutoff - 1 - len(parts))
@@ -90,14 +80,12 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
 
 
 def collate(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows padded to the longest, on the "right" to train or the "left" to generate.
-
-    input_ids, attention_mask (B, T); labels (B, T) padded with -100, or (B,) for GLUE (int64 classes,
-    float32 scores); token_type_ids (B, T) for BERT."""
+    """Rows padded to the longest, on the "right" to train or the "left" to generate: input_ids, attention_mask (B, T);
+    labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT."""
     if side not in ("right", "left"):
         raise ValueError(f'padding side: expected "right" or "left", got {side!r}')
 
-    def pad(lists: list[list[int]], value: int) -> torch.Tensor:
+    def pad(lists, value):
         return pad_sequence([torch.tensor(items, dtype=torch.int64) for items in lists], True, value, side)
 
     tensors = {"input_ids": pad([row.ids for row in rows], pad_id),
@@ -118,10 +106,8 @@ def to_device(tensors: dict[str, torch.Tensor], m: torch.nn.Module) -> dict[str,
 
 
 def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices into `lengths`, each once per epoch, in a new order every epoch.
-
-    An epoch's last batch may be smaller. Every 16 batches are sorted by length before they are cut,
-    since padding is wasted work."""
+    """Endless batches of indices into `lengths`, each once per epoch, in a new order; an epoch's last may be smaller.
+    Every 16 batches are sorted by length before they are cut: less padding."""
     rng = random.Random(f"batches {seed}")
     while True:
         order = sorted(range(len(lengths)), key=lambda _: rng.random())
@@ -134,7 +120,7 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
 
 
 def digest(rows: Iterable) -> str:
-    """sha256 of examples or rows, in order: what a run was trained or scored on."""
+    """sha256 of examples or rows, in order."""
     found = hashlib.sha256()
     for row in rows:
         found.update(repr(row).encode())

@@ -1,13 +1,9 @@
-"""Download the benchmarks' files: resumed where they stopped, checked, installed whole or not at all.
-
-sources.txt has the address and the hash of every file; those of SST-2, QQP, MNLI and QNLI have no
-published hash, but their archives have checksums of their own. The official code leaves downloads to
-its users, which stays possible: every error names the address and the place for a copy."""
+"""Download the benchmarks' files: resumed where they stopped, checked, installed whole or not at all. The official code
+leaves that to its users, which stays possible: every error names the address and the place for a copy."""
 
 import hashlib
 import http.client
 import io
-import os
 import shutil
 import time
 import urllib.request
@@ -23,7 +19,7 @@ from tqdm import tqdm
 from sibo_lab import files
 
 TRIES = 4
-LARGEST = 1 << 30  # bytes of an archive's member of unknown size; GLUE's are below a tenth of it
+LARGEST = 1 << 30  # bytes of an archive's member of unknown size; GLUE's are below a tenth
 MRPC, MRPC_IDS = "glue/MRPC/msr_paraphrase_train.txt", "glue/MRPC/dev_ids.tsv"
 
 
@@ -43,7 +39,7 @@ def sources() -> dict[str, Source]:
 
 
 def address(name: str) -> str:
-    """The URL, without https://, where a file, or the archive that holds it, is published."""
+    """Where a file, or the archive that holds it, is published, without https://."""
     return sources()[name].address
 
 
@@ -62,7 +58,7 @@ def state(path: Path, name: str) -> str:
 
 
 def _place(name: str, data_dir: Path) -> Path:
-    """Where a user puts what is at a file's address: the file itself, its archive, or MRPC's source."""
+    """The place for what is at a file's address: the file, its archive, or MRPC's source."""
     url = address(name)
     if url.endswith(".zip"):
         return data_dir / "glue" / Path(url).name
@@ -70,8 +66,7 @@ def _place(name: str, data_dir: Path) -> Path:
 
 
 def missing(names: Iterable[str], data_dir: Path) -> list[str]:
-    """One line for each address that files of these names are missing from, with the place for a
-    copy."""
+    """A line for each address of a missing file, with the place for a copy."""
     lost = [name for name in names if not (data_dir / name).is_file()]
     lost += [MRPC_IDS] if any(name.startswith("glue/MRPC/") for name in lost) else []
     places = {_place(name, data_dir): address(name) for name in lost}
@@ -79,13 +74,10 @@ def missing(names: Iterable[str], data_dir: Path) -> list[str]:
 
 
 def fetch(names: Iterable[str], data_dir: Path, base: str = "https://", wait: float = 1.0) -> None:
-    """Downloads the files of these names that are missing or wrong in `data_dir`.
-
-    An archive, or MRPC's source, that a user put in its place is used instead of the network. `base`
-    precedes every address, such as a mirror's; `wait` is in seconds before the second try, doubled
-    for each further one. Raises ValueError for wrong bytes and OSError if a download fails; both name
-    the address and the place for a copy, and what was in that place stays."""
-    wanted: dict[str, list[str]] = {}
+    """Downloads the files of these names that are missing or wrong in `data_dir`, unless their archive, or MRPC's
+    source, is in its place already. `base` precedes every address; `wait`: seconds before the second try, then doubled.
+    ValueError for wrong bytes, OSError if a download fails; what was in the file's place stays."""
+    wanted = {}  # names by address
     for name in names:
         if state(data_dir / name, name) not in ("ok", "hash unknown"):
             wanted.setdefault(address(name), []).append(name)
@@ -120,7 +112,7 @@ def _download(url: str, place: Path, install: Callable[[Path], None], wait: floa
             if i == TRIES - 1 or code and code < 500 and code not in (408, 416, 429):
                 why = e if code else getattr(e, "reason", e)
                 raise OSError(f"{url}: download failed ({why}); try again later, or {by_hand}") from None
-            if code == 416:  # the server has nothing after these bytes, so they are of another file
+            if code == 416:  # nothing comes after these bytes: they are of another file
                 part.unlink()
             time.sleep(wait * 2**i)
     try:
@@ -129,12 +121,12 @@ def _download(url: str, place: Path, install: Callable[[Path], None], wait: floa
         part.unlink()
         if not resumed:
             raise ValueError(f"{url}: {e}; {by_hand}") from None
-        _download(url, place, install, wait)  # start over: the resumed bytes may be of another file
+        _download(url, place, install, wait)  # from the start: what was resumed may be of another file
     part.unlink(missing_ok=True)
 
 
 def _receive(url: str, part: Path) -> None:
-    """One request for what `part` lacks; ConnectionError if the answer ends too early."""
+    """One request for what `part` lacks; ConnectionError if it ends too early."""
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -142,8 +134,8 @@ def _receive(url: str, part: Path) -> None:
             have = 0
         total = None if answer.length is None else have + answer.length
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if have else "wb") as f, tqdm(desc=part.stem, initial=have, total=total, unit="B",
-                                                           unit_scale=True) as bar:
+        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
+        with open(part, "ab" if have else "wb") as f, bar:
             while piece := answer.read(1 << 16):
                 bar.update(f.write(piece))
     if total not in (None, found := part.stat().st_size):
@@ -153,13 +145,12 @@ def _receive(url: str, part: Path) -> None:
 def _move(part: Path, data_dir: Path, names: list[str]) -> None:
     _check(part, names[0])
     files.flush(part)
-    os.replace(part, data_dir / names[0])
-    files.flush((data_dir / names[0]).parent)
+    place = part.replace(data_dir / names[0])
+    files.flush(place.parent)
 
 
 def _unzip(archive: Path, data_dir: Path, names: list[str]) -> None:
-    """Takes out nothing but the files of these names; the archives hold glue/CoLA/train.tsv as
-    CoLA/train.tsv."""
+    """Takes out nothing but the files of these names; archives hold glue/CoLA/train.tsv as CoLA/train.tsv."""
     try:
         with zipfile.ZipFile(archive) as z:
             files.check_archive(z)
@@ -170,13 +161,12 @@ def _unzip(archive: Path, data_dir: Path, names: list[str]) -> None:
                 with z.open(info) as member:
                     _write(member, data_dir, name)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError) as e:
-        why = files.one_line(e) or "it ends too early"
-        raise ValueError(f"expected a whole zip archive of {' and '.join(names)}, got a damaged one ({why})") from None
+        raise ValueError(f"expected a whole zip archive of {' and '.join(names)}, got a damaged one "
+                         f"({files.one_line(e) or 'it ends too early'})") from None
 
 
 def _split_mrpc(source: Path, data_dir: Path, names: list[str]) -> None:
-    """GLUE's rule: the pairs of ids in dev_ids.tsv are the dev set, in the source's order; the rest
-    trains."""
+    """GLUE's rule: the pairs of ids in dev_ids.tsv are the dev set, in the source's order; the rest trains."""
     dev = set((data_dir / MRPC_IDS).read_bytes().split(b"\n"))
     header, *rows = source.read_bytes().replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n")
     for name in names:
@@ -185,7 +175,7 @@ def _split_mrpc(source: Path, data_dir: Path, names: list[str]) -> None:
 
 
 def _write(source: IO[bytes], data_dir: Path, name: str) -> None:
-    def fill(draft: Path) -> None:
+    def fill(draft):
         with open(draft, "wb") as f:
             shutil.copyfileobj(source, f)
         _check(draft, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sibo_lab import files
 
-NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: no text makes it backtrack for long
+NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: never backtracks for long
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Example:
     instruction: str
     output: str = ""  # what to learn to write; "" in test files
     answer: str = ""  # what is scored: a number, a letter or a word
-    part: str = ""  # a group that is also scored on its own, such as "new templates"
-    choices: tuple[str, ...] = ()  # the answers that a commonsense question offers; (): any
+    part: str = ""  # a group also scored on its own, such as "new templates"
+    choices: tuple[str, ...] = ()  # what a commonsense question offers; (): any
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Task:
-    """A task. Its files are relative to the data directory; without `test`, part of `train` is held out."""
+    """Its files are relative to the data directory; without `test`, part of `train` is held out."""
 
     name: str
     kind: str  # word-problems | arithmetic | commonsense | glue | own
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
-    counts: tuple[int, int] = (0, 0)  # published numbers of training and test examples; 0: unknown
-    answers: str = ""  # pattern of an answer within a response; "": the response ends in the answer
-    held_out: int = 0  # hold out at most this many questions, and at most a tenth
-    metric: str = "accuracy"  # accuracy | matthews | f1 | pearson
+    counts: tuple[int, int] = (0, 0)  # published, of training and test examples; 0: unknown
+    answers: str = ""  # pattern of an answer in a response; "": the response ends in it
+    held_out: int = 0  # questions at most, and at most a tenth
+    metric: str = "accuracy"  # or matthews, f1, pearson
     columns: tuple = ()  # GLUE: label and sentences, by name or, without a header, position
     classes: tuple[str, ...] = ()  # GLUE: the labels as the file writes them; (): a score
 
@@ -53,17 +53,17 @@ class Task:
 
     @property
     def max_new_tokens(self) -> int:
-        return {"word-problems": 96, "arithmetic": 256, "commonsense": 32, "glue": 0, "own": 256}[self.kind]
+        return {"word-problems": 96, "commonsense": 32, "glue": 0}.get(self.kind, 256)
 
 
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
 TASKS = {task.name: task for task in (
     Task("word-problems", "word-problems", answers=NUMBER),
-    Task("gsm8k", "arithmetic", (GSM8K,), ("llm_adapters/gsm8k/test.json",), (7473, 1319), NUMBER),
-    Task("aqua", "arithmetic", (AQUA,), ("llm_adapters/AQuA/test.json",), (2728, 254), LETTER),
-    Task("mawps", "arithmetic", (MAWPS,), ("llm_adapters/mawps/test.json",), (1898, 238), NUMBER),
-    *(Task(folder.lower(), "arithmetic", (), (f"llm_adapters/{folder}/test.json",), (0, count), NUMBER)
-      for folder, count in (("SVAMP", 1000), ("AddSub", 395), ("MultiArith", 600), ("SingleEq", 508))),
+    *(Task(folder.lower(), "arithmetic", train, (f"llm_adapters/{folder}/test.json",), counts, answers)
+      for folder, train, counts, answers in (
+        ("gsm8k", (GSM8K,), (7473, 1319), NUMBER), ("AQuA", (AQUA,), (2728, 254), LETTER),
+        ("mawps", (MAWPS,), (1898, 238), NUMBER), ("SVAMP", (), (0, 1000), NUMBER), ("AddSub", (), (0, 395), NUMBER),
+        ("MultiArith", (), (0, 600), NUMBER), ("SingleEq", (), (0, 508), NUMBER))),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
     Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
     *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
@@ -91,13 +91,13 @@ TASKS = {task.name: task for task in (
 
 
 def task(name: str) -> Task:
-    """The task of a short name, or of the path of a .json or .jsonl file; ValueError for other names."""
+    """By short name, or the path of a .json or .jsonl file; ValueError for other names."""
     if Path(name).suffix in (".json", ".jsonl"):
         path = str(Path(name).expanduser().absolute())  # a saved run finds it from any working directory
         return Task(path, "own", (path,), held_out=200)
     if name not in TASKS:
         hint = files.near(name, TASKS) or f"; expected one of {', '.join(TASKS)}"
-        raise ValueError(f"unknown task {name!r}{hint} (or give the path of a .json or .jsonl file)")
+        raise ValueError(f"unknown task {name!r}{hint} (or the path of a .json or .jsonl file)")
     return TASKS[name]
 
 
@@ -106,13 +106,12 @@ def parse(*names: str) -> list[Task]:
     found = [task(one) for name in names
              for one in ([name] if name.endswith((".json", ".jsonl")) else name.split("+"))]
     if len({t.num_labels and t.name for t in found}) > 1:
-        raise ValueError(f"task {'+'.join(names)}: expected text-to-text tasks or a single GLUE task, "
-                         "got tasks that each need their own head")
+        raise ValueError(f"task {'+'.join(names)}: expected text-to-text tasks or one GLUE task, got several heads")
     return found
 
 
 def scored_whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:
-    """The tasks to score: a file that was not trained on is scored whole, not only its held-out part."""
+    """The tests; a file that was not trained on is scored whole, not only its held-out part."""
     return [t if t in trained else replace(t, test=t.test or t.train) for t in tests]
 
 

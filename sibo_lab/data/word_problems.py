@@ -1,15 +1,12 @@
-"""Word problems made from a seed: the built-in task, which needs no file to be downloaded.
-
-They are ours, in the manner of the arithmetic sets that the paper trains on (Section 4.1): a
-question, its worked steps, a closing sentence with the answer. The paper and the official code have
-nothing of the kind."""
+"""Word problems made from a seed: the built-in task, which needs no download. They are ours, in the manner of the
+paper's arithmetic sets (Section 4.1): a question, its worked steps, a closing sentence with the answer."""
 
 import hashlib
-import itertools
 import random
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 NAMES = ("Ada Amir Anna Ben Carla Chen Dan Diego Ella Emma Fatima George Grace Hana Ivan Jack Jada Kim Leo Lina Lucy "
@@ -21,7 +18,7 @@ BOXES = (("bag", "bags"), ("basket", "baskets"), ("bowl", "bowls"), ("box", "box
 
 @cache
 def templates() -> tuple[list[list[str]], list[list[str]]]:
-    """The templates of word_problems.txt (question, ranges, worked answer): trained on, and not."""
+    """Templates of word_problems.txt (question, ranges, worked answer): trained on, and not."""
     sections = Path(__file__).with_name("word_problems.txt").read_text("utf-8").split("# never trained on\n")
     trained, new = ([block.split("\n") for block in section.strip().split("\n\n") if block[0] != "#"]
                     for section in sections)
@@ -29,17 +26,15 @@ def templates() -> tuple[list[list[str]], list[list[str]]]:
 
 
 def word_problems(split: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
-    """Endless different problems, "train" or "test": question, worked answer, result and part, which
-    is "new templates" for every fifth test problem (its template is never trained on), else "".
-
-    The hash of its template and numbers decides a problem's split: whatever the seeds and lengths, no
-    training question is in a test, not even under another name or about other things."""
-    rng, made = random.Random(f"{split} {seed}"), set()
+    """Endless different problems, "train" or "test": question, worked answer, result and part ("new templates", never
+    trained on, in every fifth test problem; else ""). The hash of template and numbers decides the split: whatever the
+    seeds and lengths, no training question is in a test, not even about other people or things."""
+    rng, made = random.Random(f"{split} {seed}"), {""}
     trained, new = templates()
-    for i in itertools.count():
+    for i in count():
         part = "new templates" if split == "test" and i % 5 == 4 else ""
-        question = None
-        while question is None or question in made:
+        question = ""
+        while question in made:
             question, work, answer = _word_problem(_pick(rng, new if part else trained), split, rng)
         made.add(question)
         yield question, f"{work} The answer is {answer}.", str(answer), part
@@ -52,7 +47,7 @@ def _pick(rng: random.Random, choices):
 def _word_problem(template: list[str], split: str, rng: random.Random) -> tuple[str, str, int]:
     question, ranges, work = template
     while True:  # draw numbers until they belong to this split and every step can be done in the head
-        # the least of three draws: small numbers are likelier, as in MAWPS and sets like it
+        # the least of three draws: small numbers are likelier, as in MAWPS
         numbers = {letter: min(_pick(rng, range(int(low), int(high) + 1)) for _ in range(3))
                    for letter, low, high in re.findall(r"(\w) (\d+)-(\d+)", ranges)}
         side = "test" if hashlib.sha256(f"{question} {numbers}".encode()).digest()[0] < 52 else "train"  # one in five
@@ -67,13 +62,12 @@ def _word_problem(template: list[str], split: str, rng: random.Random) -> tuple[
 
 
 def _solve(work: str, numbers: dict[str, int]) -> tuple[str, int] | None:
-    """The worked answer with its steps computed, and the last result. None if an operand is above
-    100, a result below 2 (so that every noun can stay plural), a division not exact, or a factor or
-    divisor above 12."""
+    """The worked answer with its steps computed, and the last result. None if an operand is above 100, a result below 2
+    (every noun is plural), a division not exact, or a factor or divisor above 12."""
     known, pieces = dict(numbers), re.split(r"\[(.+?)\]", work)
     for i, result in zip(range(1, len(pieces), 2), "xyz", strict=False):
         left, op, right = pieces[i].split()
-        p, q = (known[operand] if operand in known else int(operand) for operand in (left, right))
+        p, q = (int(known.get(operand, operand)) for operand in (left, right))
         value = {"+": p + q, "-": p - q, "*": p * q, "/": p // q}[op]
         if max(p, q) > 100 or value < 2 or (op == "/" and p % q) or (op in "*/" and min(p, q) > 12):
             return None

@@ -34,8 +34,8 @@ def parser() -> cli.Parser:
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
-    add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write the run as peft's adapter (a plain "
-        "LoRA), or folded as a Hugging Face checkpoint")
+    add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write a plain LoRA for peft, or the run folded "
+        "for Hugging Face")
     add = p.add_argument_group("how").add_argument
     add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
     add("--protocol", choices=list(batch.PROMPTS), help="prompt and beams (default: the run's, or clean)")
@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Adds to `args` what the run and the backbone say; ValueError if the options fit neither them nor each other."""
+    """Adds what the run and the backbone say; ValueError or FileNotFoundError where the options do not fit them."""
     if args.run and not Path(args.run, "config.json").is_file():
         raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
     args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
@@ -56,14 +56,13 @@ def complete(args: argparse.Namespace) -> None:
     args.tests = tasks.scored_whole(tasks.parse(*names) if names else trained, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
     if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
-        raise ValueError(f"--export {args.export[0]}: expected peft or hf, with a run, without --merge, on a backbone "
-                         "of 16 bits or more")
+        raise ValueError(f"--export {args.export[0]}: expected peft or hf, a run, no --merge, 16-bit weights or wider")
     if args.peft and run:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
     if args.similarity and args.task and len(args.tests) > 1:
         raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:
-        raise ValueError(f"--ask: expected an LLM's run, got {args.run}, a BERT with the classes of {run['task']}")
+        raise ValueError(f"--ask: expected an LLM's run, got {args.run}, a BERT on {run['task']}")
     if run and not args.ask and bool(args.head) != bool(labels):
         raise ValueError(f"{args.run}: expected a run that can answer {name}, got one on {run['task']}")
     if labels and (args.protocol or args.num_beams):
@@ -77,5 +76,5 @@ def complete(args: argparse.Namespace) -> None:
     args.spec = config.read_spec(args.path)
     bert = args.spec.get("model_type") == "bert"
     if (bert or labels) and not (args.head or args.similarity or args.export):
-        raise ValueError(f"{args.backbone}: expected a run that train.py wrote, got no trained head; only an LLM on a "
-                         "text-to-text task needs none")
+        raise ValueError(f"{args.backbone}: expected a run that train.py wrote, got no trained head; only an LLM on "
+                         "text needs none")

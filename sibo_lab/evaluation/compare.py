@@ -1,15 +1,10 @@
-"""Runs side by side: mean ± standard deviation over seeds, and the difference from the plain method.
-
-The official code reports one seed per number, but seeds often differ more than methods do. So a difference here has a
-95 % interval: with several seeds Student's t of the differences of equal seeds (same data, same order), with one seed
-the normal interval over the test examples, which both runs answered."""
-
-from __future__ import annotations
+"""Runs side by side: mean ± standard deviation over seeds, and the difference from the plain method. The official code
+reports one seed per number, but seeds often differ more than methods do."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +15,7 @@ from sibo_lab.evaluation import metrics
 
 PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
 TABLE = ("backbone", "task", "test", "score_on", "limit")  # what all runs of a table share
-FOLDERS = re.compile(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""")  # in a command
+FOLDERS = ("out", "data_dir")  # of this machine
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class SeedGroup:
     """Runs that differ only in their seeds."""
 
     runs: dict[int, Done]  # by seed
-    plain: dict[int, Done] | None  # the same without h0
+    plain: dict[int, Done]  # the same without h0
 
     @property
     def config(self) -> dict:
@@ -54,14 +49,14 @@ class SeedGroup:
 
 
 def read(places: Sequence[str | Path]) -> list[Done]:
-    """All finished runs in and below folders, and in files from `save`. FileNotFoundError if there are none."""
+    """All finished runs in and below folders, and in files from `save`; FileNotFoundError for none."""
     runs = []
     for place in map(Path, places):
         if place.suffix == ".jsonl":
             lines = place.read_text(encoding="utf-8").splitlines()
             runs += [_saved(line, f"{place}, line {i}") for i, line in enumerate(lines, 1)]
         elif not place.is_dir():
-            raise FileNotFoundError(f"{place}: no such folder; expected one with runs in it, or a .jsonl of saved runs")
+            raise FileNotFoundError(f"{place}: no such folder; expected one with runs, or a .jsonl of saved runs")
         runs += map(_finished, sorted(file.parent for file in place.rglob("result.json")))
     if not runs:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: expected finished runs (with a result.json), got none")
@@ -88,7 +83,7 @@ def _finished(folder: Path) -> Done:
 
 
 def losses(folder: Path) -> np.ndarray:
-    """The training loss of each step; nan where a step was skipped."""
+    """Of each training step; nan where it was skipped."""
     return np.array([line["loss"] for line in _lines(folder / "metrics.jsonl")], float)
 
 
@@ -97,42 +92,43 @@ def _lines(file: Path) -> list[dict]:
 
 
 def save(runs: Sequence[Done], file: Path) -> None:
-    """One line of JSON per run, without the folders of this machine."""
+    """One line of JSON per run, without FOLDERS."""
     lines = []
     for run in map(asdict, runs):
-        run["config"] = {k: v for k, v in run["config"].items() if k not in ("data_dir", "out")}
-        run["result"]["command"] = FOLDERS.sub("", run["result"]["command"])
+        for folder in FOLDERS:
+            run["config"].pop(folder, None)
+        result = run["result"]
+        result["command"] = re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", result["command"])
         lines.append(json.dumps(run) + "\n")
     files.write(file, "".join(lines))
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
     """The rows of each table."""
-    def key(config: dict) -> str:
-        return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", "out", "data_dir")})
+    def key(config):
+        return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", *FOLDERS)})
 
-    tables: dict[str, dict[str, dict[int, Done]]] = {}
+    def order(g):
+        return g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]
+
+    tables = {}
     for run in runs:
         rows = tables.setdefault(json.dumps([run.config[k] for k in TABLE]), {})
-        rows.setdefault(key(run.config), {})[run.config["seed"]] = run
-    found = []
+        rows.setdefault(key(run.config), SeedGroup({}, {})).runs[run.config["seed"]] = run
     for rows in tables.values():
-        found.append([])
-        for same in rows.values():
-            config = next(iter(same.values())).config
-            method, sibo, _ = config["method"].partition("-sibo")
-            plain = rows.get(key(config | PLAIN | {"method": method})) if sibo else None
-            found[-1].append(SeedGroup(same, plain))
-        found[-1].sort(key=lambda g: (g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]))
-    return found
+        for g in rows.values():
+            method, sibo, _ = g.config["method"].partition("-sibo")
+            if sibo and (plain := rows.get(key(g.config | PLAIN | {"method": method}))):
+                g.plain.update(plain.runs)
+    return [sorted(rows.values(), key=order) for rows in tables.values()]
 
 
 def difference(group: SeedGroup) -> tuple[float, float] | None:
-    """The score minus the plain method's, and half the width of its 95 % interval (nan: unknown)."""
-    seeds = sorted(set(group.runs) & set(group.plain or {}))
-    if not seeds:
+    """The score minus the plain method's, and half its 95 % interval (nan: unknown): Student's t over equal seeds (same
+    data, same order), or for one seed the normal interval over the test examples."""
+    pairs = [(ours, group.plain[seed]) for seed, ours in sorted(group.runs.items()) if seed in group.plain]
+    if not pairs:
         return None
-    pairs = [(group.runs[s], group.plain[s]) for s in seeds]
     each = np.array([ours.result["score"] - plain.result["score"] for ours, plain in pairs])
     mean, n = float(each.mean()), len(each)
     if n > 1:
@@ -146,70 +142,65 @@ def difference(group: SeedGroup) -> tuple[float, float] | None:
 
 
 def tables(runs: Sequence[Done], markdown: bool = False) -> str:
-    """Every table of the runs as text or Markdown."""
     return "\n\n".join(_table(rows, markdown) for rows in groups(runs))
 
 
 def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     config, result = rows[0].config, rows[0].first
-    varying = [k for k in config if k not in (*TABLE, "seed", "out", "data_dir", "device", "method")
+    varying = [k for k in config if k not in (*TABLE, *FOLDERS, "seed", "device", "method")
                and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
-    scale, digits = (100, 1) if result["metric"] == "accuracy" else (1, 3)
+    scale, digits = (100, ".1f") if result["metric"] == "accuracy" else (1, ".3f")
     metric = result["metric"] + " %" * (scale == 100) + " (validation)" * (config["score_on"] == "validation")
     cells = [["method", *varying, "seeds", metric, "against plain (95 %)", *result["parts"], "similarity",
               "trained parameters"]]
     for g in rows:
-        values, score, d = [g.config[k] for k in varying], scale * g.over_seeds("score"), difference(g)
+        score, d = scale * g.over_seeds("score"), difference(g)
         cells.append([
             g.config["method"],
-            *("" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in values),
-            str(len(score)),
-            f"{score.mean():.{digits}f}" + (f" ± {score.std(ddof=1):.{digits}f}" if len(score) > 1 else ""),
-            "" if d is None else f"{scale * d[0]:+.{digits}f}" + (
-                " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:.{digits}f}"),
-            *(f"{scale * np.mean([x[part] for x in g.over_seeds('parts')]):.{digits}f}" for part in result["parts"]),
+            *("" if x is None else f"{x:g}" if isinstance(x, float) else x for x in map(g.config.get, varying)),
+            len(score),
+            f"{score.mean():{digits}}" + (f" ± {score.std(ddof=1):{digits}}" if len(score) > 1 else ""),
+            "" if d is None else f"{scale * d[0]:+{digits}}" + (
+                " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:{digits}}"),
+            *(f"{scale * np.mean([x[part] for x in g.over_seeds('parts')]):{digits}}" for part in result["parts"]),
             f"{g.over_seeds('similarity').mean():.3f}",
             f"{g.first['trainable_parameters']:,}"])
     title = f"{config['backbone']} on {config['task']}"
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in cells]
-        return "\n".join([f"**{title}**", "", lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
+        head, *lines = ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+        return "\n".join([f"**{title}**", "", head, "|" + "---|" * len(cells[0]), *lines])
     return f"{title}\n{cli.format_table(cells)}"
 
 
 def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
     """A label: what sets a group apart from the others of its method."""
     c = g.config
-    labels = {"lam": f"λ {c['lam']}", "sibo_at": str(c["sibo_at"]), "frozen_too": "frozen too",
-              "skip": f"{c['skip']} skip", "side": f"side {c['side']}", "learn_lam": "λ learned", "lr": f"lr {c['lr']}"}
+    labels = {"lam": "λ {lam}", "sibo_at": "{sibo_at}", "frozen_too": "frozen too", "skip": "{skip} skip",
+              "side": "side {side}", "learn_lam": "λ learned", "lr": "lr {lr}"}
     same = [other.config for other in rows if other.config["method"] == c["method"]]
-    return ", ".join([c["method"], *(label for k, label in labels.items()
-                                     if c[k] and len({json.dumps(other[k]) for other in same}) > 1)])
+    own = [k for k in labels if c[k] and len({json.dumps(other[k]) for other in same}) > 1]
+    return ", ".join([c["method"], *(labels[k].format_map(c) for k in own)])
 
 
 def side_by_side(results: Sequence[dict]) -> str:
     """The frozen model and each run, as a table."""
     r = results[0]
     score = (lambda x: f"{100 * x:.1f} %") if r["metric"] == "accuracy" else "{:.4f}".format
-
-    def row(label: str, before: object, of: Callable[[dict], object]) -> list:
-        return [label, before, *map(of, results)]
-
-    return cli.format_table([
-        row("", "before", "{method}".format_map),
-        row(r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
-        *(row(f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
-        row("scored on", r["baseline_n"], "{n}".format_map),
-        row("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
-        row("similarity, last five layers", f"{r['baseline_similarity']:.3f}", "{similarity:.3f}".format_map),
-        row("trainable parameters", 0, "{trainable_parameters:,}".format_map),
-        row("  share", "", lambda x: f"{x['trainable_parameters'] / x['total_parameters']:.2%}"),
-        row("training seconds", "", "{train_seconds:.0f}".format_map),
-        row("tokens/s", "", "{tokens_per_second:.0f}".format_map),
-        row("peak memory, GB", "", lambda x: f"{x['peak_memory_bytes'] / 1e9:.2f}")])
+    rows = [
+        ("", "before", "{method}".format_map),
+        (r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
+        *((f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
+        ("scored on", r["baseline_n"], "{n}".format_map),
+        ("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
+        ("similarity, last five layers", f"{r['baseline_similarity']:.3f}", "{similarity:.3f}".format_map),
+        ("trainable parameters", 0, "{trainable_parameters:,}".format_map),
+        ("  share", "", lambda x: f"{x['trainable_parameters'] / x['total_parameters']:.2%}"),
+        ("training seconds", "", "{train_seconds:.0f}".format_map),
+        ("tokens/s", "", "{tokens_per_second:.0f}".format_map),
+        ("peak memory, GB", "", lambda x: f"{x['peak_memory_bytes'] / 1e9:.2f}")]
+    return cli.format_table([[label, before, *map(of, results)] for label, before, of in rows])
 
 
 def name_of(backbone_or_task: str) -> str:
-    """The last part of a path or hub id, without a file's ending (but with a name's own dots: llama-3.2-1b)."""
-    name = Path(backbone_or_task).name
-    return Path(name).stem if name.endswith((".gguf", ".json", ".jsonl")) else name
+    """The last part of a path or hub id, without a file's ending (but with a name's dots: llama-3.2-1b)."""
+    return re.sub(r"\.(gguf|jsonl?)$", "", Path(backbone_or_task).name)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+Array = np.ndarray
+
 
 def student_t(df: int) -> float:
     """The 97.5 % point of Student's t: with t = √df tan u its density is that of cos(u)^(df−1)."""
@@ -25,54 +27,44 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
 
 
-def bootstrap(metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray,
-              labels: np.ndarray) -> tuple[float, float]:
-    """95 % interval of any metric (Efron 1979): its percentiles over 1,000 draws of the examples with replacement,
-    the same draws every time."""
+def bootstrap(metric: Callable[[Array, Array], float], predicted: Array, labels: Array) -> tuple[float, float]:
+    """95 % interval of any metric (Efron 1979): percentiles over 1,000 draws with replacement, the same every time."""
     rng, n = np.random.default_rng(0), len(labels)
     values = [metric(predicted[i], labels[i]) for i in (rng.integers(0, n, n) for _ in range(1000))]
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
+    return tuple(np.percentile(values, (2.5, 97.5)).tolist())
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): the mean gap between confidence and accuracy over bins of equal
-    width, weighted by their examples."""
-    of = np.minimum(confidence * bins, bins - 1).astype(int)
-    return float(np.abs(np.bincount(of, right - confidence)).sum() / len(right))
+def calibration_error(confidence: Array, right: Array) -> float:
+    """Expected calibration error (Guo et al. 2017): mean gap of confidence and accuracy over 15 bins, by their size."""
+    bins = np.minimum(confidence * 15, 14).astype(int)
+    return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(right))
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(predicted: Array, labels: Array) -> float:
     return float(np.mean(predicted == labels))
 
 
-def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation: for two classes, the Pearson correlation of their 0/1 values."""
-    return pearson(predicted, labels)
-
-
-def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 if it is neither predicted nor present."""
+def f1(predicted: Array, labels: Array) -> float:
+    """Of class 1; 0 if it is neither predicted nor present."""
     hits = np.sum((predicted == 1) & (labels == 1))
     return float(2 * hits / max(np.sum(predicted == 1) + np.sum(labels == 1), 1))
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation coefficient; 0 if either is constant."""
+def pearson(a: Array, b: Array) -> float:
+    """0 if either is constant."""
     a, b = a - a.mean(dtype=float), b - b.mean(dtype=float)
     scale = math.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale else 0.0
 
 
-def ranks(a: np.ndarray) -> np.ndarray:
+matthews = pearson  # of the 0/1 values of two classes
+
+
+def ranks(a: Array) -> Array:
     """1 for the smallest; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(a, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
+def spearman(a: Array, b: Array) -> float:
     return pearson(ranks(a), ranks(b))
-
-
-METRICS = {f.__name__: f for f in (accuracy, matthews, f1, pearson, spearman)}

@@ -10,7 +10,7 @@ from sibo_lab.evaluation import compare, metrics
 
 def figure(width: float = 7.0, height: float = 4.0, ratios: Sequence[float] = (1,)) -> tuple:
     """matplotlib's Figure, in inches of 150 dots, and its empty panels (Axes), of heights in these ratios."""
-    from matplotlib.figure import Figure  # a fifth of a second that other commands need not wait
+    from matplotlib.figure import Figure  # slow to import
 
     fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
     panels = fig.subplots(len(ratios), squeeze=False, height_ratios=ratios)[:, 0]
@@ -21,7 +21,7 @@ def figure(width: float = 7.0, height: float = 4.0, ratios: Sequence[float] = (1
 
 
 def look(name: str) -> dict:
-    """A method's colour and line, the same in all pictures: plain methods are dashed, SIBO's are solid."""
+    """A method's colour and line, the same in all pictures: plain methods dashed, SIBO's solid."""
     method = name.split(",")[0].removesuffix("-sibo")
     colour = {"frozen": "k", "adapter": "C0", "lora": "C1", "full": "C2"}.get(method, "C3")
     return {"color": colour, "ls": ":" if method == "frozen" else "-" if "-sibo" in name else "--"}
@@ -49,7 +49,7 @@ def draw_runs(runs: Sequence[compare.Done], path: Path) -> None:
 
 
 def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) -> None:
-    """Eq. (3) against the layer, one line per model; the last five layers, whose mean the paper reports, are shaded."""
+    """Eq. (3) against the layer, a line per model; the last five, whose mean the paper reports, are shaded."""
     fig, ax = figure(height=4.5)
     layers = len(next(iter(curves.values())))
     ax.axvspan(layers - 5.4, layers - 0.6, color="0.93", label="last five (their mean)")
@@ -63,18 +63,18 @@ def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) 
 
 
 def draw_training(runs: Sequence, results: Sequence[dict]) -> None:
-    """In each run's folder `out`: the loss of every step, faint, with its running mean, and Eq. (3) per layer."""
+    """Into each run's folder: the loss of every step, faint, with its running mean, and Eq. (3) per layer."""
     title = f"{results[0]['backbone']} on {compare.name_of(results[0]['task'])}"
     curves = {"frozen": results[0]["baseline_similarity_per_layer"]}
     fig, ax = figure()
     for run, result in zip(runs, results, strict=True):
         method, loss = result["method"], compare.losses(Path(run.out))
         curves[method] = result["similarity_per_layer"]
-        steps, mean = range(1, len(loss) + 1), [loss[max(0, i - 9):i + 1].mean() for i in range(len(loss))]
+        steps = range(1, len(loss) + 1)
+        mean = [loss[max(0, i - 10):i].mean() for i in steps]
         ax.plot(steps, mean, lw=1.6, label=f"{method} (mean of 10 steps)", **look(method))
         ax.plot(steps, loss, color=look(method)["color"], alpha=0.3, lw=0.8)
-    ax.set(xlabel="step", ylabel="loss", title=title)
-    ax.set_ylim(0, None)
+    ax.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
     ax.legend(frameon=False)
     for run in runs:
         files.write(Path(run.out, "curves.png"), fig.savefig)

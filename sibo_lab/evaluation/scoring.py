@@ -1,8 +1,6 @@
-"""Scores: what a model answers, whether that is right, and how far to trust it (paper, Section 4.1).
-
-Sources: LLM-Adapters' scoring (see data/tasks.py), GLUE's metrics. The official code leaves dropout on and padding
-unmasked, so that its scores change with the batch size; here the model is in eval mode and padding has no effect.
-Beside the official score stand others that depend less on an answer's form, an interval, and the answers given."""
+"""Scores: what a model answers, whether that is right, and how far to trust it (paper, Section 4.1): LLM-Adapters' and
+GLUE's. The official code leaves dropout on and padding unmasked, so that its scores change with the batch size; here
+neither has an effect."""
 
 import math
 from collections import Counter
@@ -13,7 +11,7 @@ from itertools import takewhile
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sibo_lab import fast, parallel
@@ -26,36 +24,35 @@ BEAMS = {"clean": 1, "paper": 4}  # by protocol
 
 @dataclass
 class Score:
-    """A task's score in [−1, 1], and what says how far to trust it."""
+    """A task's score in [−1, 1], and how far to trust it."""
 
     metric: str
     score: float
     n: int  # examples
-    interval: tuple[float, float]  # 95 %: Wilson's for an accuracy, else bootstrapped over the examples
+    interval: tuple[float, float]  # 95 %: Wilson's for an accuracy, else bootstrapped
     parts: dict[str, float] = field(default_factory=dict)  # the score of each group
     more: dict[str, float] = field(default_factory=dict)  # other metrics
-    empty: float = 0.0  # share of the responses without an answer
+    empty: float = 0.0  # share of responses without an answer
     answers_given: dict[str, float] = field(default_factory=dict)  # with their shares: shows a collapse
     records: list[dict] = field(default_factory=list, repr=False)  # one per example
     cut: int = 0  # examples that the cutoff shortened
 
     def __str__(self) -> str:
-        details = [f"n {self.n}", f"95 % {self.interval[0]:.4f} to {self.interval[1]:.4f}"]
-        details += [f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()]
-        details += [f"no answer {self.empty:.1%}"] if self.empty else []
-        details += [f"cut off {self.cut}"] if self.cut else []
+        details = [f"n {self.n}", "95 % {:.4f} to {:.4f}".format(*self.interval),
+                   *(f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()),
+                   *[f"no answer {self.empty:.1%}"] * (self.empty > 0), *[f"cut off {self.cut}"] * (self.cut > 0)]
         given = ", ".join(f"{k} {v:.1%}" for k, v in self.answers_given.items())
         return f"{self.metric} {self.score:.4f} ({'; '.join(details)})" + (f"\n  answers: {given}" if given else "")
 
 
 def by_part(parts: Sequence[str], score: Callable[[np.ndarray], float]) -> dict[str, float]:
-    """`score` of each group's mask; empty where all examples are one group."""
+    """`score` of each group's mask; empty for a single group."""
     names = sorted(set(parts))
     return {name or "the rest": score(np.array(parts) == name) for name in names} if len(names) > 1 else {}
 
 
 def shares(answers: Sequence[str | None]) -> dict[str, float]:
-    """The six commonest answers (the ends of long ones) and "other", with their shares; None is no answer."""
+    """Of the six commonest answers (the ends of long ones) and "other"; None is no answer."""
     counts = Counter(a.splitlines()[-1][-40:].rstrip(" .") for a in answers if a is not None).most_common()
     other = sum(n for _, n in counts[6:])
     return {a: n / len(answers) for a, n in counts[:6] + [("other", other)] * (other > 0)}
@@ -64,8 +61,7 @@ def shares(answers: Sequence[str | None]) -> dict[str, float]:
 @torch.no_grad()
 def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int, work: Callable[[list], Sequence],
                 bar: str = "") -> list:
-    """What `work`, called on batches of items of like `length`, returns for each item, in their order. Each process
-    does its share; `bar` labels a progress bar."""
+    """`work`'s result for each item, in their order, from batches of like `length`; each process does its share."""
     generate.require_eval(m)
     order = sorted(range(len(items)), key=lambda i: length(items[i]))[parallel.rank()::parallel.world()]
     found, hidden = {}, not bar or parallel.rank() > 0
@@ -78,13 +74,12 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
 
 def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
               num_beams: int = 1, bar: str = "answers") -> list[str]:
-    """What the model writes after each prompt; `bar` labels the progress bar."""
+    """What the model writes after each prompt."""
     pad = t.eos_id if t.pad_id is None else t.pad_id
 
-    def work(some: list[list[int]]) -> list[str]:
+    def work(some):
         b = batch.to_device(batch.collate(list(map(batch.Row, some)), pad, "left"), m)
-        out = generate.generate(m, **b, max_new_tokens=max_new_tokens, num_beams=num_beams, eos_token_id=t.eos_id,
-                                pad_token_id=pad)
+        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, t.eos_id, pad)
         written = out[:, b["input_ids"].shape[1]:].tolist()
         return [t.decode(list(takewhile(lambda i: i != t.eos_id, ids))) for ids in written]
 
@@ -93,17 +88,17 @@ def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_n
 
 def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]],
                 batch_size: int = 64) -> list[list[tuple[float, int]]]:
-    """For each choice of each prompt: its log-probability after the prompt, and over how many tokens. Each prompt is
-    read once, with what all its choices begin with; the rest of each choice then takes the place of the one before."""
+    """For each choice of each prompt: its log-probability after the prompt, and over how many tokens. A prompt is read
+    once, with what all its choices begin with."""
     spelled = [[batch.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
     work = partial(_log_probabilities, m, t.eos_id if t.pad_id is None else t.pad_id)
     with fast.prepacked_weights(m):
         return _in_batches(m, spelled, lambda some: len(some[0][0]), batch_size, work, "choices")
 
 
-def _log_probabilities(m: nn.Module, pad: int, spelled: list[list[tuple[list[int], list[int]]]]) -> list:
-    """log p and length of each choice; `spelled`: per prompt, per choice, the ids of the prompt and of the choice."""
-    def of(logp: Tensor, ids: Tensor, asked: Tensor) -> Tensor:  # (B, T, V), (B, T), bool (B, T) -> (B,)
+def _log_probabilities(m: nn.Module, pad: int, spelled: Sequence) -> list:
+    """`spelled`: per prompt, per choice, the ids of the prompt and of the choice."""
+    def of(logp, ids, asked):  # (B, T, V), (B, T), bool (B, T) -> (B,)
         return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
 
     choices = [[ids for _, ids in some] for some in spelled]
@@ -134,19 +129,18 @@ def _log_probabilities(m: nn.Module, pad: int, spelled: list[list[tuple[list[int
 
 def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, examples: Sequence[tasks.Example],
                    batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
-    """Accuracy of the generated answers; beside it that of AQuA's last letters, and of the likeliest choice where
-    examples offer any, in total and per token. num_beams None: the protocol's."""
+    """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, in total and per token,
+    where examples offer any. num_beams None: the protocol's."""
     prompts = [batch.prompt(e.instruction, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
-    beside: list[dict[str, str | None]] = [{} for _ in examples]
+    beside = [{} for _ in examples]
     if task.answers == tasks.LETTER:
         beside = [{"last letter": answers.last_letter(text)} for text in texts]
     if all(e.choices for e in examples):
-        written = [[f"the correct answer is {c}" for c in e.choices] for e in examples]  # as the training files do
+        written = [[f"the correct answer is {c}" for c in e.choices] for e in examples]  # as in the training files
         for b, e, found in zip(beside, examples, likelihoods(m, t, prompts, written, batch_size), strict=True):
-            total, per_token = [logp for logp, _ in found], [logp / n for logp, n in found]
-            b["likelihood"] = e.choices[total.index(max(total))]
-            b["likelihood, per token"] = e.choices[per_token.index(max(per_token))]
+            b["likelihood"] = e.choices[np.argmax([logp for logp, _ in found])]
+            b["likelihood, per token"] = e.choices[np.argmax([logp / n for logp, n in found])]
     records = [{"task": task.name, "gold": e.answer, "response": text, "answer": answers.answer_of(task, text),
                 "right": answers.is_right(task, text, e.answer)} | b
                for e, text, b in zip(examples, texts, beside, strict=True)]
@@ -159,13 +153,12 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
 
 
 def mean(scores: dict[str, Score]) -> Score:
-    """The mean of several tasks' scores, which become its parts; one score stays as it is. Interval of a mean: Zou and
-    Donner 2008."""
+    """Of several tasks' scores, which become its parts; one stays as it is. Its interval: Zou and Donner 2008."""
     each = list(scores.values())
     if len(each) == 1:
         return each[0]
 
-    def named(field: str) -> dict[str, float]:
+    def named(field):
         return {f"{task} {k}": v for task, s in scores.items() for k, v in getattr(s, field).items()}
 
     score, n = float(np.mean([s.score for s in each])), sum(s.n for s in each)
@@ -178,7 +171,7 @@ def mean(scores: dict[str, Score]) -> Score:
 def score_sentences(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, rows: Sequence[batch.Row],
                     batch_size: int = 64) -> Score:
     """GLUE's metrics of a BERT's predictions."""
-    def work(some: list[batch.Row]) -> list[tuple[float, float]]:
+    def work(some):
         b = batch.to_device(batch.collate(some, t.pad_id), m)
         b.pop("labels")
         logits = m(**b).float().cpu()  # (B, n)
@@ -195,9 +188,9 @@ def score_predictions(task: tasks.Task, predicted: Sequence[float], rows: Sequen
     """The task's metric, in all and on each part (MNLI has two), and what else GLUE reports. predicted: a class or
     score per row; confidence: the probability of that class."""
     gold = [r.labels for r in rows]
-    a, b = np.array(predicted, dtype=float), np.array(gold, dtype=float)
+    a, b = np.array(predicted, float), np.array(gold, float)
     names = {1: ("pearson", "spearman"), 2: ("accuracy", "matthews", "f1")}.get(task.num_labels, ("accuracy",))
-    more, metric = {name: metrics.METRICS[name](a, b) for name in names}, metrics.METRICS[task.metric]
+    more, metric = {name: getattr(metrics, name)(a, b) for name in names}, getattr(metrics, task.metric)
     score = more.pop(task.metric)
     records = [{"task": task.name, "gold": y, "predicted": x} for x, y in zip(predicted, gold, strict=True)]
     if confidence:
@@ -213,7 +206,7 @@ def score_predictions(task: tasks.Task, predicted: Sequence[float], rows: Sequen
 
 
 def majority(task: tasks.Task, train: Sequence[tasks.Sentence], test: Sequence[batch.Row]) -> Score:
-    """The score of always giving the training set's commonest class or mean: a BERT's before its head is trained."""
+    """The score of the training set's commonest class or mean: a BERT's before its head is trained."""
     labels = [s.label for s in train]
     guess = float(np.mean(labels)) if task.num_labels == 1 else int(np.bincount(labels).argmax())
     return score_predictions(task, [guess] * len(test), test)

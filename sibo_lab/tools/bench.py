@@ -1,24 +1,22 @@
-"""Speed and memory beside transformers + peft: same weights, dtype, batches, tokens and LoRA.
+"""Speed and memory beside transformers + peft: same weights, dtype, batches, tokens and LoRA (docs/performance.md).
 
-`python -m sibo_lab bench` prints the table and writes docs/results/bench.json: SmolLM2-135M in bfloat16, LoRA where the
-paper puts it on LLaMA. Sides take turns, and the ratio is the median of the pairs' ratios: quote it, as seconds change
-with the machine and its load. Needs transformers and peft (tests/requirements.txt)."""
+Sides take turns. Quote the ratio, the median of the pairs' ratios: seconds change with the machine and its load."""
 
-import argparse
 import ctypes
 import gc
 import json
 import os
-import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +24,19 @@ from torch import Tensor, nn
 import model
 import sibo
 from sibo_lab import cli, files
-from sibo_lab.backbone import config, generate, locate, tokenizer, weights
+from sibo_lab.backbone import config, locate, tokenizer, weights
+from sibo_lab.backbone.generate import generate
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.tools import bench_large
+from sibo_lab.tools.bench_large import process_memory, train_shape, trainer, write_shape
 from sibo_lab.training import estimate, loop, recipes
 
 TASK = tasks.task("word-problems")
+Batch = list[batch.Row]
 
 
 @dataclass
 class Row:
-    """One line of the table. `goal` bounds the ratio ours / peer: from below if `faster`, else from above."""
+    """A line of the table. `goal` bounds the ratio ours / peer: from below if `faster`, else from above."""
 
     name: str
     unit: str
@@ -53,8 +53,7 @@ Rows = Iterator[Row]
 
 
 def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], goal: float | None = None) -> Row:
-    """The row of paired measurements, or of none: medians, and from 30 pairs on the ratio's interval, by the order
-    statistics of a median."""
+    """Medians of paired measurements, or of none; from 30 pairs on, the ratio's interval by order statistics."""
     row = Row(name, unit, goal=goal, faster=unit.endswith("/s"))
     ratios = sorted(x / y for x, y in zip(ours, peer, strict=True))
     if ratios:
@@ -67,8 +66,8 @@ def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], g
 
 
 def in_turn(sides: Sequence[Callable], inputs: Sequence) -> list[list]:
-    """What each side returns for each input. All take one input before the next, in alternating order, so that a
-    machine that slows down slows all alike."""
+    """What each side returns for each input. All take one before the next, in alternating order: a machine that slows
+    down slows all alike."""
     found = [[] for _ in sides]
     for i, x in enumerate(inputs):
         for side in range(len(sides))[::1 if i % 2 else -1]:
@@ -77,22 +76,22 @@ def in_turn(sides: Sequence[Callable], inputs: Sequence) -> list[list]:
 
 
 def seconds(f: Callable, *args, **kwargs) -> float:
-    began = time.perf_counter()
+    began = perf_counter()
     f(*args, **kwargs)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return perf_counter() - began
 
 
 def timed(name: str, ours: Callable, peer: Callable, inputs: Sequence, goal: float | None = None) -> Row:
-    """The row of the seconds that two functions take on the same inputs, after one to warm up."""
+    """The seconds that two functions take on the same inputs, after one to warm up."""
     sides = [partial(seconds, ours), partial(seconds, peer)]
     in_turn(sides, inputs[:1])
     return paired(name, "s", *in_turn(sides, inputs), goal)
 
 
 def folder() -> Path:
-    """SmolLM2 as a Hugging Face folder with bfloat16 weights, which both sides open."""
+    """SmolLM2 in bfloat16, as a Hugging Face folder that both sides open."""
     path = files.cache() / "bench" / "smollm2-135m"
     if not (path / "config.json").is_file():
         gguf = locate.locate("smollm2-135m")
@@ -116,48 +115,33 @@ def theirs(method: str = "lora", path: Path | None = None, device: str = "cpu",
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     m = transformers.LlamaForCausalLM.from_pretrained(path or folder(), dtype=dtype).to(device)
-    s, targets = recipes.run_of("lora").settings, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    if method == "full":
+        return m
+    s, targets = recipes.run_of("lora").settings, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
     return peft.get_peft_model(m, peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout,
-                                                  target_modules=targets)) if method == "lora" else m
+                                                  target_modules=targets))
 
 
-def trainer(m: nn.Module) -> Callable[[list[batch.Row]], None]:
-    """The training step of a side; the optimizer and clipping are the same on both."""
-    trained = [p for p in m.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 3e-4, weight_decay=0.0, fused=True)
-
-    def step(rows: list[batch.Row]) -> None:
-        if isinstance(m, model.Transformer):
-            loop.train_step(m, rows, len(rows), pad_id=2)
-        else:
-            m(**batch.to_device(batch.collate(rows, 2), m)).loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def speed(step: Callable, rows: list[batch.Row]) -> float:
+def speed(step: Callable, rows: Batch) -> float:
     """Tokens per second."""
     return sum(len(r.ids) for r in rows) / seconds(step, rows)
 
 
-def batches(n: int, size: int, on_inputs: bool = False) -> list[list[batch.Row]]:
-    """Word problems, made and batched as train.py does."""
+def batches(n: int, size: int, on_inputs: bool = False) -> list[Batch]:
+    """Word problems, as train.py makes and batches them."""
     t = tokenizer.from_pretrained("smollm2-135m")
     rows = [batch.encode(e, t, 256, on_inputs) for e in readers.load(TASK, "train", Path(), n * size)]
     order = batch.batches([len(r.ids) for r in rows], size, seed=0)
     return [[rows[i] for i in next(order)] for _ in range(n)]
 
 
-def random_batches(n: int, size: int, length: int) -> list[list[batch.Row]]:
+def random_batches(n: int, size: int, length: int) -> list[Batch]:
     return [[batch.Row(ids, ids) for ids in some] for some in torch.randint(3, 1000, (n, size, length)).tolist()]
 
 
 def training() -> Rows:
-    """Tokens per second of eager and compiled steps of 8 examples, and how long the compiler takes at first."""
-    with tempfile.TemporaryDirectory() as cold:
+    """Steps of 8 examples, eager and compiled, and how long the compiler takes at first."""
+    with TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # without the code that an earlier run compiled
         steps = [trainer(theirs()), trainer(ours()), trainer(loop.compiled(ours()))]
         ready = sum(seconds(steps[2], rows) for rows in batches(8, 8)[:2])
@@ -172,14 +156,14 @@ def training() -> Rows:
 
 def answer_speed(m: nn.Module, eos: int, most: int, prompts: dict[str, Tensor]) -> float:
     """Tokens per second of greedy answers, each until EOS or `most` tokens."""
-    answer = partial(generate.generate, m) if isinstance(m, model.Transformer) else partial(m.generate, do_sample=False)
-    began, width = time.perf_counter(), prompts["input_ids"].shape[1]
+    answer = partial(generate, m) if isinstance(m, model.Transformer) else partial(m.generate, do_sample=False)
+    began, width = perf_counter(), prompts["input_ids"].shape[1]
     out = answer(**prompts, max_new_tokens=most, eos_token_id=eos, pad_token_id=eos)[:, width:].tolist()
-    return sum(row.index(eos) + 1 if eos in row else len(row) for row in out) / (time.perf_counter() - began)
+    return sum(row.index(eos) + 1 if eos in row else len(row) for row in out) / (perf_counter() - began)
 
 
 def generation() -> Rows:
-    """Answers to word problems, of at most 96 tokens; the peer in whichever dtype is faster."""
+    """Answers of at most 96 tokens; the peer in whichever dtype is faster."""
     t, mine = tokenizer.from_pretrained("smollm2-135m"), ours().eval()
     peers = [theirs(dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32)]
     rows = [batch.Row(t.encode(batch.prompt(e.instruction))) for e in readers.load(TASK, "test", Path(), 192)]
@@ -190,17 +174,12 @@ def generation() -> Rows:
         peer = max(peers, key=partial(answer_speed, eos=t.eos_id, most=16, prompts=some[0]))
         speeds = in_turn([partial(answer_speed, m, t.eos_id, 96) for m in (mine, peer)], some)
         yield paired(f"generation, {size} prompts", "tokens/s", *speeds, goal)
-    yield bandwidth(mine, {key: value[:8] for key, value in some[0].items()})
-
-
-def bandwidth(m: nn.Module, prompts: dict[str, Tensor]) -> Row:
-    """Decoding 8 rows against reading each weight once, at this machine's reading speed."""
-    x = torch.ones(2**26, dtype=torch.int64)
-    speed = x.nbytes / min(seconds(x.sum) for _ in range(6))
-    short, long = (seconds(generate.generate, m, **prompts, max_new_tokens=n) for n in (8, 40))
-    reading = sum(p.numel() * 2 for p in m.parameters()) / speed  # LoRA is read in bfloat16 too, the tied head once
-    return paired("decoding, 8 rows: seconds a token against reading the weights once", "s", [(long - short) / 32],
-                  [reading])
+    x, eight = torch.ones(2**26, dtype=torch.int64), {key: value[:8] for key, value in some[0].items()}
+    reading_speed = x.nbytes / min(seconds(x.sum) for _ in range(6))
+    short, long = (seconds(generate, mine, **eight, max_new_tokens=n) for n in (8, 40))
+    nbytes = sum(p.numel() * 2 for p in mine.parameters())  # LoRA is read in bfloat16 too, the tied head once
+    yield paired("decoding, 8 rows: seconds a token against reading the weights once", "s", [(long - short) / 32],
+                 [nbytes / reading_speed])
 
 
 def overhead() -> Rows:
@@ -208,7 +187,7 @@ def overhead() -> Rows:
     some, prompts = batches(30, 4), [torch.arange(100, 108).repeat(8, 1)] * 30  # (8, 8)
 
     def decoding(m: nn.Module) -> Callable:
-        return partial(generate.generate, m.eval(), max_new_tokens=12)
+        return partial(generate, m.eval(), max_new_tokens=12)
 
     for method in ("adapter", "lora"):
         plain, fixed, learned = ours(method), ours(f"{method}-sibo"), ours(f"{method}-sibo", learn_lam=True)
@@ -231,8 +210,8 @@ def in_fresh_process(work: Callable, *args) -> dict:
 
 
 def child(build: Callable, method: str, length: int = 0) -> dict[str, float]:
-    """Seconds and GB, beyond the imports, of loading ("full") or of three steps of another method: on word problems, or
-    on 8 random rows of `length` tokens, with freed memory given back at once."""
+    """Seconds and GB, beyond the imports, of loading ("full") or of three steps of another method on 8 word problems or
+    on random rows of `length` tokens, then with freed memory given back at once."""
     if build is theirs:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
@@ -240,31 +219,28 @@ def child(build: Callable, method: str, length: int = 0) -> dict[str, float]:
         ctypes.CDLL(None).mallopt(-3, 1 << 17)  # glibc's M_MMAP_THRESHOLD
     gc.collect()  # what the imports left, or it falls into the seconds
     estimate.reset_peak("cpu")
-    start, began = bench_large.process_memory(), time.perf_counter()
+    start, began = process_memory(), perf_counter()
     m = build(method)
     if method == "full":
         with torch.no_grad():
             m(torch.arange(16)[None])
     else:
         in_turn([trainer(m)], random_batches(3, 8, length) if length else batches(3, 8))
-    peak = bench_large.process_memory()["peak"]
-    return {"seconds": time.perf_counter() - began, "GB": (peak - start["anonymous"] - start["files"]) / 1e9}
+    nbytes = process_memory()["peak"] - start["anonymous"] - start["files"]
+    return {"seconds": perf_counter() - began, "GB": nbytes / 1e9}
 
 
 def children(method: str, times: int) -> dict[str, list[list[float]]]:
-    """The figures of both sides."""
     folder()  # written here, not where memory is measured
     found = in_turn([partial(in_fresh_process, child, side) for side in (ours, theirs)], [method] * times)
     return {key: [[x[key] for x in side] for side in found] for key in ("seconds", "GB")}
 
 
 def memory() -> Rows:
-    """Peak memory of training steps of 8 word problems, beyond what the imports take."""
     yield paired("training: peak memory", "GB", *children("lora", 3)["GB"], 0.7)
 
 
 def estimates() -> Rows:
-    """What `train.py --dry-run` estimates against the measured peak."""
     spec = config.read_spec(folder())
     for method, length in product(("adapter-sibo", "lora-sibo"), (64, 128)):
         run = recipes.run_of(method, batch_size=8, micro_batch_size=8, cutoff=length)
@@ -276,7 +252,7 @@ def estimates() -> Rows:
 
 
 def loading() -> Rows:
-    """From safetensors on disk (in the page cache) to the first logits."""
+    """From safetensors in the page cache."""
     found = children("full", 5)
     yield paired("load to first logits", "s", *found["seconds"], 0.7)
     least = (folder() / "model.safetensors").stat().st_size + 49152 * 576 * 2  # the largest tensor is the embedding
@@ -285,18 +261,18 @@ def loading() -> Rows:
 
 
 def cuda(path: Path | None = None, device: str = "cuda", sizes: Sequence = ((4, 256), (8, 1024))) -> Rows:
-    """LLaMA-7B's shape with LoRA on a GPU: tokens per second, share of the matrix rate, memory."""
+    """LLaMA-7B's shape with LoRA on a GPU; rows without figures where there is none."""
     steps = []
     if device != "cuda" or torch.cuda.is_available():
         path = path or files.cache() / "bench" / "llama7b"
-        bench_large.write_shape(locate.SHAPES["llama7b"], path)
+        write_shape(locate.SHAPES["llama7b"], path)
         m = loop.compiled(ours(path=path, device=device))
         steps = [trainer(m), trainer(theirs(path=path, device=device))]
         flops = sum((6 if p.requires_grad else 4) * p.numel() for n, p in m.named_parameters() if n != "embed.weight")
         a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
         rate = 2 * 4096**3 / min(seconds(torch.matmul, a, a) for _ in range(6))  # FLOP/s
 
-    def peak(step: Callable, rows: list[batch.Row]) -> float:
+    def peak(step: Callable, rows: Batch) -> float:
         estimate.reset_peak(device)
         step(rows)
         return estimate.peak_memory(device) / 1e9
@@ -340,18 +316,18 @@ def parser() -> cli.Parser:
     return p
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     if args.big:
         path = args.folder or files.cache() / "bench" / args.big
-        bench_large.write_shape(locate.SHAPES[args.big], path)
-        found = in_fresh_process(bench_large.train_shape, args.big, args.method, path, args.base_bits)
-        print(json.dumps(found, indent=1))
+        write_shape(locate.SHAPES[args.big], path)
+        print(json.dumps(in_fresh_process(train_shape, args.big, args.method, path, args.base_bits), indent=1))
         return
     names = args.only.split(",") if args.only else GROUPS
-    if unknown := [name for name in names if name not in GROUPS]:
-        raise ValueError(f"--only: expected some of {', '.join(GROUPS)}, got {unknown[0]!r}")
+    for name in names:
+        if name not in GROUPS:
+            raise ValueError(f"--only: expected some of {', '.join(GROUPS)}, got {name!r}")
     rows = []
-    for row in (row for name in names for row in GROUPS[name]()):
+    for row in chain(*(GROUPS[name]() for name in names)):
         rows.append(row)
         print(table([row]).splitlines()[1], flush=True)
     print(table(rows))

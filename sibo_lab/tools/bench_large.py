@@ -2,12 +2,14 @@
 
 import json
 import re
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import model
 import sibo
@@ -18,8 +20,8 @@ from sibo_lab.training import loop, recipes
 
 
 def write_shape(spec: dict, folder: Path) -> None:
-    """Writes a Hugging Face folder of random bfloat16 weights with standard deviation 0.02 (norms 1, biases 0), one
-    file per tensor, unless it is there. Matrices start at different places of one noise: quick, yet no two alike."""
+    """Writes, unless it is there, a Hugging Face folder of random bfloat16 weights with standard deviation 0.02 (norms
+    1, biases 0), one file per tensor. Matrices start at different places of one noise: quick, yet no two alike."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
@@ -45,10 +47,29 @@ def process_memory() -> dict[str, int]:
     return {name: int(kib[key]) << 10 for name, key in keys.items()}
 
 
+def trainer(m: nn.Module, lr: float = 3e-4) -> Callable[[list[batch.Row]], float | Tensor]:
+    """The training step of either side, which returns the loss; optimizer and clipping are the same on both."""
+    trained, optimizer = [p for p in m.train().parameters() if p.requires_grad], loop.adamw(m, lr)
+
+    def step(rows: list[batch.Row]) -> float | Tensor:
+        if isinstance(m, model.Transformer):
+            loss = loop.train_step(m, rows, len(rows), pad_id=2)
+        else:
+            loss = m(**batch.to_device(batch.collate(rows, 2), m)).loss
+            loss.backward()
+            loss = loss.detach()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
 def train_shape(shape: str, method: str, folder: str, base_bits: int | None = None, steps: int = 3) -> dict:
-    """Trains a shape of locate.SHAPES, written to `folder`, by the paper's recipe on 1 × 256 tokens in bfloat16, with
-    gradient checkpointing; returns losses, seconds and bytes. For a fresh process."""
-    start, stop = process_memory(), threading.Event()
+    """Losses, seconds and bytes of training a shape of locate.SHAPES, written to `folder`, by the paper's recipe on 1 ×
+    256 tokens in bfloat16, with gradient checkpointing. For a fresh process."""
+    start, stop = process_memory(), Event()
     highest = {key: start[key] for key in ("anonymous", "files")}
 
     def watch() -> None:
@@ -56,21 +77,18 @@ def train_shape(shape: str, method: str, folder: str, base_bits: int | None = No
             now = process_memory()
             highest.update({key: max(value, now[key]) for key, value in highest.items()})
 
-    threading.Thread(target=watch, daemon=True).start()
-    began = time.perf_counter()
+    Thread(target=watch, daemon=True).start()
+    began = perf_counter()
     m = model.from_pretrained(folder, torch.bfloat16, base_bits=base_bits)
     found = {"shape": shape, "method": method, "base_bits": base_bits, "python": start,
-             "load_seconds": time.perf_counter() - began, "loaded": process_memory()}
+             "load_seconds": perf_counter() - began, "loaded": process_memory()}
     run = recipes.run_of(method, **recipes.recipe(locate.SHAPES[shape]["model_type"], "arithmetic", method))
-    sibo.inject(m, **vars(run.settings)).train().grad_checkpoint = True
-    trained, optimizer = [p for p in m.parameters() if p.requires_grad], loop.adamw(m, run.lr)
-    found |= {"trained": sum(p.numel() for p in trained), "losses": [], "step_seconds": []}
+    sibo.inject(m, **vars(run.settings)).grad_checkpoint = True
+    step, trained = trainer(m, run.lr), sum(p.numel() for p in m.parameters() if p.requires_grad)
+    found |= {"trained": trained, "losses": [], "step_seconds": []}
     for ids in np.random.default_rng(run.seed).integers(3, m.config.vocab_size, (steps, run.cutoff)).tolist():
-        began = time.perf_counter()
-        found["losses"].append(loop.train_step(m, [batch.Row(ids, ids)], 1, 0))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        found["step_seconds"].append(time.perf_counter() - began)
+        began = perf_counter()
+        found["losses"].append(step([batch.Row(ids, ids)]))
+        found["step_seconds"].append(perf_counter() - began)
     stop.set()
     return found | {"highest": highest, "peak": process_memory()["peak"]}

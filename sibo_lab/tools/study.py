@@ -1,12 +1,10 @@
-"""The paper's analyses, one command each: `python -m sibo_lab study NAME [options of train.py]`.
+"""The paper's analyses: `python -m sibo_lab study NAME [options of train.py]` trains what is missing, writes
+docs/results/NAME-BACKBONE-TASK.csv and .png, and prints a row for a table of results. Departs from the paper, whose
+figures show one seed: points are means over --seeds, bars their standard deviation."""
 
-A study trains what is missing, writes docs/results/NAME-BACKBONE-TASK.csv and .png, and prints a row for a table of
-results. It sets what it varies (methods, λ, places) unless your options do. Departs from the paper, whose figures show
-one seed: points are means over --seeds, bars their standard deviation."""
-
-import argparse
 import csv
 import io
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,25 +20,26 @@ import eval as evaluation
 import model
 import sibo
 import train
-from sibo_lab import cli, files, parallel, placement
+from sibo_lab import cli, files, parallel
 from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.evaluation import compare, pictures
+from sibo_lab.evaluation import pictures
+from sibo_lab.evaluation.compare import SeedGroup, groups, name, name_of, read
+from sibo_lab.placement import place
 from sibo_lab.tools import bench
 from sibo_lab.training import loop, options, run_folder
 
-Groups = Sequence[compare.SeedGroup]
+Groups = Sequence[SeedGroup]
 
 
-def trained(report: Callable[[Groups, str], str], choices: Sequence[dict], args: argparse.Namespace, file: str) -> str:
+def trained(report: Callable[[Groups, str], list], choices: Sequence[dict], args: Namespace, file: str) -> list[str]:
     """Trains what is missing of `choices` (options of train.py, where the user gives none), and writes file.csv;
     `report` draws file.png and returns a summary."""
     given = {k: v for k, v in vars(args).items() if v is not None} | {"out": args.out or f"runs/{Path(file).name}"}
-    folders = [run.out for own in choices
-               for run in train.main(argparse.Namespace(**vars(args) | own | given), several=True)]
+    folders = [run.out for own in choices for run in train.main(Namespace(**vars(args) | own | given), several=True)]
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
-        return ""
-    (rows,) = compare.groups(compare.read(dict.fromkeys(folders)))
+        return []
+    (rows,) = groups(read(dict.fromkeys(folders)))
     single = "method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date"
     lists = "lambda similarity_per_layer loss_per_quarter"
     runs = [run.result | run.config | {"loss_per_quarter": run.losses} for g in rows for run in g.runs.values()]
@@ -74,25 +73,24 @@ def deviation(values: np.ndarray) -> np.ndarray:
 
 
 def draw_means(ax, x: Sequence[float], values: np.ndarray, method: str, marker: str = "o", **style) -> None:
-    """Means over seeds, the last axis of `values`, against x; bars: deviations."""
     ax.errorbar(x, values.mean(-1), deviation(values), fmt=f"{marker}-", capsize=3, ms=4,
                 color=pictures.look(method)["color"], **style)
 
 
-def score(g: compare.SeedGroup, rows: Groups) -> str:
+def score(g: SeedGroup, rows: Groups) -> str:
     scores, lam = g.over_seeds("score"), g.over_seeds("lambda")
     spread = f"± {deviation(scores):.3f}" if len(scores) > 1 else "(one seed)"
     learned = f", {lam.min():.3f} to {lam.max():.3f}" if g.config["learn_lam"] else ""
-    return f"{compare.name(g, rows)} {scores.mean():.3f} {spread}{learned}"
+    return f"{name(g, rows)} {scores.mean():.3f} {spread}{learned}"
 
 
-def all_scores(rows: Groups, file: str) -> str:
+def all_scores(rows: Groups, file: str) -> list[str]:
     pictures.draw_runs([run for g in rows for run in g.runs.values()], Path(f"{file}.png"))
-    return "; ".join(score(g, rows) for g in rows)
+    return [score(g, rows) for g in rows]
 
 
-def score_by_lam(rows: Groups, file: str) -> str:
-    """Figure 4: the score against λ, one line per method; dashed, the plain method (λ = 0). Names each one's best."""
+def score_by_lam(rows: Groups, file: str) -> list[str]:
+    """Figure 4: the score against λ; dashed, the plain methods (λ = 0). Names each method's best."""
     _, ax = pictures.figure()
     best = []
     for method in dict.fromkeys(g.config["method"] for g in rows):
@@ -107,26 +105,26 @@ def score_by_lam(rows: Groups, file: str) -> str:
             ax.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
     finish(ax, file, xlabel="λ, share of h0 in h̃", ylabel=rows[0].first["metric"],
            title=f"{title(rows)}, n = {rows[0].first['n']}")
-    return "; ".join(best)
+    return best
 
 
-def similarity(rows: Groups, file: str) -> str:
-    """Figures 1, 2, 5, 6: Eq. (3) per layer, frozen, plain and SIBO, means over seeds. Names the last five's mean."""
+def similarity(rows: Groups, file: str) -> list[str]:
+    """Figures 1, 2, 5, 6: Eq. (3) per layer. Names the last five's mean."""
     curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
     last_five = [f"frozen {rows[0].first['baseline_similarity']:.3f}"]
     for g in rows:
-        name, lam = compare.name(g, rows), g.config["lam"]
-        last_five.append(f"{name} {g.over_seeds('similarity').mean():.3f}")
-        name += f", λ {lam:g}" if lam and "λ" not in name else ""
-        curves[name] = g.over_seeds("similarity_per_layer").mean(0)
+        label, lam = name(g, rows), g.config["lam"]
+        last_five.append(f"{label} {g.over_seeds('similarity').mean():.3f}")
+        label += f", λ {lam:g}" if lam and "λ" not in label else ""
+        curves[label] = g.over_seeds("similarity_per_layer").mean(0)
     pictures.draw_similarity(curves, Path(f"{file}.png"), title(rows))
-    return "; ".join(last_five)
+    return last_five
 
 
-def learned(rows: Groups, file: str) -> str:
-    """Section 7: where λ went in each block, one line for each of its modules that get h0; with --targets, which need
-    not be in every block, in each module."""
-    summary, rows = "; ".join(score(g, rows) for g in rows), [g for g in rows if g.config["learn_lam"]]
+def learned(rows: Groups, file: str) -> list[str]:
+    """Section 7: where λ went in each block, a line for each of its modules that get h0; with --targets, which need not
+    be in every block, in each module."""
+    summary, rows = [score(g, rows) for g in rows], [g for g in rows if g.config["learn_lam"]]
     free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
     _, ax = pictures.figure()
     markers = cycle("os^vD")
@@ -136,83 +134,81 @@ def learned(rows: Groups, file: str) -> str:
         for i, line in enumerate(lines):
             which = f", module {i + 1} of {len(lines)}" if len(lines) > 1 else ""
             draw_means(ax, np.arange(1, len(line) + 1) + 0.04 * i, line, g.config["method"], next(markers),
-                       label=compare.name(g, rows) + which, alpha=1 - 0.6 * i / len(lines))
+                       label=name(g, rows) + which, alpha=1 - 0.6 * i / len(lines))
         ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
     finish(ax, file, xlabel="module that gets h0, first block to last" if free else "block", title=title(rows),
            ylim=(0, None), ylabel="learned λ (dashed: its start; bars: deviation)")
     return summary
 
 
-def examples(args: argparse.Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
-    """The frozen backbone, the first test examples of the task with labels, and the padding id."""
+def examples(args: Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
+    """The frozen backbone, `n` test examples with labels, and the padding id."""
     task, t = tasks.parse(args.task)[0], tokenizer.from_pretrained(args.backbone)
-    dtype = getattr(torch, args.dtype or "float32")
-    m = model.from_pretrained(args.backbone, dtype, args.device, task.num_labels or None)
-    test = readers.load(task, "test", tasks.data_dir(args.data_dir), n)
-    rows = evaluation.similarity_rows(m, t, test, n)
+    m = model.from_pretrained(args.backbone, getattr(torch, args.dtype or "float32"), args.device,
+                              task.num_labels or None)
+    rows = evaluation.similarity_rows(m, t, readers.load(task, "test", tasks.data_dir(args.data_dir), n), n)
     return m, rows if task.num_labels else [replace(r, labels=r.ids) for r in rows], t.pad_id or 0
 
 
 @torch.no_grad()
-def norms(args: argparse.Namespace, file: str) -> str:
+def norms(args: Namespace, file: str) -> list[str]:
     """Root mean squares of h, where h0 is mixed into it, and of h0: what a λ means in each module. Of the median token,
     as the first one's activations can be a hundred times the others'."""
     m, rows, pad = examples(args, 64)
-    b = batch.to_device(batch.collate([replace(r, labels=None) for r in rows], pad), m)
+    b = batch.to_device(batch.collate(rows, pad), m)
+    del b["labels"]
     real, rms, lines, summary = b["attention_mask"].bool(), {}, [], []
 
-    def measure(name: str, _, inputs: tuple, output: Tensor) -> None:  # (B, T, d)
-        rms[name] = [float(h[real].float().square().mean(-1).sqrt().median()) for h in (inputs[0], output)]
+    def measure(module: str, _, inputs: tuple, output: Tensor) -> None:  # (B, T, d)
+        rms[module] = [float(h[real].float().square().mean(-1).sqrt().median()) for h in (inputs[0], output)]
 
-    placed = {method: placement.place(m, sibo.Settings(method)) for method in ("adapter", "lora")}
+    placed = {method: place(m, sibo.Settings(method)) for method in ("adapter", "lora")}
     source = placed["lora"].settings.h0
-    for name in {source}.union(*(where.mixed for where in placed.values())):
-        m.get_submodule(name).register_forward_hook(partial(measure, name))
+    for module in {source}.union(*(where.mixed for where in placed.values())):
+        m.get_submodule(module).register_forward_hook(partial(measure, module))
     m(**b)
     h0 = rms[source][1]
     _, ax = pictures.figure()
-    for method, where in placed.items():
-        names = [name for name, _ in m.named_modules() if name in where.mixed]
-        values = [rms[name][method == "adapter"] for name in names]
-        blocks = [next(int(part) for part in name.split(".") if part.isdigit()) for name in names]
-        side = "output" if method == "adapter" else "input"
-        ax.semilogy(blocks, values, "o-", ms=4, label=f"h at {method} ({names[0].split('.')[-1]} {side})")
-        lines += [[method, name, *(f"{x:.5f}" for x in (h, h0, h0 / h))]
-                  for name, h in zip(names, values, strict=True)]
+    for method, side in (("adapter", "output"), ("lora", "input")):
+        modules = [module for module in placed[method].widths if module in placed[method].mixed]
+        values = [rms[module][side == "output"] for module in modules]
+        blocks = [int(next(filter(str.isdigit, module.split(".")))) for module in modules]
+        ax.semilogy(blocks, values, "o-", ms=4, label=f"h at {method} ({modules[0].split('.')[-1]} {side})")
+        lines += [[method, module, *(f"{x:.5f}" for x in (h, h0, h0 / h))]
+                  for module, h in zip(modules, values, strict=True)]
         summary.append(f"{method}: ‖h0‖/‖h‖ from {h0 / max(values):.3f} to {h0 / min(values):.3f}")
     ax.axhline(h0, color="k", ls="--", lw=1, label=f"h0 ({h0:.3f})")
     finish(ax, file, xlabel="block", ylabel="root mean square, median token",
-           title=f"{args.backbone}, frozen, {compare.name_of(args.task)}")
+           title=f"{args.backbone}, frozen, {name_of(args.task)}")
     write_csv(file, "method module rms_h rms_h0 ratio", lines)
-    return "; ".join(summary)
+    return summary
 
 
-def cost(args: argparse.Namespace, file: str) -> str:
+def cost(args: Namespace, file: str) -> list[str]:
     """Table 9: FLOPs and seconds (30 pairs) of a training step, SIBO against plain."""
     _, ax = pictures.figure(height=2.6)
     lam, lines, summary = args.lam[0] if args.lam else 0.2, [], []
     for y, method in enumerate(("adapter", "lora")):
         (ours, rows, flops), (plain, _, plain_flops) = (step_and_flops(args, method, x) for x in (lam, 0.0))
         row, ratio = bench.timed("", ours, plain, [rows] * 30), flops / plain_flops
-        low, high = row.interval
-        ax.errorbar(row.ratio, y, xerr=[[row.ratio - low], [high - row.ratio]], fmt="o", capsize=3,
-                    label=f"{method}: time")
+        time, (low, high) = row.ratio, row.interval
+        ax.errorbar(time, y, xerr=[[time - low], [high - time]], fmt="o", capsize=3, label=f"{method}: time")
         ax.plot(ratio, y, "k|", ms=14, label=None if y else "FLOPs")
         lines.append([method, lam, plain_flops, flops, f"{ratio:.6f}",
-                      *(f"{x:.4f}" for x in (row.peer, row.ours, row.ratio, low, high))])
-        summary.append(f"{method}: FLOPs × {ratio:.4f}, time × {row.ratio:.3f} ({low:.3f}–{high:.3f})")
+                      *(f"{x:.4f}" for x in (row.peer, row.ours, time, low, high))])
+        summary.append(f"{method}: FLOPs × {ratio:.4f}, time × {time:.3f} ({low:.3f}–{high:.3f})")
     ax.axvline(1, color="0.5", lw=1)
     ax.set_yticks([0, 1], ["adapter-sibo", "lora-sibo"])
     finish(ax, file, xlabel="a training step, SIBO against plain (95 % interval)", title=args.backbone,
            ylim=(-0.6, 1.6))
     write_csv(file, "method lam flops_plain flops_sibo flops_ratio seconds_plain seconds_sibo time_ratio low high",
               lines)
-    return "; ".join(summary)
+    return summary
 
 
-def step_and_flops(args: argparse.Namespace, method: str, lam: float) -> tuple[Callable, list[batch.Row], int]:
-    """A training step, the rows it takes, and its FLOPs: of products, as PyTorch counts them, and 3 for each mixed
-    element, h̃ = h + λ(h0 − h)."""
+def step_and_flops(args: Namespace, method: str, lam: float) -> tuple[Callable, list[batch.Row], int]:
+    """A training step, its rows, and its FLOPs: PyTorch's count of products, and 3 for each mixed element,
+    h̃ = h + λ(h0 − h)."""
     m, rows, pad = examples(args, args.batch_size or 16)
     sibo.inject(m, method, lam).train()
     step = partial(loop.train_step, m, micro_batch_size=len(rows), pad_id=pad)
@@ -224,7 +220,7 @@ def step_and_flops(args: argparse.Namespace, method: str, lam: float) -> tuple[C
 
 
 ALL = {"method": ("adapter", "lora", "adapter-sibo", "lora-sibo")}
-STUDIES = {  # where in the paper, and what does it, given the options and the files to write, without their endings
+STUDIES = {  # where in the paper; a function of the options and the files' path without its ending
     "lambda": ("Figure 4", partial(trained, score_by_lam, [ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
     "placement": ("Table 5", partial(trained, all_scores, [
         {"method": ("adapter", "adapter-sibo"), "sibo_at": ("attn", "ffn", "both")}])),
@@ -247,9 +243,8 @@ def parser() -> cli.Parser:
     return p
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     where, study = STUDIES[args.study]
-    file = args.results / f"{args.study}-{compare.name_of(args.backbone)}-{compare.name_of(args.task)}"
-    summary = study(args, str(file))
+    summary = study(args, f"{args.results}/{args.study}-{name_of(args.backbone)}-{name_of(args.task)}")
     if summary:
-        print(f"| {where} | `{run_folder.command()}` | {summary} |")
+        print(f"| {where} | `{run_folder.command()}` | {'; '.join(summary)} |")

@@ -1,9 +1,8 @@
 """What a run would take, for `train.py --explain` and `--dry-run`, and the memory that one did take.
 
-No weights are read: modules on meta and tensors without contents show who gets h0, parameters, bytes and FLOPs. The
-official code has no such estimate; its users find out from an out-of-memory error."""
+No weights are read: tensors without contents show who gets h0, parameters, bytes and FLOPs. The official code has none.
+"""
 
-import copy
 import ctypes
 import resource
 import sys
@@ -31,7 +30,7 @@ from sibo_lab.training.recipes import Run
 
 
 def reset_peak(device: str) -> None:
-    """Makes `peak_memory` start over, for this process's next run (on CPUs: Linux only)."""
+    """Makes `peak_memory` start over (on CPUs: Linux only)."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -44,28 +43,23 @@ def peak_memory(device: str) -> int:
     """Bytes of the GPU's allocator or, on a CPU, of the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def explain_run(run: Run, skeleton: nn.Module) -> str:
-    """`explain`, for a backbone without weights."""
+def explain(run: Run, m: nn.Module) -> str:
+    """Injects `m` and draws it as a tree, a line per module: where h0 comes from and goes."""
     if not run.settings:
         raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
-    return explain(sibo.inject(copy.deepcopy(skeleton), **vars(run.settings)))
-
-
-def explain(m: nn.Module) -> str:
-    """An injected model as a tree, one line per module: where h0 comes from and where it goes."""
+    sibo.inject(m, **vars(run.settings))
     source = m.get_submodule(m.sibo.h0) if m.sibo.lam else None
     return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
                       *branches(m, source)])
 
 
 def branches(x: nn.Module, source: nn.Module | None, rail: str = "") -> Iterator[str]:
-    """The lines below a module. Neighbouring blocks that are alike are drawn once."""
+    """The lines below a module; neighbouring blocks that are alike are drawn once."""
     children = []
-    for name, child in (x.base if isinstance(x, sibo.SIBOLayer) else x).named_children():
+    for name, child in getattr(x, "base", x).named_children():
         if isinstance(child, nn.ModuleList):
             for _, alike in groupby(child.named_children(), lambda block: [
                     described(y, source) for y in block[1].modules()]):
@@ -80,8 +74,8 @@ def branches(x: nn.Module, source: nn.Module | None, rail: str = "") -> Iterator
 
 
 def described(x: nn.Module, source: nn.Module | None) -> str:
-    """A linear module's shape, an adapter's or LoRA's formula, and whether h0 leaves or enters here."""
-    base = x.base if isinstance(x, sibo.SIBOLayer) else x
+    """A linear module's shape, an adapter's or LoRA's formula, whether h0 leaves or enters here."""
+    base = getattr(x, "base", x)
     shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
     if x is source:
         return f"{shape:14} ══► h0"
@@ -94,25 +88,25 @@ def described(x: nn.Module, source: nn.Module | None) -> str:
         where = {"out": "output", "in": "input", "parallel": "beside it"}[s.side]
         skip = "sub-layer" if s.side == "parallel" else mixed if s.skip == "mixed" else "h"
         formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {s.bottleneck}, Eq. ({4 if lam else 1})"
-    entry = f"   ◄══ h0, λ = {lam}{', learned' if s.learn_lam else ''}" if lam else ""
+    entry = f"   ◄══ h0, λ = {lam}{', learned' * s.learn_lam}" if lam else ""
     return f"{shape:14} {formula}{entry}"
 
 
 def dry_run(run: Run, spec: dict, task: tasks.Task, unknown: str = "") -> str:
-    """The tree, parameters, memory and FLOPs, from config.json alone, and the recipe, except for what is `unknown`
-    ("steps") without the data."""
+    """The tree, parameters, memory, FLOPs (from config.json alone) and recipe, but what is `unknown` ("steps")."""
     m = model.build(spec, run.backbone, task.num_labels or None)
     tied = m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0
-    tree = (explain(sibo.inject(m, **vars(run.settings))) if run.settings else
-            f"{type(m).__name__}: everything is trained, nothing gets h0")
+    tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
     total = sum(p.numel() for p in m.parameters()) - tied
     trained = sum(p.numel() for p in m.parameters() if p.requires_grad) if run.settings else total
     flops = 4 * total + 2 * trained  # per weight two forward, two backward, two more if it is trained
     python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels or None)
     listed = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
-    names = (*options.GROUPS["training"][:-1], "lam", "rank", "alpha", "dropout", "bottleneck", "dtype")
+    names = ("steps epochs lr warmup batch_size micro_batch_size cutoff train_on_inputs validate validate_every lam "
+             "rank alpha dropout bottleneck dtype").split()
     recipe = [f"{name} {run.config()[name]}" for name in names if name != unknown and options.uses(run.method, name)]
-    recipe += [] if task.num_labels else [f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams"]
+    if not task.num_labels:
+        recipe.append(f"protocol {run.protocol}: {scoring.BEAMS[run.protocol]} beams")
     return "\n".join([f"{run.backbone}: {tree}",
                       f"trainable parameters {trained:,} of {total:,} ({trained / total:.2%})",
                       f"memory, estimated: {sum(parts.values()) / 1e9:.2f} GB ({listed}), in {run.dtype}, "
@@ -146,10 +140,8 @@ class Alive(TorchDispatchMode):
 
 def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
     """Bytes that a training step holds at most: "frozen" weights; what is "trained", with AdamW's two moments; and the
-    "step": gradients, activations and whatever else a micro-batch of full length makes.
-
-    Nothing is fitted: forward and backward run on fake tensors, which have shapes but no memory, and every storage
-    counts while it is alive. What the allocator wastes is left out."""
+    "step": gradients, activations and whatever else a micro-batch of full length makes, each counted while it is alive.
+    What the allocator wastes is left out."""
     with FakeTensorMode():
         m = fake_model(spec, run, num_labels).train()
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
@@ -169,7 +161,6 @@ def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int
 
 
 def fake_model(spec: dict, run: Run, num_labels: int | None) -> nn.Module:
-    """The model as `run` trains it, within a FakeTensorMode."""
     m = model.build(spec, run.backbone, num_labels)
     for name, p in list(m.named_parameters()):
         model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))

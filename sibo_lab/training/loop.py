@@ -1,8 +1,7 @@
 """The training loop: steps of AdamW, the best checkpoint, and whatever may go wrong.
 
 Departures from the official code (transformers.Trainer): the loss is the mean over the labelled tokens of the whole
-batch, so micro-batches change nothing; a step without a finite loss or gradient is skipped; a stopped run continues
-with the same numbers, bit for bit on a CPU in float32."""
+batch, so micro-batches change nothing; a step without a finite loss or gradient is skipped; a stopped run continues."""
 
 import json
 import math
@@ -21,12 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 import model
-from sibo_lab import cli, files, parallel
+from sibo_lab import cli, files
 from sibo_lab.data import batch
+from sibo_lab.parallel import accumulating, all_reduce, full_tensor, rank, world, wrap
 from sibo_lab.training import resume
 from sibo_lab.training.recipes import Run
 
-BAD_STEPS = 10  # in a row without a finite loss or gradient, before a run gives up
+BAD_STEPS = 10  # in a row without a finite loss or gradient end a run
 LAM_PACE = 50  # AdamW moves every number by about its rate: W_down is drawn with size 0.02, λ's log-odds are of size 1
 
 
@@ -38,30 +38,29 @@ def learning_rate(run: Run, step: int) -> float:
 
 def train_step(m: nn.Module, rows: Sequence[batch.Row], micro_batch_size: int, pad_id: int) -> float:
     """Adds the gradient of a batch's loss, the mean over its labelled tokens (BERT: examples), and returns the loss.
-    Each process takes every world-th row. A causal model needs no mask: padding comes after its last label."""
+    Each process takes every world-th row."""
     counts = [sum(x != -100 for x in r.labels[1:]) if isinstance(r.labels, list) else 1 for r in rows]
     total, loss = sum(counts), 0.0
     if not total:
         raise ValueError(f"expected a labelled token in each batch, got {len(rows)} examples without one; raise "
                          "--cutoff, which their prompts fill")
-    rank, world = parallel.rank(), parallel.world()
     spare = rows[counts.index(max(counts))]  # taken, times 0, where a process has nothing to learn from
-    for start in range(0, len(rows), world * micro_batch_size):
-        end = start + world * micro_batch_size
-        mine = slice(start + rank, end, world)
+    for start in range(0, len(rows), world() * micro_batch_size):
+        end = start + world() * micro_batch_size
+        mine = slice(start + rank(), end, world())
         weight = sum(counts[mine]) / total
         b = batch.to_device(batch.collate(rows[mine] if weight else [spare], pad_id), m)
         if "token_type_ids" not in b:
-            del b["attention_mask"]
-        with parallel.accumulating(m, last=end >= len(rows)):
+            del b["attention_mask"]  # a causal model needs none: padding comes after its last label
+        with accumulating(m, last=end >= len(rows)):
             part = model.loss(m, **b) * weight
-            (part * world).backward()  # the mean over the processes is then the sum of their parts
+            (part * world()).backward()  # the mean over the processes is then the sum of their parts
         loss += part.detach()
-    return float(parallel.all_reduce(loss))
+    return float(all_reduce(loss))
 
 
 def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, progress: resume.Progress) -> float:
-    """train_step; when memory runs out, again with half as many examples at a time."""
+    """train_step; when memory runs out, again, with half as many examples at a time."""
     while True:
         random, size = torch.get_rng_state(), progress.micro_batch_size
         try:
@@ -70,7 +69,7 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
             if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
                 raise
         where = f"step {progress.step + 1}: out of memory with {size} examples at a time"
-        if size == 1 or parallel.world() > 1:  # the other processes wait within the step
+        if size == 1 or world() > 1:  # the other processes wait within the step
             raise ValueError(f"{where}; lower --micro-batch-size or --cutoff, or use --grad-checkpoint, --base-bits 4 "
                              "or --shard")
         progress.micro_batch_size = size // 2
@@ -82,38 +81,37 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
 
 def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW for what is trained in `m`: weights at the rate `lr`, learned λ's log-odds at LAM_PACE times that."""
-    weights, lams = ([p for n, p in m.named_parameters() if p.requires_grad and n.endswith(".lam_logit") == of_lam]
-                     for of_lam in (False, True))
-    return torch.optim.AdamW([{"params": weights, "lr": lr, "pace": 1},
-                              {"params": lams, "lr": lr * LAM_PACE, "pace": LAM_PACE}], weight_decay=0.0, fused=True)
+    groups = [{"params": [], "lr": lr * pace, "pace": pace} for pace in (1, LAM_PACE)]
+    for name, p in m.named_parameters():
+        if p.requires_grad:
+            groups[name.endswith(".lam_logit")]["params"].append(p)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled, in place; they share code. Not the first: its input often needs no gradient, which
-    would take another minute to compile."""
+    """`m` with its blocks compiled in place, to shared code. Not the first: its input often needs no gradient, which
+    would take another minute."""
     for block in m.blocks[1:]:
         block.compile(dynamic=True)
     return m
 
 
 class Training:
-    """A run under way: the model, its optimizer and its progress."""
-
     def __init__(self, m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run):
         m.grad_checkpoint = run.grad_checkpoint
         if run.compile:
             torch.compiler.set_stance("default")
             compiled(m)
         self.m, self.rows, self.pad_id, self.run, self.out = m, rows, pad_id, run, Path(run.out)
-        self.engine = parallel.wrap(m.train(), run.device, run.shard)
+        self.engine = wrap(m.train(), run.device, run.shard)
         self.trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
         self.optimizer = adamw(m, run.lr)
         self.progress = resume.Progress(batch.digest(rows), run.micro_batch_size)
-        if parallel.rank():
-            torch.manual_seed(run.seed + parallel.rank())  # different dropout, after the same weights
+        if rank():
+            torch.manual_seed(run.seed + rank())  # different dropout, after the same weights
 
     def resume_latest(self) -> None:
-        """Restores the newest whole state in the run folder, if there is one."""
+        """Restores the run folder's newest whole state, if there is one."""
         data, (state, corrupted) = self.progress.data, resume.newest(self.out)
         where = "no saved state, starting at step 1"
         if state:
@@ -122,7 +120,7 @@ class Training:
         if data != self.progress.data:
             raise ValueError(f"{self.out}: expected the training data of its state, sha256 {self.progress.data[:9]}…, "
                              f"got {data[:9]}…; restore them, or name a new --out")
-        if not parallel.rank():
+        if not rank():
             for newer, wrong in corrupted.items():
                 print(f"removed a corrupted state: {wrong}", file=sys.stderr)
                 resume.remove(newer)  # among the last, it would displace a whole one
@@ -138,7 +136,7 @@ class Training:
         if idle := [n for n, p in self.trained.items() if p.grad is None]:
             raise ValueError(f"{idle[0]}: expected a gradient, got none in {len(idle)} of {len(self.trained)} trained "
                              "tensors; the loss must depend on them")
-        norm = float(parallel.full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), 1.0)))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.trained.values(), 1.0)))
         progress.step += 1
         progress.tokens += sum(len(r.ids) for r in rows)
         line = {"step": progress.step, "loss": loss, "lr": rate, "grad_norm": norm}
@@ -146,36 +144,38 @@ class Training:
             self.optimizer.step()
             progress.skipped_in_a_row = 0
             if len(recent) >= 20 and loss > np.mean(recent) + 5 * np.std(recent):
-                progress.spikes, line["spike"] = progress.spikes + 1, True
+                progress.spikes += 1
+                line["spike"] = True
             progress.recent = [*recent[-49:], loss]
         else:  # a step along it would spoil every weight
-            progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
             line |= {"loss": None, "grad_norm": None, "skipped": picked}
         self.optimizer.zero_grad(set_to_none=True)
         return line
 
     def validate_and_keep_best(self, validate: Callable[[nn.Module], float], line: dict) -> bool:
-        """Whether the model is better than ever; the step's line gets how good it is."""
+        """Whether the model is better than ever; the step's line says how good."""
         found = torch.tensor(validate(self.m.eval()), dtype=torch.float64, device=self.run.device)
-        found = float(parallel.all_reduce(found)) / parallel.world()  # all must agree on what is best
+        found = float(all_reduce(found)) / world()  # all must agree on what is best
         self.m.train()
-        line["validation"], best = found if math.isfinite(found) else None, self.progress.best
-        if not math.isfinite(found) or best and found <= best["validation"]:
-            return False
-        self.progress.best = {"step": self.progress.step, "validation": found}
-        return True
+        finite, best = math.isfinite(found), self.progress.best
+        line["validation"] = found if finite else None
+        better = finite and (not best or found > best["validation"])
+        if better:
+            self.progress.best = {"step": self.progress.step, "validation": found}
+        return better
 
     def save_if_due(self, due: bool, asked: Sequence[int], line: dict) -> bool:
-        """Saves the state if any process finds it due, and returns whether one did. Then KeyboardInterrupt if one was
-        `asked` to stop, and ValueError after BAD_STEPS."""
+        """Whether any process found a state due, which is then saved. KeyboardInterrupt if one was `asked` to stop."""
         run, progress, bad = self.run, self.progress, self.progress.skipped_in_a_row >= BAD_STEPS
-        due, stop = parallel.all_reduce(torch.tensor([due or bad, len(asked)], device=run.device)).tolist()
+        due, stop = all_reduce(torch.tensor([due or bad, len(asked)], device=run.device)).tolist()
         if due or stop:
             resume.save(self.out, progress, self.trained, self.optimizer, run.device)
         if bad:
             raise ValueError(f"step {progress.step}: expected a finite loss and gradient, got none for {BAD_STEPS} "
                              f"steps in a row, the last on examples {line['skipped']} (all: {run.out}/metrics.jsonl); "
-                             f"lower --lr (now {run.lr}) or use --dtype float32")
+                             f"lower --lr {run.lr}, or use --dtype float32")
         if stop:
             raise KeyboardInterrupt(f"stopped after step {progress.step} of {run.steps}, which is saved: the same "
                                     "command with --resume continues", 128 + (asked or [signal.SIGTERM])[0])
@@ -185,19 +185,16 @@ class Training:
 def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
         validate: Callable[[nn.Module], float] | None = None, every: resume.SaveEvery | None = None,
         resuming: bool = False) -> dict:
-    """Trains for run.steps steps on shuffled rows, and returns what result.json says of it. Writes metrics.jsonl, one
-    line per step, and states, as often as `every` says and at the end.
-
-    `validate` says how good the model is, every run.validate_every steps and at the end; the best is left (the official
-    code: by validation loss). ValueError if BAD_STEPS steps in a row lack a finite loss or gradient, or a trained
-    tensor lacks a gradient."""
+    """Trains for run.steps steps and returns what result.json says of it. Writes a line of metrics.jsonl per step, and
+    states as often as `every` says and at the end. Leaves the model that `validate`, called every run.validate_every
+    steps and at the end, finds best. ValueError after BAD_STEPS, and for a trained tensor without a gradient."""
     training = Training(m, rows, pad_id, run)
     if resuming:
         training.resume_latest()
     progress, saved = training.progress, time.perf_counter()
     began = saved - progress.seconds
     batches = islice(batch.batches([len(r.ids) for r in rows], run.batch_size, run.seed), progress.step, run.steps)
-    bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=parallel.rank() > 0)
+    bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=rank() > 0)
     with open_log(training.out, progress.step) as log, cli.stop_asked() as asked:
         for picked in bar:
             line = training.take_step(picked)
@@ -208,7 +205,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
             line["tokens_per_second"] = round(progress.tokens / progress.seconds, 1)
             print(json.dumps(line), file=log, flush=True)
             bar.set_postfix({name: line[name] for name in ("loss", "lr", "tokens_per_second")})
-            due |= every is not None and every.due(progress.step, time.perf_counter() - saved)
+            due |= bool(every and every.due(progress.step, time.perf_counter() - saved))
             if training.save_if_due(due, asked, line):
                 saved = time.perf_counter()
     m.eval()
@@ -221,9 +218,8 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
 
 def open_log(out: Path, step: int) -> IO:
     """The first process's metrics.jsonl, up to `step`: a stopped run was ahead of its state."""
-    if parallel.rank():
+    if rank():
         return open(os.devnull, "a")
     log = out / "metrics.jsonl"
-    lines = log.read_text().splitlines()[:step] if step else []
-    files.write(log, "".join(line + "\n" for line in lines))
+    files.write(log, "".join(log.read_text().splitlines(keepends=True)[:step]) if step else "")
     return open(log, "a")

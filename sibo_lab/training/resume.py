@@ -1,10 +1,7 @@
 """A run's state on disk: saved whole or not at all, found again after any stop, one writer at a time.
 
-The state after step 120 is the folder checkpoints/00000120: state.safetensors (trained weights, AdamW's moments, random
-generators), state.json (the rest), manifest.json (size and sha256 of both). It is written under another name, flushed
-and renamed. The official code leaves this to transformers.Trainer, which pickles optimizer and generators."""
-
-from __future__ import annotations
+After step 120, checkpoints/00000120 holds state.safetensors (trained weights, AdamW's moments, random generators),
+state.json (the rest) and manifest.json (size and sha256 of both). The official code pickles instead."""
 
 import argparse
 import fcntl
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sibo_lab import files, parallel
@@ -28,18 +25,18 @@ KEPT = 2  # the last states, besides the best by validation
 
 @dataclass(frozen=True)
 class SaveEvery:
-    """How often a state is saved: after so many steps, or so many seconds."""
+    """How often a state is saved: in steps or seconds."""
 
     steps: int | None = None
     seconds: float | None = 600.0
 
     @staticmethod
-    def read(text: str) -> SaveEvery:
+    def read(text: str) -> "SaveEvery":
         """From "200" (steps) or "10m" (minutes)."""
         number = text.removesuffix("m")
         if not number.isdecimal() or not int(number):
-            raise argparse.ArgumentTypeError(f"expected steps, such as 200, or minutes, such as 10m, got {text!r}")
-        return SaveEvery(None, 60.0 * int(number)) if number != text else SaveEvery(int(number), None)
+            raise argparse.ArgumentTypeError(f"expected steps, as 200, or minutes, as 10m, got {text!r}")
+        return SaveEvery(int(number), None) if number == text else SaveEvery(None, 60.0 * int(number))
 
     def due(self, step: int, seconds: float) -> bool:
         return step % self.steps == 0 if self.steps else seconds >= self.seconds
@@ -47,11 +44,11 @@ class SaveEvery:
 
 @dataclass
 class Progress:
-    """How far a run is, apart from its tensors. `step` is also the position in the data, whose order the seed fixes."""
+    """How far a run is, apart from its tensors."""
 
     data: str  # sha256 of the training rows
     micro_batch_size: int  # halved when memory ran out
-    step: int = 0
+    step: int = 0  # also the position in the data, whose order the seed fixes
     seconds: float = 0.0
     tokens: int = 0
     best: dict | None = None  # {"step", "validation"}
@@ -61,7 +58,6 @@ class Progress:
     recent: list[float] = field(default_factory=list)  # the last 50 finite losses
 
     def summary(self) -> dict:
-        """What result.json says of the training."""
         return {"train_seconds": round(self.seconds, 1), "tokens_per_second": round(self.tokens / self.seconds, 1),
                 "best": self.best, "steps_skipped": self.skipped, "loss_spikes": self.spikes,
                 "micro_batch_size": self.micro_batch_size}
@@ -80,13 +76,13 @@ def _manifest(state: Path) -> dict:
     manifest = {}
     for name in ("state.safetensors", "state.json"):
         with open(state / name, "rb") as f:
-            manifest[name] = {"size": os.fstat(f.fileno()).st_size,
-                              "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+            manifest[name] = {"size": f.tell(), "sha256": digest}
     return manifest
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole state in a run folder, and what is wrong with each newer one."""
+    """A run folder's newest whole state, and what is wrong with each newer one."""
     corrupted = {}
     for state in reversed(states(folder)):
         try:
@@ -102,15 +98,14 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def save(folder: Path, progress: Progress, trained: Mapping[str, nn.Parameter], optimizer: Optimizer,
          device: str) -> None:
-    """Saves the state after progress.step, then removes all but the last KEPT and the best. Every process must call.
-    OSError if it cannot be written; the older states are left then."""
-    tensors = {f"weight.{name}": parallel.full_tensor(p.detach()).cpu() for name, p in trained.items()}
-    tensors |= {f"{key}.{name}": parallel.full_tensor(value).cpu() for name, p in trained.items()
-                for key, value in optimizer.state[p].items()}
+    """Saves the state after progress.step, then removes all but the last KEPT and the best; every process must call.
+    OSError if it cannot be written, and no older state is lost."""
     random = {f"random.cpu.{parallel.rank()}": torch.get_rng_state()}
     if device != "cpu":
         random[f"random.{device}.{parallel.rank()}"] = torch.cuda.get_rng_state(device)
-    tensors |= parallel.all_gather_dicts(random)
+    tensors = parallel.all_gather_dicts(random) | {
+        f"{key}.{name}": parallel.full_tensor(value.detach()).cpu() for name, p in trained.items()
+        for key, value in ({"weight": p} | optimizer.state[p]).items()}
 
     def write() -> None:
         files.flush(folder / "metrics.jsonl")  # must not lack a step of the state
@@ -143,14 +138,13 @@ def remove(state: Path) -> None:
 
 
 def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, device: str) -> Progress:
-    """Restores trained weights, optimizer and random generators, in place. ValueError for tensors of other names or
-    shapes, or another number of processes."""
+    """Restores weights, optimizer and random generators. ValueError for other names, shapes or number of processes."""
     file = state / "state.safetensors"
     tensors, _ = files.read_tensors(file)
     processes = sum(name.startswith("random.cpu.") for name in tensors)
     if processes != parallel.world():
-        raise ValueError(f"{file}: expected the state of {parallel.world()} processes, got that of {processes}; resume "
-                         "with as many")
+        raise ValueError(f"{file}: expected the state of {parallel.world()} processes, got {processes}; resume with as "
+                         "many")
     restore_weights(state, trained, tensors)
     for name, p in trained.items():
         optimizer.state[p] = {key: parallel.local_shard(tensors[f"{key}.{name}"].to(p.device), p)
@@ -161,17 +155,16 @@ def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimiz
     return Progress(**files.read_json(state / "state.json"))
 
 
-def restore_weights(state: Path, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor] | None = None
-                    ) -> None:
-    """Restores the trained weights only, in place. `tensors`: the state's, if already read."""
+def restore_weights(state: Path, trained: Mapping[str, nn.Parameter], tensors: dict | None = None) -> None:
+    """Restores the weights only. `tensors`: the state's, if already read."""
     file = state / "state.safetensors"
     tensors = tensors or files.read_tensors(file)[0]
     files.assign(trained, {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, file)
 
 
 def lock(folder: Path) -> IO:
-    """Reserves `folder` until the returned file is closed or this process ends, however it ends, and removes the drafts
-    of a killed one. ValueError if another process holds it."""
+    """Reserves `folder` until the returned file is closed or this process ends, and removes a killed one's drafts.
+    ValueError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     held = open(folder / ".lock", "w")
     try:

@@ -1,7 +1,5 @@
 """A run's folder: its name, who may write into it, and what result.json says of the run."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform
@@ -9,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,19 +22,19 @@ from sibo_lab.evaluation import compare, metrics, scoring
 from sibo_lab.training import estimate, options, resume
 from sibo_lab.training.recipes import Run
 
+Measured = tuple[scoring.Score, Sequence[float]]  # and Eq. (3) of each hidden state
+
 
 def command() -> str:
-    """The command line of this process."""
     name = Path(sys.argv[0]).name
     program = ["-m", "sibo_lab"] if name == "__main__.py" else [name]
     return cli.without_secrets(shlex.join(["python", *program, *sys.argv[1:]]))
 
 
 def git_state() -> str | None:
-    """The commit of this code, and whether it was edited since; None where it is no git checkout."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
-                         text=True)
-    return git.stdout.strip() or None
+    """This code's commit, and whether it was edited since; None outside a git checkout."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 def learned_lam(m: nn.Module) -> list[float]:
@@ -46,52 +45,49 @@ def learned_lam(m: nn.Module) -> list[float]:
 
 def folder_of(run: Run, args: argparse.Namespace, several: bool) -> Run:
     """`run` with its folder: as given; one of several gets a folder inside that, named after what sets it apart."""
-    base = f"runs/{compare.name_of(run.backbone)}-{run.method}-{compare.name_of(run.task)}"
+    backbone, task = compare.name_of(run.backbone), compare.name_of(run.task)
     if not several:
-        return replace(run, out=args.out or base)
+        return replace(run, out=args.out or f"runs/{backbone}-{run.method}-{task}")
     s, marks = run.settings, [run.method]
     if s:
-        marks += [f"lam{s.lam:g}" if s.lam else "", s.sibo_at or "", "learned" if s.learn_lam else "",
-                  "frozen-too" if s.frozen_too else ""]
+        marks += [f"lam{s.lam:g}" * (s.lam > 0), s.sibo_at or "", "learned" * s.learn_lam, "frozen-too" * s.frozen_too]
     marks += [f"lr{run.lr:g}", f"seed{run.seed}"]
-    base = args.out or f"runs/{compare.name_of(run.backbone)}-{compare.name_of(run.task)}"
-    return replace(run, out=str(Path(base, "-".join(filter(None, marks)))))
+    return replace(run, out=str(Path(args.out or f"runs/{backbone}-{task}", "-".join(filter(None, marks)))))
 
 
 def claim(run: Run, resuming: bool = False) -> dict | None:
-    """The result of a run that is done, else None. A folder of another run is never written into, and one with a saved
-    state only to resume it. ValueError names the setting that differs."""
+    """The result of a run that is done, else None. ValueError for a folder of another run, naming the setting that
+    differs, and for one with a saved state, unless it is resumed."""
     out = Path(run.out)
     if (out / "config.json").is_file():
         theirs, ours = files.read_json(out / "config.json"), json.loads(json.dumps(run.config()))
         for key in sorted(ours | theirs):
             if ours.get(key) != theirs.get(key) and key not in ("out", "data_dir") and options.uses(run.method, key):
                 raise ValueError(f"{out}: expected {key} {ours.get(key)}, got a run with {theirs.get(key)}; name a new "
-                                 "folder with --out, or delete this one")
+                                 "--out, or delete the folder")
     if (out / "result.json").is_file():
         return files.read_json(out / "result.json")
     if resume.states(out) and not resuming:
-        raise ValueError(f"{out}: expected no saved state, got that of a stopped run; continue it with --resume, or "
-                         "delete the folder")
+        raise ValueError(f"{out}: expected no saved state, got a stopped run's; continue it with --resume, or delete "
+                         "the folder")
     return None
 
 
-def result(m: nn.Module, run: Run, score: scoring.Score, curve: list[float], baseline: scoring.Score,
-           baseline_curve: list[float], cut: int, unlabelled: int, trained: dict, digests: dict[str, str]) -> dict:
-    """What result.json says: the run, its scores and similarities, its cost, and what it takes to repeat it. `cut` and
-    `unlabelled` count training examples; `trained`: what loop.fit returned; `digests`: sha256 of the examples."""
-    learned = run.settings and run.settings.learn_lam
+def result(m: nn.Module, run: Run, measured: Measured, frozen: Measured, cut: dict[str, int], trained: dict,
+           digests: dict[str, str]) -> dict:
+    """What result.json says: the run, its scores and similarities, its cost (`trained`, by loop.fit), and what it takes
+    to repeat it (`digests`, of the examples)."""
+    (score, curve), (baseline, baseline_curve), s = measured, frozen, run.settings
     return {
         "backbone": run.backbone, "method": run.method, "task": run.task, "scored_on": run.score_on,
-        "lambda": learned_lam(m) if learned else run.settings.lam if run.settings else 0.0,
-        "metric": score.metric, "score": score.score, "n": score.n, "interval": score.interval,
-        "parts": score.parts, "more": score.more, "empty": score.empty, "answers_given": score.answers_given,
+        "lambda": learned_lam(m) if s and s.learn_lam else s.lam if s else 0.0,
+        **{k: getattr(score, k) for k in "metric score n interval parts more empty answers_given".split()},
         "baseline_score": baseline.score, "baseline_n": baseline.n,
         "trainable_parameters": sum(p.numel() for p in m.parameters() if p.requires_grad),
         "total_parameters": quantized.parameters(m), **trained, "peak_memory_bytes": estimate.peak_memory(run.device),
         "similarity": metrics.last_five(curve), "baseline_similarity": metrics.last_five(baseline_curve),
-        "examples_cut_off": cut, "examples_without_label": unlabelled, "test_examples_cut_off": score.cut,
-        "seed": run.seed, "similarity_per_layer": curve, "baseline_similarity_per_layer": baseline_curve,
+        **cut, "test_examples_cut_off": score.cut, "seed": run.seed,
+        "similarity_per_layer": curve, "baseline_similarity_per_layer": baseline_curve,
         "command": command(), "date": time.strftime("%Y-%m-%d", time.gmtime()), "git": git_state(), "sha256": digests,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }

@@ -80,8 +80,8 @@ def test_a_quantized_gguf_file_is_the_model_with_its_matrices_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"architecture": "qwen2"}, "expected architecture 'llama', got 'qwen2'"),
-    ({"scaling": gguf.RopeScalingType.YARN}, "expected no rope scaling in a GGUF, got 'yarn'"),
+    ({"architecture": "qwen2"}, "expected general.architecture 'llama', got 'qwen2'"),
+    ({"scaling": gguf.RopeScalingType.YARN}, "expected llama.rope.scaling.type 'none', got 'yarn'"),
     ({"without_context": True}, "no 'llama.context_length'"),
     ({"extra": ["rope_freqs.weight"]}, "unexpected tensor 'rope_freqs.weight'")])
 def test_a_gguf_file_of_another_kind_is_refused(tmp_path, changes, named):

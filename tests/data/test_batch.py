@@ -138,7 +138,7 @@ def test_a_pair_fits_the_cutoff_and_the_longer_sentence_gives_way(text, pair, cu
 
 
 def test_glue_asks_for_a_bert_tokenizer():
-    with pytest.raises(ValueError, match="expected a tokenizer that puts two special tokens around a text, got 1"):
+    with pytest.raises(ValueError, match="expected a BERT's tokenizer, with two special tokens on a text, got 1"):
         batch.encode_sentence(tasks.Sentence("a", None, 1), Letters(), 10)
 
 

@@ -126,7 +126,7 @@ def test_the_model_written_output_of_an_arithmetic_test_file_is_not_kept(tmp_pat
     write(tmp_path / "llm_adapters/gsm8k/test.json",
           [{"instruction": "q", "input": "", "output": "The answer is 8.", "answer": "9.0"}])
     assert load("gsm8k", "test", tmp_path) == [tasks.Example("q", "", "9.0")]
-    assert capsys.readouterr().err.count("expected the 1319 examples that are published, got 1;") == 1
+    assert capsys.readouterr().err.count("expected the 1319 published examples, got 1;") == 1
 
 
 def test_a_gold_answer_that_is_none_of_the_tasks_is_an_error(tmp_path):
@@ -162,7 +162,7 @@ def test_gsm8k_mawps_and_aqua_become_worked_answers_that_close_with_the_answer(t
      "line 1: 'answer': expected a last line '#### number'"),
     (tasks.MAWPS, "mawps", '[{"original_text": "q", "equation": "x=1"}]',
      "entry 1: expected the key 'ans', got original_text, equation"),
-    (tasks.AQUA, "aqua", "q\t(B)\tr\nq\t(F)\tr\n", r"line 2: expected question, \(letter\) and rationale"),
+    (tasks.AQUA, "aqua", "q\t(B)\tr\nq\t(F)\tr\n", r"line 2: expected question, \(letter\) and rationale by tabs"),
     ("glue/CoLA/train.tsv", "cola", "a\t1\t\tx\nb\t1\tx\n", "line 2: expected 4 columns separated by tabs, got 3"),
     ("glue/CoLA/train.tsv", "cola", "a\tyes\t\tx\n", "line 1: label: expected 0 or 1, got 'yes'"),
     ("glue/CoLA/train.tsv", "cola", "", "train.tsv: expected examples, got none"),
@@ -209,7 +209,7 @@ def test_the_large_glue_sets_are_read_by_the_names_in_their_headers(tmp_path, ca
     task = tasks.task(name)
     write(tmp_path / task.train[0], f"{HEADERS[name]}\n{line}\n")
     assert readers.load(task, "train", tmp_path) == [sentence]
-    assert f"expected the {task.counts[0]} examples that are published, got 1;" in capsys.readouterr().err
+    assert f"expected the {task.counts[0]} published examples, got 1;" in capsys.readouterr().err
     swapped = [", ".join(text.split("\t")[::-1]).replace(", ", "\t") for text in (HEADERS[name], line)]
     write(tmp_path / task.train[0], "\n".join(swapped))
     assert readers.load(task, "train", tmp_path) == [sentence]  # whatever the columns' order
@@ -231,7 +231,7 @@ def test_mnlis_test_rows_have_two_parts(tmp_path, capsys):
     assert load("mnli", "test", tmp_path) == [
         tasks.Sentence("matched", "B", 1, "matched"), tasks.Sentence("mismatched", "B", 1, "mismatched")]
     err = capsys.readouterr().err
-    assert "dev_matched.tsv + " in err and "expected the 19647 examples that are published, got 2;" in err
+    assert "dev_matched.tsv + " in err and "expected the 19647 published examples, got 2;" in err
 
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r"), max_size=12)

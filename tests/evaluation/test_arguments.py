@@ -51,9 +51,9 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
     (("RUN", "--peft", "DIR"), "--peft DIR: expected --backbone, got a run"),
     (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, got --task mawps,aqua"),
     (("RUN", "--task", "rte"), "expected a run that can answer rte, got one on word-problems"),
-    (("RUN", "--export", "onnx", "DIR"), "--export onnx: expected peft or hf, with a run"),
-    (("RUN", "--export", "hf", "DIR", "--merge"), "--export hf: expected peft or hf, with a run, without --merge"),
-    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export hf: expected peft or hf, with a run"),
+    (("RUN", "--export", "onnx", "DIR"), "--export onnx: expected peft or hf, a run, no"),
+    (("RUN", "--export", "hf", "DIR", "--merge"), "--export hf: expected peft or hf, a run, no --merge"),
+    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export hf: expected peft or hf, a run, no"),
     (("--backbone", "minilm"), "minilm: expected a run that train.py wrote, got no trained head"),
     (("--backbone", "minilm", "--ask", "How many?"), "minilm: expected a run that train.py wrote, got no trained head"),
     (("--backbone", "smollm2-135m", "--task", "rte"), "smollm2-135m: expected a run that train.py wrote"),
@@ -64,12 +64,12 @@ def test_options_that_do_not_fit_are_refused(complete, args, says):
 
 
 def test_a_classifier_cannot_be_asked_nor_scored_on_another_kind_of_task(complete):
-    with pytest.raises(ValueError, match="--ask: expected an LLM's run, got .*, a BERT with the classes of rte"):
+    with pytest.raises(ValueError, match="--ask: expected an LLM's run, got .*, a BERT on rte"):
         complete("RUN", "--ask", "How many?", task="rte")
     with pytest.raises(ValueError, match="expected a run that can answer mawps, got one on rte"):
         complete("RUN", "--task", "mawps", task="rte")
 
 
 def test_a_quantised_backbone_cannot_be_exported(complete):
-    with pytest.raises(ValueError, match="on a backbone of 16 bits or more"):
+    with pytest.raises(ValueError, match="16-bit weights or wider"):
         complete("RUN", "--export", "peft", "DIR", base_bits=8)

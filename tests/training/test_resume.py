@@ -315,7 +315,7 @@ def test_data_other_than_the_run_began_with_are_refused(stopped):
 def test_the_state_of_several_processes_is_refused_by_one(stopped, tmp_path, monkeypatch):
     m, rows, run = small(stopped)
     monkeypatch.setattr(resume.parallel, "world", lambda: 2)
-    with pytest.raises(ValueError, match="expected the state of 2 processes, got that of 1; resume with as many"):
+    with pytest.raises(ValueError, match="expected the state of 2 processes, got 1; resume with as many"):
         resume.restore(resume.newest(stopped)[0], {}, None, "cpu")
 
 
