@@ -1,7 +1,7 @@
 """BERT, GPT-J and LLaMA side by side, with the weights of Hugging Face's files.
 
-Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); names and layouts as
-in Hugging Face transformers. Departs from the official code: padding changes no result.
+Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron et al. 2023 (LLaMA); names and layouts of
+Hugging Face transformers. Departs from the official code: padding changes no result.
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
 
 from collections.abc import Callable
@@ -102,14 +102,13 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if self.rotate:
             q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
-        if past is not None:
+        if past:
             k, v = past.extend(k, v)  # (B, H, S, D)
-        groups, T = q.shape[1] // k.shape[1], q.shape[2]
+        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
-            q = q.reshape(len(q), -1, groups, self.head_dim)
+            q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
         elif groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        causal = self.causal and ctx.mask is None and T > 1
         out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
         out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
@@ -142,6 +141,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
+def layer_norm(c: config.Config) -> nn.Module:
+    return nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+
 class LlamaBlock(nn.Module):
     def __init__(self, c: config.LlamaConfig):
         super().__init__()
@@ -159,7 +162,7 @@ class LlamaBlock(nn.Module):
 class GPTJBlock(nn.Module):
     def __init__(self, c: config.GPTJConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.norm = layer_norm(c)
         self.attn = Attention(c, bias=False, causal=True, rotate=rotate_neighbours,
                               dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
@@ -174,9 +177,9 @@ class BertBlock(nn.Module):
         super().__init__()
         self.attn = Attention(c, bias=True, causal=False, rotate=None,
                               dropout=c.attention_probs_dropout_prob, out_dropout=c.hidden_dropout_prob)
-        self.attn_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.attn_norm = layer_norm(c)
         self.mlp = MLP(c, c.hidden_dropout_prob)
-        self.mlp_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp_norm = layer_norm(c)
 
     def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         h = self.attn_norm(h + self.attn(h, ctx, past))
@@ -184,7 +187,7 @@ class BertBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    grad_checkpoint = False  # compute each block's activations again in the backward pass, instead of keeping them
+    grad_checkpoint = False  # compute a block's activations again in the backward pass instead of keeping them
     kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for what adapts this model
 
     def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
@@ -219,10 +222,9 @@ class CausalLM(Transformer):
         of the `last` positions. `return_hidden`: see hidden_states."""
         T, past = input_ids.shape[1], cache[0].length if cache else 0
         positions, mask = torch.arange(past, past + T, device=input_ids.device)[None], None
-        several = past > 0 and T > 1
-        if several and attention_mask is None:
+        if past and T > 1 and attention_mask is None:
             raise ValueError(f"{T} tokens at once after a cache of {past}: pass the attention_mask, padding included")
-        if attention_mask is not None and (several or not attention_mask.all()):
+        if attention_mask is not None and (past and T > 1 or not attention_mask.all()):
             seen = attention_mask.bool()
             positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # padding takes no position
             i = torch.arange(past + T, device=seen.device)  # padding sees itself: no row of the softmax is empty
@@ -252,8 +254,8 @@ class CausalLM(Transformer):
 
     def new_cache(self, batch: int, capacity: int) -> list[KeyValues]:
         """Empty, for `batch` sequences of up to `capacity` tokens."""
-        like, shape = self.norm.weight, (batch, self.config.heads_kv, capacity, self.config.d_head)
-        empty = partial(torch.empty, shape, dtype=like.dtype, device=like.device)  # like.new_empty would be sharded too
+        c, like = self.config, self.norm.weight  # like.new_empty would be sharded too
+        empty = partial(torch.empty, (batch, c.heads_kv, capacity, c.d_head), dtype=like.dtype, device=like.device)
         return [KeyValues(empty(), empty()) for _ in self.blocks]
 
 
@@ -279,8 +281,7 @@ class GPTJ(CausalLM):
     }, unused=["h.{}.attn.bias", "h.{}.attn.masked_bias"])  # old files hold the causal mask
 
     def __init__(self, c: config.GPTJConfig):
-        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        super().__init__(c, GPTJBlock, norm, nn.Dropout(c.embd_pdrop), head_bias=True)
+        super().__init__(c, GPTJBlock, layer_norm(c), nn.Dropout(c.embd_pdrop), head_bias=True)
         self.rotary = partial(rotary_angles, dim=c.rotary_dim or c.d_head, theta=10000.0)
 
 
@@ -293,7 +294,7 @@ class BertEmbeddings(nn.Module):
         self.word = nn.Embedding(c.vocab_size, d)
         self.position = nn.Embedding(c.max_position_embeddings, d)
         self.segment = nn.Embedding(c.type_vocab_size, d)
-        self.norm = nn.LayerNorm(d, c.layer_norm_eps)
+        self.norm = layer_norm(c)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -408,7 +409,7 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, d
             put(m, new, tensor.to(device, dtype))
         del expected[new]
     if tied:
-        expected.pop("head.weight")
+        del expected["head.weight"]
         m.head.weight = m.embed.weight
     if missing := [n for n in expected if not n.startswith("classifier.")]:
         raise ValueError(f"{path}: {len(missing)} tensors are missing for a {type(m).__name__}, such as {missing[0]!r}")

@@ -1,7 +1,5 @@
-"""Files in and out: atomic writes, checked reads.
-
-Files may come from strangers: nothing is unpickled, headers are checked before memory is taken, and what is wrong is a
-ValueError that names the file (see tests/fuzz.py)."""
+"""Files in and out: atomic writes, checked reads. As files may come from strangers, nothing is unpickled, and what is
+wrong is a ValueError that names the file, before memory is taken (see tests/fuzz.py)."""
 
 import difflib
 import json
@@ -29,7 +27,6 @@ def cache() -> Path:
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE, which --offline sets, forbids the network."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
 
 

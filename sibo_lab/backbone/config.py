@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh
 
 @dataclass(frozen=True)
 class Config:
-    """config.json by Hugging Face's names; those without a default must be there."""
+    """By Hugging Face's names; those without a default must be there."""
 
     vocab_size: int
     hidden_size: int
@@ -124,7 +124,7 @@ def parse(spec: dict, path: object = "config.json") -> Config:
     return c
 
 
-def _expected(field: Field, value: object) -> str:
+def _expected(field, value: object) -> str:
     """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)

@@ -58,8 +58,7 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
         return _greedy(m, input_ids, mask, max_new_tokens, eos, pad)
 
 
-def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int,
-            last: int = 1) -> tuple[Tensor, Tensor, list[KeyValues]]:
+def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: int = 1) -> tuple:
     """Logits (B, last, V) of the prompts' last positions, the mask (B, T) of their cache, and the cache, of `capacity`
     tokens. What all prompts (B, T) begin with is read once, and precedes their padding, on the left."""
     B, T = prompts.shape

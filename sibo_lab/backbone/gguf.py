@@ -1,6 +1,6 @@
 """LLaMA from a .gguf file, by ggml's docs/gguf.md: its metadata in config.json's words, and its tensors.
 
-The gguf package only dequantizes: its reader is slow and believes every count in a file."""
+The gguf package only dequantizes: its reader believes every count."""
 
 import math
 import mmap
@@ -82,7 +82,7 @@ class Reader(files.Reader):
 
 
 def read(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
-    """Metadata and tensors; ValueError if the file is no GGUF or cut short."""
+    """Metadata and tensors; ValueError if the file is no whole GGUF."""
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     r = Reader(data, f"{path}: not a whole GGUF file")

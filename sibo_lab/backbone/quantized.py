@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OPS = torch.ops.bitsandbytes  # check_bits registers them
+
 
 class QuantizedLinear(nn.Linear):
     """A frozen nn.Linear with its weight in 8 bits (even steps) or 4 (NF4), and a float32 scale per 64 weights; the
     product is computed in the precision of x.
 
-    On the CPU bitsandbytes restores a weight in 1-2 ns (torchao 0.18: 7-10 ns, up to seven times the memory), but its
-    own linear layer rounds x too in 8 bits; torchao's keeps each restored W."""
+    On the CPU bitsandbytes restores a weight in 1-2 ns, torchao 0.18 in 7-10; their own linear layers round x too, or
+    keep each restored W."""
 
     block = 64
 
@@ -20,11 +22,10 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         check_bits(bits)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        ops = torch.ops.bitsandbytes
         steps = torch.linspace(-1, 1, 255, device=weight.device)  # sorted; 0 stays 0
         code = torch.cat((steps, steps[-1:])) if bits == 8 else None
-        parts = [ops.quantize_blockwise(part, code, self.block) if bits == 8 else
-                 ops.quantize_4bit(part, self.block, "nf4", torch.uint8)
+        parts = [OPS.quantize_blockwise(part, code, self.block) if bits == 8 else
+                 OPS.quantize_4bit(part, self.block, "nf4", torch.uint8)
                  for part in weight.reshape(-1).split(1 << 22)]  # all at once take six times the weight
         data, scales = map(torch.cat, zip(*parts, strict=True))
         self.weight = nn.Parameter(data.view(weight.shape) if bits == 8 else data, requires_grad=False)
@@ -39,12 +40,11 @@ class QuantizedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def dequantize(data: Tensor, scales: Tensor, code: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    ops = torch.ops.bitsandbytes
+def dequantize(data, scales, code, shape, dtype) -> Tensor:
     if code is None:  # flat: its CPU kernel begins a new block with each row, where quantize_4bit does not
-        flat = shape[0] * shape[1]
-        return ops.dequantize_4bit(data, scales, QuantizedLinear.block, "nf4", (1, flat), dtype).view(shape)
-    return ops.dequantize_blockwise(data, scales, code, QuantizedLinear.block, dtype)
+        flat = 1, shape[0] * shape[1]
+        return OPS.dequantize_4bit(data, scales, QuantizedLinear.block, "nf4", flat, dtype).view(shape)
+    return OPS.dequantize_blockwise(data, scales, code, QuantizedLinear.block, dtype)
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -66,7 +66,7 @@ def check_bits(bits: int) -> None:
     if bits not in (8, 4):
         raise ValueError(f"base_bits: expected 8, 4, or None for the weights as they are, got {bits}")
     try:
-        import bitsandbytes  # noqa: F401  (registers its operators)
+        import bitsandbytes  # noqa: F401
     except ImportError:
         raise ValueError(f"--base-bits {bits} needs bitsandbytes: pip install bitsandbytes==0.50.2") from None
 

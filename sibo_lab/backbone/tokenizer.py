@@ -6,9 +6,8 @@ from sibo_lab.backbone import locate, subwords, tokenizer_files
 
 
 def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:
-    """The tokenizer of a short name, folder, .gguf file or hub id (see locate.py).
-
-    FileNotFoundError if a folder has none; ValueError names a file that is malformed or not supported."""
+    """The tokenizer of a short name, folder, .gguf file or hub id (see locate.py). FileNotFoundError if a folder has
+    none; ValueError names a file that is malformed or not supported."""
     return tokenizer_files.read(locate.locate(name_or_dir))
 
 

@@ -1,14 +1,14 @@
 """Tokenizers from tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, or GGUF."""
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from sibo_lab.backbone import gguf
 from sibo_lab.backbone.subwords import BPE, SPACE, WORDS, WORDS_DIGITS_APART, Tokenizer, WordPiece
 from sibo_lab.files import Reader, one_line, quoted, read_json
 
-SUPPORTED = {  # of settings of a model, a step or tokenizer_config.json, the values that are implemented
+SUPPORTED = {  # of settings that change the ids, the values that are implemented
     "WordPiece": {"continuing_subword_prefix": ("##",)},
     "BPE": {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
             "ignore_merges": (None, False)},
@@ -111,7 +111,7 @@ def _from_vocab(file: Path) -> Tokenizer:
     config, late, named = _beside(file, vocab, {r: f"[{r.upper()}]" for r in ("unk", "sep", "pad", "cls", "mask")})
     _require("vocab.txt", config)
     cls, sep = named["cls"], named["sep"]
-    if cls is None or sep is None:
+    if None in (cls, sep):
         raise ValueError("expected [CLS] and [SEP] in the vocabulary")
     shared = (vocab, _special(vocab, named.values()) + late, named, ([cls, "A", sep], [cls, "A", sep, "B", sep]))
     return WordPiece(*shared, lowercase=_get(config, "do_lower_case", bool, True),
@@ -220,7 +220,7 @@ def _merged(merges: list, vocab: dict) -> list[str]:
     return list(made)
 
 
-def _special(vocab: dict, ids: Iterable) -> list[dict]:
+def _special(vocab: dict, ids) -> list[dict]:
     ids = set(ids)
     return [{"content": token, "id": i, "special": True} for token, i in vocab.items() if i in ids]
 
@@ -236,14 +236,14 @@ def _beside(file: Path, vocab: dict, defaults: dict) -> tuple[dict, list[dict], 
 def _named(folder: Path, vocab: dict, added: list[dict], defaults: dict) -> dict[str, int | None]:
     """Ids by role: as the tokenizer's files name them, else the default, else the model's."""
     table, named = vocab | {token["content"]: token["id"] for token in added}, {}
-    by_name = [_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    by_id = [_json(folder / name) for name in ("generation_config.json", "config.json")]
+    configs = [_json(folder / f"{name}.json") for name in (
+        "tokenizer_config", "special_tokens_map", "generation_config", "config")]
     for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"):
-        name = next(filter(None, (config.get(f"{role}_token") for config in by_name)), None)
+        name = next(filter(None, (config.get(f"{role}_token") for config in configs[:2])), None)
         name = name.get("content") if isinstance(name, dict) else name
         if name is not None and not (isinstance(name, str) and name in table):
             raise ValueError(f"{role}_token: expected a token of the vocabulary, got {quoted(name)}")
-        ids = [config.get(f"{role}_token_id") for config in by_id]
+        ids = [config.get(f"{role}_token_id") for config in configs[2:]]
         ids = [i[0] if isinstance(i, list) and i else i for i in ids]  # the first of several
         models = next((i for i in ids if type(i) is int and i in table.values()), None)  # old configs have -1 for none
         named[role] = vocab.get(defaults.get(role), models) if name is None else table[name]
@@ -278,7 +278,7 @@ def _steps(step: dict | None) -> list[dict]:
     return [member for member in _get(step, members, [dict]) if _get(member, "type", str)]
 
 
-def _get(spec: object, key: str, kind: type | list[type], *default: object) -> object:
+def _get(spec: object, key: str, kind, *default):
     """spec[key] if it is of this type, or a list ([type]) of it, or the default; else ValueError."""
     value = spec.get(key, *default) if isinstance(spec, dict) else None
     each, several = (kind[0], "a list of ") if isinstance(kind, list) else (kind, "")

@@ -1,6 +1,5 @@
 """A checkpoint's weights, from safetensors, pickles of plain tensors or a .gguf file, by Hugging Face's names."""
 
-import os
 import pickletools
 import re
 import zipfile
@@ -44,7 +43,7 @@ def _pickled_tensors(file: Path) -> files.Tensors:
             if zipped:
                 with zipfile.ZipFile(f) as z:
                     files.check_archive(z)
-                    if (claimed := sum(info.file_size for info in z.infolist())) > (size := os.path.getsize(file)):
+                    if (claimed := sum(info.file_size for info in z.infolist())) > (size := file.stat().st_size):
                         raise ValueError(f"its members claim {claimed} bytes of {size}")
                     with z.open(next((n for n in z.namelist() if n.endswith("/data.pkl")), "data.pkl")) as pickle:
                         _check_pickle(pickle)
