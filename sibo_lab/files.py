@@ -152,7 +152,7 @@ def parse_json(text: str | bytes, file: object, line: int = 1) -> object:
 
 
 def quoted(value: object) -> str:
-    """The repr of a value from a file, shortened if long or deep, for errors."""
+    """A value's repr for errors, shortened if long or deep."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return _clipped(short.repr(value))

@@ -98,7 +98,7 @@ def parse(spec: dict, path: object = "config.json") -> Config:
         return ValueError(f"{path}: {name}: expected {expected}, got {quoted(got)}")
 
     family = spec.get("model_type")
-    if family not in list(CONFIGS):  # a list: it may be no hashable
+    if family not in list(CONFIGS):  # it may be unhashable
         raise wrong("model_type", f"one of {', '.join(CONFIGS)}", family)
     kind = CONFIGS[family]
     known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in spec.items()}

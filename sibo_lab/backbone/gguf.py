@@ -1,4 +1,4 @@
-"""LLaMA from a .gguf file, by ggml's docs/gguf.md: its metadata in config.json's words, and its tensors.
+"""LLaMA from a .gguf file, by ggml's docs/gguf.md: metadata in config.json's words, and tensors.
 
 The gguf package only dequantizes: its reader believes every count."""
 

@@ -64,8 +64,7 @@ class Tokenizer:
 
 
 class WordPiece(Tokenizer):
-    """BERT: cleans a text, splits it at blanks, punctuation and ideographs, then takes the longest piece first. decode
-    puts one blank between words."""
+    """BERT: cleans a text, splits it at blanks, punctuation and ideographs, then takes the longest piece first."""
 
     unspelled = "\ufffd"
 
