@@ -27,21 +27,21 @@ class InitialResidual:
     """Carries h0 (B, T, d) through one forward pass. A plain object: no parameter, no buffer, nothing to shard."""
     running, h0, down, low = False, None, None, None  # down, low: in a merged model all A, and h0 A by module
 
-    def begin(self, root, args):  # a pass that bypasses the source must not find an earlier h0
+    def begin(self, root, args):
         self.h0, self.low, self.running = None, None, True
 
     def capture(self, source, args, output):
-        if self.running:  # a call that bypasses the root finds none: nobody would clear it
+        if self.running:  # outside a pass of the root nothing is kept
             self.h0 = output
             self.low = self.down and self.down(output).split(self.rank, -1)
 
     def end(self, root, args, output):
-        """Checkpointed blocks run again in the backward, perhaps after a later pass: the first gradient to reach this
-        output restores its h0. (Compiled graphs hold h0 by value.)"""
+        """Checkpointed blocks run again in the backward: the first gradient to reach this pass's output puts this
+        pass's h0 back. (Compiled graphs hold h0 by value.)"""
         for t in () if torch.compiler.is_compiling() else torch.utils._pytree.tree_leaves(output):
             if isinstance(t, Tensor) and t.requires_grad:
                 t.register_hook(lambda grad, h0=self.h0: setattr(self, "h0", h0))
-        self.running = False
+        self.running, self.h0, self.low = False, None, None
 
     def __getstate__(self):  # a deepcopy leaves the activations behind
         return {k: v for k, v in vars(self).items() if k not in ("h0", "low")}

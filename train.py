@@ -160,6 +160,8 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
             place(backbone.skeleton, run.settings)
     if args.compare:
         runs += [run.plain for run in runs if "sibo" in run.method]
+        if not any("sibo" in run.method for run in runs):
+            raise ValueError(f"--compare: expected a SIBO method, got --method {','.join(args.method)}, which is plain")
     results = train_all(runs, args, d, backbone)
     if rank():
         return runs
@@ -181,7 +183,8 @@ def read_data(args: Namespace, dry: bool) -> Data:
     if task.num_labels and args.protocol == "paper":
         raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
     absent = any(not (folder / file).is_file() for t in learned for file in t.train)
-    train = [] if made or dry and absent else [row for t in learned for row in readers.load(t, "train", folder)]
+    unread = made or dry and absent and task.kind != "own"
+    train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else [
         (t, readers.load(t, "test", folder, args.limit)) for t in tests]
     for t, test in () if rank() else tests:

@@ -14,8 +14,19 @@ COMMANDS = {  # the module that carries it out; the options it takes, from what 
 }
 
 
+HELP = """usage: python -m sibo_lab COMMAND …   (each has its own --help)
+  data list | fetch | overlap     the benchmarks' files
+  study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms
+  bench                           speed and memory
+  export RUN peft|hf DIR          a run for other libraries, as eval.py --export
+  table DIR …                     runs side by side, as eval.py --table"""
+
+
 def main() -> None:
     name, args = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(HELP)
+        return
     try:
         if name not in COMMANDS:
             raise ValueError(f"expected python -m sibo_lab {'|'.join(COMMANDS)}, got {name or 'no command'}")

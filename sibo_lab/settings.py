@@ -1,4 +1,4 @@
-"""What the method is told: one object from the command line to the mixing of h0, and the paper's choice of modules.
+"""The method's settings, one object from the command line to the line that mixes h0, and the paper's choice of modules.
 
 Source: the paper's Sections 4.2 (modules) and 4.4 (where h0 goes)."""
 
@@ -11,7 +11,7 @@ Names = str | tuple[str, ...] | None
 
 
 def of(default: object, *allowed: object, used_by: str = "") -> Field:
-    """A field of Settings: its words, or the range of its numbers, and what the names of the methods using it hold."""
+    """A field of Settings: its words or its range; `used_by` is a part of the name of each method that uses it."""
     return field(default=default, metadata={"allowed": allowed, "used_by": used_by})
 
 

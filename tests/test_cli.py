@@ -122,7 +122,7 @@ def test_each_command_of_the_package_hands_its_options_to_one_module(monkeypatch
     assert ran == [module, ("main", "parser", options)]
 
 
-@pytest.mark.parametrize("args", [[], ["date"], ["--help"]])
+@pytest.mark.parametrize("args", [[], ["date"], ["help"]])
 def test_an_unknown_command_is_one_line_that_lists_all(monkeypatch, capsys, args):
     monkeypatch.setattr(sys, "argv", ["sibo_lab", *args])
     with pytest.raises(SystemExit) as e:

@@ -567,14 +567,16 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_leaves_the_model_as_it_wa
 def test_rule_1_h0_is_in_no_state_dict_and_among_no_modules_or_buffers():
     plain = tiny()
     m = inject(tiny(), "adapter-sibo")
-    m(ids())  # h0 is there now
+    seen = []
+    m.blocks[1].register_forward_hook(lambda *_: seen.append(sibo_layers(m)[0][1].residual.h0))
+    m(ids())
     adapters = {f"blocks.{i}.mlp.{p}" for i in (0, 1) for p in ("down", "up")}
     inside = {k.replace(".mlp.", ".mlp.base.") for k in plain.state_dict()}
     assert m.state_dict().keys() == inside | adapters == {n for n, _ in m.named_parameters()}
     assert not list(m.buffers())
     assert len(list(m.modules())) == len(list(plain.modules())) + 2  # the adapters, and nothing else
-    h0 = sibo_layers(m)[0][1].residual.h0
-    assert h0 is not None and not any(isinstance(x, nn.Module) for x in vars(sibo_layers(m)[0][1].residual).values())
+    residual = sibo_layers(m)[0][1].residual
+    assert seen[0] is not None and not any(isinstance(x, nn.Module) for x in vars(residual).values())
 
 
 # 2: hooks are bound methods: deepcopy binds them to the copy's own h0
@@ -583,16 +585,13 @@ def test_rule_1_h0_is_in_no_state_dict_and_among_no_modules_or_buffers():
 @pytest.mark.parametrize("merged", [False, True])
 def test_rule_2_a_deepcopy_and_its_original_each_have_an_h0_of_their_own(merged):
     m = stir(inject(tiny(), "lora-sibo"))
-    h = torch.randn(2, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = [m(ids(1)), m.blocks[0].mlp(h)], [m(ids(2)), m.blocks[0].mlp(h)]  # a block uses the last pass's h0
-    assert not torch.equal(expected[0][1], expected[1][1])
+    expected = [m(ids(1)), m(ids(2))]
     m = sibo.merge(m) if merged else m
     m(ids(1))
-    twin = copy.deepcopy(m)  # made after a pass with gradients, as a training loop does
-    torch.testing.assert_close(twin(ids(2)), expected[1][0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(m.blocks[0].mlp(h), expected[0][1], rtol=0, atol=1e-9)  # the original still has its h0
-    m(ids(1))
-    torch.testing.assert_close(twin.blocks[0].mlp(h), expected[1][1], rtol=0, atol=1e-9)  # and the copy has the copy's
+    twin, within = copy.deepcopy(m), []  # made after a pass with gradients, as a training loop does
+    m.blocks[0].register_forward_pre_hook(lambda *_: within.append(twin(ids(2))))  # a pass within a pass
+    torch.testing.assert_close(m(ids(1)), expected[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(within[0], expected[1], rtol=0, atol=1e-9)
 
 
 def test_rule_2_a_deepcopy_starts_without_the_originals_h0_and_shares_no_holder():
@@ -621,9 +620,18 @@ def test_rule_3_a_block_called_on_its_own_says_that_h0_is_missing(merged):
 def test_rule_3_an_h0_of_another_shape_is_never_broadcast(name, shape):
     m = inject(tiny(), name.removesuffix(", merged"))
     m = sibo.merge(m) if "merged" in name else m
-    m(ids(T=16))  # as many tokens as h is wide, so that torch itself would take some of these
+    m.blocks[1].register_forward_pre_hook(lambda *_: m.blocks[0].mlp(torch.zeros(shape, dtype=torch.float64)))
     with pytest.raises(RuntimeError, match=r"blocks\.0\.mlp.*: expected h0 \(.*, got \(2, 16, "):
-        m.blocks[0].mlp(torch.zeros(shape, dtype=torch.float64))
+        m(ids(T=16))  # as many tokens as h is wide, so that torch itself would take some of these
+
+
+@pytest.mark.parametrize("name", ["adapter-sibo", "lora-sibo", "lora-sibo, merged"])
+def test_rule_3_a_call_past_the_root_is_refused_also_right_after_a_whole_pass(name):
+    m = inject(hugging_face("llama"), name.removesuffix(", merged"))
+    m = sibo.merge(m) if "merged" in name else m
+    m(ids())  # of the same shape
+    with pytest.raises(RuntimeError, match="expected h0 .*, got None; call the whole model"):
+        m.model(ids(1))
 
 
 @pytest.mark.parametrize("name", ["adapter-sibo", "lora-sibo", "lora-sibo, merged"])

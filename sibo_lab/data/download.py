@@ -40,6 +40,8 @@ def sources() -> dict[str, Source]:
 
 def address(name: str) -> str:
     """Where a file, or the archive that holds it, is published, without https://."""
+    if name not in sources():
+        raise ValueError(f"{name}: expected a file of sources.txt, got one without an address; add a line for it there")
     return sources()[name].address
 
 

@@ -10,6 +10,14 @@ from sibo_lab.backbone import config, locate
 from sibo_lab.data import batch, tasks
 
 
+def require_device(device: str) -> None:
+    """ValueError unless PyTorch has it here."""
+    gpu = torch.cuda.is_available()
+    if device != "cpu" and not (gpu and device.partition(":")[0] == "cuda"):
+        known = "cpu, cuda or cuda:N" if gpu else "cpu, as PyTorch sees no GPU here"
+        raise ValueError(f"--device: expected {known}, got {device}")
+
+
 def at_least_1(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
@@ -48,6 +56,7 @@ def parser() -> cli.Parser:
 
 def complete(args: argparse.Namespace) -> None:
     """Adds what the run and the backbone say; ValueError or FileNotFoundError where the options do not fit them."""
+    require_device(args.device)
     if args.run and not Path(args.run, "config.json").is_file():
         raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
     args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
@@ -56,7 +65,10 @@ def complete(args: argparse.Namespace) -> None:
     args.tests = tasks.scored_whole(tasks.parse(*names) if names else trained, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
     if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
-        raise ValueError(f"--export {args.export[0]}: expected peft or hf, a run, no --merge, 16-bit weights or wider")
+        raise ValueError(f"--export: expected peft or hf, with a run of 16-bit weights or wider and no --merge, got "
+                         f"{args.export[0]}")
+    if args.merge and not (run or args.peft):
+        raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
     if args.similarity and args.task and len(args.tests) > 1:
@@ -76,5 +88,5 @@ def complete(args: argparse.Namespace) -> None:
     args.spec = config.read_spec(args.path)
     bert = args.spec.get("model_type") == "bert"
     if (bert or labels) and not (args.head or args.similarity or args.export):
-        raise ValueError(f"{args.backbone}: expected a run that train.py wrote, got no trained head; only an LLM on "
-                         "text needs none")
+        raise ValueError(f"{args.backbone}: expected a trained classifier head, got none; name a run that train.py "
+                         "wrote (only LLMs are scored without one)")

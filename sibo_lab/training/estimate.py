@@ -50,7 +50,8 @@ def explain(run: Run, m: nn.Module) -> str:
     """Injects `m` and draws it as a tree, a line per module: where h0 comes from and goes."""
     if not run.settings:
         raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
-    sibo.inject(m, **vars(run.settings))
+    with model.SkipInit():
+        sibo.inject(m, **vars(run.settings))
     source = m.get_submodule(m.sibo.h0) if m.sibo.lam else None
     return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
                       *branches(m, source)])

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from sibo_lab import cli, files
 from sibo_lab.backbone import quantized
 from sibo_lab.data import tasks
+from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.settings import Settings, check
 from sibo_lab.training import recipes, resume
 from sibo_lab.training.recipes import Run
@@ -117,6 +118,7 @@ def check_options(args: Namespace) -> None:
                 check(f, getattr(args, f.name))
             except ValueError as e:
                 raise ValueError(f"--{e}") from None
+    require_device(args.device)
     full, bits, gpus = args.method == "full", args.base_bits, torch.cuda.device_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     refused = (
@@ -128,8 +130,6 @@ def check_options(args: Namespace) -> None:
         (full and args.dtype not in (None, "float32"),
          f"--dtype {args.dtype}: expected float32 with --method full, whose small steps 16 bits would round away"),
         (bits and args.shard, f"--base-bits {bits}: expected no --shard, which cannot cut their bytes"),
-        (args.device.startswith("cuda") and not torch.cuda.is_available(),
-         f"--device: expected cpu, as PyTorch sees no GPU here, got {args.device}"),
         (args.shard and not dist.is_initialized(),
          "--shard: expected several processes (torchrun --nproc_per_node=N train.py …), got one"),
         (dist.is_initialized() and args.device not in ("cpu", "cuda"),

@@ -35,7 +35,7 @@ class SaveEvery:
         """From "200" (steps) or "10m" (minutes)."""
         number = text.removesuffix("m")
         if not number.isdecimal() or not int(number):
-            raise argparse.ArgumentTypeError(f"expected steps, as 200, or minutes, as 10m, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected steps, such as 200, or minutes, such as 10m, got {text!r}")
         return SaveEvery(int(number), None) if number == text else SaveEvery(None, 60.0 * int(number))
 
     def due(self, step: int, seconds: float) -> bool:
