@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import model
 import sibo
-from sibo_lab import cli, files
-from sibo_lab.backbone import config, locate, tokenizer, weights
+from sibo_lab import cli, export, files
+from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.generate import generate
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.tools.bench_large import process_memory, train_shape, trainer, write_shape
@@ -95,9 +95,7 @@ def folder() -> Path:
     path = files.cache() / "bench" / "smollm2-135m"
     if not (path / "config.json").is_file():
         gguf = locate.locate("smollm2-135m")
-        stored = {name: w.bfloat16() for name, w in weights.tensors(gguf)}
-        files.write_tensors(path / "model.safetensors", stored, {"format": "pt"})
-        files.write(path / "config.json", json.dumps(config.read_spec(gguf)))
+        export.to_hugging_face(model.from_pretrained(gguf, torch.bfloat16), path, gguf)
     return path
 
 

@@ -21,23 +21,18 @@ from sibo_lab.training import loop, recipes
 
 def write_shape(spec: dict, folder: Path) -> None:
     """Writes, unless it is there, a Hugging Face folder of random bfloat16 weights with standard deviation 0.02 (norms
-    1, biases 0), one file per tensor. Matrices start at different places of one noise: quick, yet no two alike."""
+    1, biases 0), one file per tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
-    m = model.build(spec)
-    shapes = {export.their_name(m, name): p.shape for name, p in m.named_parameters()}
-    total, weight_map = sum(shape.numel() for shape in shapes.values()), {}
-    noise = torch.randn(min(total, 1 << 26), generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    for i, (name, shape) in enumerate(shapes.items()):
-        n, start = shape.numel(), i * 4097 % (1 << 20)
-        w = noise.roll(-start)[:n].repeat(-(-n // len(noise)))[:n].view(shape)
-        if len(shape) == 1:
-            w.fill_(name.endswith("weight"))
-        weight_map[name] = f"model-{i + 1:05}-of-{len(shapes):05}.safetensors"
+    m, nbytes, weight_map, random = model.build(spec), 0, {}, torch.Generator().manual_seed(0)
+    for ours, p in m.named_parameters():
+        name, w = export.their_name(m, ours), torch.empty(p.shape, dtype=torch.bfloat16)
+        w.fill_(ours.endswith("weight")) if p.dim() == 1 else w.normal_(0, 0.02, generator=random)
+        nbytes, weight_map[name] = nbytes + w.nbytes, f"{name}.safetensors"
         files.write_tensors(folder / weight_map[name], {name: w}, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2))
-    files.write(index, json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map}, indent=2))
+    files.write(index, json.dumps({"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=2))
 
 
 def process_memory() -> dict[str, int]:
@@ -67,7 +62,7 @@ def trainer(m: nn.Module, lr: float = 3e-4) -> Callable[[list[batch.Row]], float
 
 
 def train_shape(shape: str, method: str, folder: str, base_bits: int | None = None, steps: int = 3) -> dict:
-    """Losses, seconds and bytes of training a shape of locate.SHAPES, written to `folder`, by the paper's recipe on 1 ×
+    """Losses, seconds and bytes of training a shape of locate.SHAPES that `folder` holds, by the paper's recipe on 1 ×
     256 tokens in bfloat16, with gradient checkpointing. For a fresh process."""
     start, stop = process_memory(), Event()
     highest = {key: start[key] for key in ("anonymous", "files")}
@@ -84,8 +79,8 @@ def train_shape(shape: str, method: str, folder: str, base_bits: int | None = No
              "load_seconds": perf_counter() - began, "loaded": process_memory()}
     run = recipes.run_of(method, **recipes.recipe(locate.SHAPES[shape]["model_type"], "arithmetic", method))
     sibo.inject(m, **vars(run.settings)).grad_checkpoint = True
-    step, trained = trainer(m, run.lr), sum(p.numel() for p in m.parameters() if p.requires_grad)
-    found |= {"trained": trained, "losses": [], "step_seconds": []}
+    found |= {"trained": sum(p.numel() for p in m.parameters() if p.requires_grad), "losses": [], "step_seconds": []}
+    step = trainer(m, run.lr)
     for ids in np.random.default_rng(run.seed).integers(3, m.config.vocab_size, (steps, run.cutoff)).tolist():
         began = perf_counter()
         found["losses"].append(step([batch.Row(ids, ids)]))

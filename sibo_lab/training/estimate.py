@@ -95,13 +95,12 @@ def described(x: nn.Module, source: nn.Module | None) -> str:
 
 def dry_run(run: Run, spec: dict, task: tasks.Task, unknown: str = "") -> str:
     """The tree, parameters, memory, FLOPs (from config.json alone) and recipe, but what is `unknown` ("steps")."""
-    m = model.build(spec, run.backbone, task.num_labels or None)
-    tied = m.head.weight.numel() if getattr(m.config, "tie_word_embeddings", False) else 0
-    tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
-    total = sum(p.numel() for p in m.parameters()) - tied
-    trained = sum(p.numel() for p in m.parameters() if p.requires_grad) if run.settings else total
+    with FakeTensorMode():
+        m = fake_model(spec, run, task.num_labels)
+        tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
+    total, trained = quantized.parameters(m), sum(p.numel() for p in m.parameters() if p.requires_grad)
     flops = 4 * total + 2 * trained  # per weight two forward, two backward, two more if it is trained
-    python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels or None)
+    python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels)
     listed = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
     names = ("steps epochs lr warmup batch_size micro_batch_size cutoff train_on_inputs validate validate_every lam "
              "rank alpha dropout bottleneck dtype").split()
@@ -139,12 +138,14 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int]:
+def memory(spec: dict, run: Run, num_labels: int = 0) -> dict[str, int]:
     """Bytes that a training step holds at most: "frozen" weights; what is "trained", with AdamW's two moments; and the
     "step": gradients, activations and whatever else a micro-batch of full length makes, each counted while it is alive.
     What the allocator wastes is left out."""
     with FakeTensorMode():
         m = fake_model(spec, run, num_labels).train()
+        if run.settings:
+            sibo.inject(m, **vars(run.settings))
         trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
         earlier = trained if run.batch_size > run.micro_batch_size else []
         for p in earlier:  # micro-batches before this one left gradients
@@ -161,7 +162,7 @@ def memory(spec: dict, run: Run, num_labels: int | None = None) -> dict[str, int
             "step": alive.peak + sum(p.nbytes for p in earlier)}
 
 
-def fake_model(spec: dict, run: Run, num_labels: int | None) -> nn.Module:
+def fake_model(spec: dict, run: Run, num_labels: int) -> nn.Module:
     m = model.build(spec, run.backbone, num_labels)
     for name, p in list(m.named_parameters()):
         model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
@@ -171,4 +172,4 @@ def fake_model(spec: dict, run: Run, num_labels: int | None) -> nn.Module:
         if isinstance(x, nn.Linear):
             m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
     m.grad_checkpoint = run.grad_checkpoint
-    return sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
+    return m

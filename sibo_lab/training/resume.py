@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sibo_lab import files, parallel
@@ -138,14 +138,8 @@ def remove(state: Path) -> None:
 
 
 def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimizer, device: str) -> Progress:
-    """Restores weights, optimizer and random generators. ValueError for other names, shapes or number of processes."""
-    file = state / "state.safetensors"
-    tensors, _ = files.read_tensors(file)
-    processes = sum(name.startswith("random.cpu.") for name in tensors)
-    if processes != parallel.world():
-        raise ValueError(f"{file}: expected the state of {parallel.world()} processes, got {processes}; resume with as "
-                         "many")
-    restore_weights(state, trained, tensors)
+    """Restores weights, optimizer and random generators. Raises what restore_weights raises."""
+    tensors = restore_weights(state, trained)
     for name, p in trained.items():
         optimizer.state[p] = {key: parallel.local_shard(tensors[f"{key}.{name}"].to(p.device), p)
                               for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
@@ -155,11 +149,17 @@ def restore(state: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimiz
     return Progress(**files.read_json(state / "state.json"))
 
 
-def restore_weights(state: Path, trained: Mapping[str, nn.Parameter], tensors: dict | None = None) -> None:
-    """Restores the weights only. `tensors`: the state's, if already read."""
+def restore_weights(state: Path, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Restores the weights only, and returns all of the state's tensors. ValueError for other names, shapes or number
+    of processes."""
     file = state / "state.safetensors"
-    tensors = tensors or files.read_tensors(file)[0]
+    tensors, _ = files.read_tensors(file)
+    processes = sum(name.startswith("random.cpu.") for name in tensors)
+    if processes != parallel.world():
+        raise ValueError(f"{file}: expected the state of {parallel.world()} processes, got {processes}; resume with as "
+                         "many")
     files.assign(trained, {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, file)
+    return tensors
 
 
 def lock(folder: Path) -> IO:
