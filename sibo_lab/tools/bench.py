@@ -27,11 +27,10 @@ from sibo_lab import cli, export, files
 from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.generate import generate
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.tools.bench_large import process_memory, train_shape, trainer, write_shape
+from sibo_lab.tools.bench_large import Batch, process_memory, random_batches, train_shape, trainer, write_shape
 from sibo_lab.training import estimate, loop, recipes
 
 TASK = tasks.task("word-problems")
-Batch = list[batch.Row]
 
 
 @dataclass
@@ -58,7 +57,7 @@ def paired(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], g
     ratios = sorted(x / y for x, y in zip(ours, peer, strict=True))
     if ratios:
         row.ours, row.peer, row.ratio = median(ours), median(peer), median(ratios)
-        row.met = None if goal is None else row.ratio >= goal if row.faster else row.ratio <= goal
+        row.met = goal and (row.ratio >= goal if row.faster else row.ratio <= goal)
     if len(ratios) >= 30:
         k = int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5)
         row.interval = ratios[k], ratios[-1 - k]
@@ -131,10 +130,6 @@ def batches(n: int, size: int, on_inputs: bool = False) -> list[Batch]:
     rows = [batch.encode(e, t, 256, on_inputs) for e in readers.load(TASK, "train", Path(), n * size)]
     order = batch.batches([len(r.ids) for r in rows], size, seed=0)
     return [[rows[i] for i in next(order)] for _ in range(n)]
-
-
-def random_batches(n: int, size: int, length: int) -> list[Batch]:
-    return [[batch.Row(ids, ids) for ids in some] for some in torch.randint(3, 1000, (n, size, length)).tolist()]
 
 
 def training() -> Rows:
@@ -305,7 +300,7 @@ def table(rows: Sequence[Row]) -> str:
 def parser() -> cli.Parser:
     p = cli.Parser("-m sibo_lab bench", description="Speed and memory against transformers + peft, and of SIBO against "
                    "the plain method.")
-    p.add_argument("--only", metavar="GROUPS", help=f"some of {','.join(GROUPS)} (default: all)")
+    p.add_argument("--only", metavar="GROUPS", default=",".join(GROUPS), help="some of %(default)s (default: all)")
     p.add_argument("--out", type=Path, default=Path("docs/results/bench.json"), help="(default: %(default)s)")
     p.add_argument("--big", choices=("llama7b", "gptj6b"), help="instead: train this shape, and watch memory")
     p.add_argument("--method", default="adapter-sibo", choices=recipes.METHODS[1:], help="of --big (%(default)s)")
@@ -320,7 +315,7 @@ def main(args: Namespace) -> None:
         write_shape(locate.SHAPES[args.big], path)
         print(json.dumps(in_fresh_process(train_shape, args.big, args.method, path, args.base_bits), indent=1))
         return
-    names = args.only.split(",") if args.only else GROUPS
+    names = args.only.split(",")
     for name in names:
         if name not in GROUPS:
             raise ValueError(f"--only: expected some of {', '.join(GROUPS)}, got {name!r}")

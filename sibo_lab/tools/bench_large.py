@@ -7,9 +7,8 @@ from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model
 import sibo
@@ -17,6 +16,8 @@ from sibo_lab import export, files
 from sibo_lab.backbone import locate
 from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes
+
+Batch = list[batch.Row]
 
 
 def write_shape(spec: dict, folder: Path) -> None:
@@ -42,17 +43,20 @@ def process_memory() -> dict[str, int]:
     return {name: int(kib[key]) << 10 for name, key in keys.items()}
 
 
-def trainer(m: nn.Module, lr: float = 3e-4) -> Callable[[list[batch.Row]], float | Tensor]:
-    """The training step of either side, which returns the loss; optimizer and clipping are the same on both."""
+def random_batches(n: int, size: int, length: int) -> list[Batch]:
+    return [[batch.Row(ids, ids) for ids in some] for some in torch.randint(3, 1000, (n, size, length)).tolist()]
+
+
+def trainer(m: nn.Module, lr: float = 3e-4) -> Callable[[Batch], float | None]:
+    """The training step of either side; ours returns the loss. Optimizer and clipping are the same on both."""
     trained, optimizer = [p for p in m.train().parameters() if p.requires_grad], loop.adamw(m, lr)
 
-    def step(rows: list[batch.Row]) -> float | Tensor:
+    def step(rows: Batch) -> float | None:
+        loss = None
         if isinstance(m, model.Transformer):
             loss = loop.train_step(m, rows, len(rows), pad_id=2)
         else:
-            loss = m(**batch.to_device(batch.collate(rows, 2), m)).loss
-            loss.backward()
-            loss = loss.detach()
+            m(**batch.to_device(batch.collate(rows, 2), m)).loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -81,9 +85,9 @@ def train_shape(shape: str, method: str, folder: str, base_bits: int | None = No
     sibo.inject(m, **vars(run.settings)).grad_checkpoint = True
     found |= {"trained": sum(p.numel() for p in m.parameters() if p.requires_grad), "losses": [], "step_seconds": []}
     step = trainer(m, run.lr)
-    for ids in np.random.default_rng(run.seed).integers(3, m.config.vocab_size, (steps, run.cutoff)).tolist():
+    for rows in random_batches(steps, 1, run.cutoff):
         began = perf_counter()
-        found["losses"].append(step([batch.Row(ids, ids)]))
+        found["losses"].append(step(rows))
         found["step_seconds"].append(perf_counter() - began)
     stop.set()
     return found | {"highest": highest, "peak": process_memory()["peak"]}

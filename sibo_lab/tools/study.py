@@ -24,6 +24,7 @@ from sibo_lab import cli, files, parallel
 from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import pictures
+from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.evaluation.compare import SeedGroup, groups, name, name_of, read
 from sibo_lab.placement import place
 from sibo_lab.tools import bench
@@ -32,9 +33,9 @@ from sibo_lab.training import loop, options, run_folder
 Groups = Sequence[SeedGroup]
 
 
-def trained(report: Callable[[Groups, str], list], choices: Sequence[dict], args: Namespace, file: str) -> list[str]:
+def trained(draw: Callable[[Groups, str], list | None], choices: Sequence[dict], args: Namespace, file: str) -> list:
     """Trains what is missing of `choices` (options of train.py, where the user gives none), and writes file.csv;
-    `report` draws file.png and returns a summary."""
+    `draw` draws file.png. Returns its summary or, where it has none, all scores."""
     given = {k: v for k, v in vars(args).items() if v is not None} | {"out": args.out or f"runs/{Path(file).name}"}
     folders = [run.out for own in choices for run in train.main(Namespace(**vars(args) | own | given), several=True)]
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
@@ -46,7 +47,7 @@ def trained(report: Callable[[Groups, str], list], choices: Sequence[dict], args
     write_csv(file, f"{single} {lists}", [
         [run[k] for k in single.split()]
         + [" ".join(f"{x:.4f}" for x in np.atleast_1d(run[k])) for k in lists.split()] for run in runs])
-    return report(rows, file)
+    return draw(rows, file) or [score(g, rows) for g in rows]
 
 
 def write_csv(file: str, columns: str, lines: Sequence[Sequence]) -> None:
@@ -84,9 +85,8 @@ def score(g: SeedGroup, rows: Groups) -> str:
     return f"{name(g, rows)} {scores.mean():.3f} {spread}{learned}"
 
 
-def all_scores(rows: Groups, file: str) -> list[str]:
+def all_scores(rows: Groups, file: str) -> None:
     pictures.draw_runs([run for g in rows for run in g.runs.values()], Path(f"{file}.png"))
-    return [score(g, rows) for g in rows]
 
 
 def score_by_lam(rows: Groups, file: str) -> list[str]:
@@ -121,10 +121,10 @@ def similarity(rows: Groups, file: str) -> list[str]:
     return last_five
 
 
-def learned(rows: Groups, file: str) -> list[str]:
+def learned(rows: Groups, file: str) -> None:
     """Section 7: where λ went in each block, a line for each of its modules that get h0; with --targets, which need not
     be in every block, in each module."""
-    summary, rows = [score(g, rows) for g in rows], [g for g in rows if g.config["learn_lam"]]
+    rows = [g for g in rows if g.config["learn_lam"]]
     free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
     _, ax = pictures.figure()
     markers = cycle("os^vD")
@@ -138,14 +138,13 @@ def learned(rows: Groups, file: str) -> list[str]:
         ax.axhline(g.config["lam"], color="0.5", ls="--", lw=1)
     finish(ax, file, xlabel="module that gets h0, first block to last" if free else "block", title=title(rows),
            ylim=(0, None), ylabel="learned λ (dashed: its start; bars: deviation)")
-    return summary
 
 
 def examples(args: Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
     """The frozen backbone, `n` test examples with labels, and the padding id."""
+    require_device(args.device)
     task, t = tasks.parse(args.task)[0], tokenizer.from_pretrained(args.backbone)
-    m = model.from_pretrained(args.backbone, getattr(torch, args.dtype or "float32"), args.device,
-                              task.num_labels or None)
+    m = model.from_pretrained(args.backbone, getattr(torch, args.dtype or "float32"), args.device, task.num_labels)
     rows = evaluation.similarity_rows(m, t, readers.load(task, "test", tasks.data_dir(args.data_dir), n), n)
     return m, rows if task.num_labels else [replace(r, labels=r.ids) for r in rows], t.pad_id or 0
 

@@ -23,6 +23,7 @@ import model
 import sibo
 from sibo_lab import fast
 from sibo_lab.backbone import quantized
+from sibo_lab.backbone.generate import to_float32
 from sibo_lab.data import tasks
 from sibo_lab.evaluation import scoring
 from sibo_lab.training import options
@@ -33,8 +34,8 @@ def reset_peak(device: str) -> None:
     """Makes `peak_memory` start over (on CPUs: Linux only)."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another libc, a read-only /proc
+    else:
+        with suppress(AttributeError, OSError):  # another libc, no /proc, or one to read only
             ctypes.CDLL(None).malloc_trim(0)  # returns what the last run freed
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -156,7 +157,10 @@ def memory(spec: dict, run: Run, num_labels: int = 0) -> dict[str, int]:
                 model.loss(m, ids, ids[:, 0]).backward()
             else:
                 h, labels = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
-                fast.cross_entropy(h, m.head.weight, m.head.bias, labels, torch.ones_like(labels)).backward()
+                if type(m.head) is nn.Linear:
+                    fast.cross_entropy(h, m.head.weight, m.head.bias, labels, torch.ones_like(labels)).backward()
+                else:  # a head with LoRA on it
+                    nn.functional.cross_entropy(to_float32(m.head(h)), labels).backward()
     share = sum(p.nbytes for p in trained)
     return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
             "step": alive.peak + sum(p.nbytes for p in earlier)}

@@ -3,7 +3,7 @@
 import math
 import os
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields, replace
 from itertools import product
 from typing import get_args
@@ -15,7 +15,7 @@ from sibo_lab import cli, files
 from sibo_lab.backbone import quantized
 from sibo_lab.data import tasks
 from sibo_lab.evaluation.arguments import require_device
-from sibo_lab.settings import Settings, check
+from sibo_lab.settings import Settings
 from sibo_lab.training import recipes, resume
 from sibo_lab.training.recipes import Run
 
@@ -105,19 +105,13 @@ def check_options(args: Namespace) -> None:
     """What can be known before anything is read or fetched; ValueError names the option that is wrong."""
     for name, words in (("method", recipes.METHODS), ("sibo_at", ("attn", "ffn", "both"))):
         value = getattr(args, name)
-        if value is not None and value not in words:
+        if value not in (None, *words):
             raise ValueError(f"{flag(name)}: expected one of {', '.join(words)}, got {value!r}"
                              + files.near(value, words))
     for f in fields(Run):
         value, least, above = getattr(args, f.name, None), f.metadata.get("at_least"), f.name in ("epochs", "lr")
         if None not in (value, least) and (not least <= value < math.inf or above and value == least):
             raise ValueError(f"{flag(f.name)}: expected {'above' if above else 'at least'} {least}, got {value}")
-    for f in OF_METHOD:
-        if getattr(args, f.name) is not None:
-            try:
-                check(f, getattr(args, f.name))
-            except ValueError as e:
-                raise ValueError(f"--{e}") from None
     require_device(args.device)
     full, bits, gpus = args.method == "full", args.base_bits, torch.cuda.device_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -142,6 +136,14 @@ def check_options(args: Namespace) -> None:
             raise ValueError(message)
     if bits:
         quantized.check_bits(bits)
+    try:
+        Settings(**given(args, OF_METHOD))
+    except ValueError as e:
+        raise ValueError(f"--{e}") from None
+
+
+def given(args: Namespace, options: Iterable[Field]) -> dict:
+    return {f.name: getattr(args, f.name) for f in options if getattr(args, f.name, None) is not None}
 
 
 def grid(args: Namespace) -> list[Namespace]:
@@ -152,22 +154,21 @@ def grid(args: Namespace) -> list[Namespace]:
             raise ValueError(f"{flag(name)}: expected a method that uses it, got --method {','.join(args.method)}")
     found = []
     for values in product(*(getattr(args, name) or (None,) for name in GRID)):
-        one = vars(args) | dict(zip(GRID, values, strict=True))
-        one |= {name: None for name in USED_BY if not uses(one["method"], name)}
+        one = Namespace(**vars(args) | dict(zip(GRID, values, strict=True)))
+        vars(one).update({name: None for name in USED_BY if not uses(one.method, name)})
         if one not in found:
             found.append(one)
-    return [Namespace(**one) for one in found]
+    return found
 
 
 def resolve(args: Namespace, family: str, task: tasks.Task, examples: int) -> Run:
     """Options over recipe over defaults. `examples`: size of the training set; 0: made to measure."""
-    known = {f.name for f in (*fields(Run), *OF_METHOD)}
-    given = {k: v for k, v in vars(args).items() if k in known and v is not None}
+    values = recipes.recipe(family, task.kind, args.method) | given(args, (*fields(Run), *OF_METHOD))
     if args.epochs:
-        given["steps"] = None
+        values["steps"] = None
     if args.dtype is None and (args.method == "full" or args.device == "cpu" and not fast_bfloat16()):
-        given["dtype"] = "float32"
-    run = recipes.run_of(**recipes.recipe(family, task.kind, args.method) | given)
+        values["dtype"] = "float32"
+    run = recipes.run_of(**values)
     if run.score_on == "validation" and not run.validate:
         raise ValueError("--score-on validation: expected --validate N, how many examples to hold out for it, got 0")
     left = examples - min(run.validate, examples // 10)

@@ -115,3 +115,11 @@ def test_a_dry_run_of_a_study_says_what_it_would_train_and_stops(monkeypatch, ca
     run(monkeypatch, "low-rank", "--backbone", tiny_llama, "--task", mine, "--dry-run", "--results",
         tmp_path / "results")
     assert capsys.readouterr().out.count("trainable parameters") == 3 and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["norms", "cost"])
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path, tiny_llama, mine, name):
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, name, "--backbone", tiny_llama, "--task", mine, "--device", "cuda:99", "--results", tmp_path)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: --device: expected ") and err.count("\n") == 1

@@ -141,6 +141,12 @@ def test_with_gradient_checkpointing_a_further_layer_costs_its_input():
     assert b["trained"] - a["trained"] == adapters * 4 * 3  # the weights and AdamW's two moments, float32
 
 
+def test_lora_on_the_head_makes_its_logits_whole():
+    spec = SMALL | {"num_hidden_layers": 1, "vocab_size": 5000}
+    step = estimate.memory(spec, small_run("lora", targets=("head",)))["step"]
+    assert 2 < step / (2 * 16 * 5000 * 4) < 4  # logits, their logarithms and a gradient, float32
+
+
 def test_earlier_micro_batches_leave_their_gradients():
     alone, after = (small_estimate(2, small_run("lora", batch_size=n)) for n in (2, 4))
     assert alone["step"] < after["step"] <= alone["step"] + after["trained"] // 3

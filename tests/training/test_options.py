@@ -21,6 +21,7 @@ from sibo_lab.training import options, recipes
     (["--method", "full", "--dtype", "bfloat16"], "--dtype bfloat16: expected float32 with --method full"),
     (["--rank", "8"], "--rank: expected a method that uses it, got --method adapter-sibo"),
     (["--method", "lora", "--rank", "0"], "--rank: expected at least 1, got 0"),
+    (["--method", "lora", "--dropout", "1e-7"], "--dropout: expected 0 or at least 1e-6"),
     (["--bottleneck", "-3"], "--bottleneck: expected at least 1, got -3"),
     (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
     (["--steps", "0"], "--steps: expected at least 1, got 0"),
