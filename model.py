@@ -236,7 +236,7 @@ class CausalLM(Transformer):
         states = self.run(self.dropout(h), ctx, cache)
         if return_hidden:
             return [*states[:-1], self.norm(states[-1])]
-        if labels is not None and cache is None:
+        if labels is not None:
             return self.mean_loss(states[-1], labels, shared)
         return self.head(self.norm(states[-1] if cache is None else states[-1][:, -last:]))
 
@@ -385,17 +385,15 @@ def build(spec: dict, path: object = "config.json", num_labels: int | None = Non
         return family(c, num_labels) if num_labels else family(c)
 
 
-def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-                 base_bits: int | None = None) -> nn.Module:
+def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base_bits: int | None) -> nn.Module:
     """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
 
     A BERT's head that the file lacks starts small and random. `base_bits` 8 or 4: the blocks' matrices are quantized as
     they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
-    expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
-    headless = getattr(m, "classifier", None) is None
+    expected, tied = dict(m.named_parameters()), m.config.tie_word_embeddings
     for name, tensor in weights.tensors(path):
         new = weights.rename(name, m.names, path, m.prefix)
-        if new is None or new == "head.weight" and tied or headless and new.startswith("classifier."):
+        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and m.classifier is None:
             continue
         if new not in expected:
             raise ValueError(f"{path}: unexpected tensor {files.quoted(name)} for this config.json")

