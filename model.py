@@ -85,7 +85,7 @@ class Attention(nn.Module):
     """Groups of query heads may share a key/value head (GQA)."""
 
     def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
-                 out_dropout: float):
+                 out_dropout: float = 0.0):
         super().__init__()
         d, D = c.hidden_size, c.d_head
         self.q_proj = nn.Linear(d, c.num_attention_heads * D, bias)
@@ -149,8 +149,7 @@ class LlamaBlock(nn.Module):
     def __init__(self, c: config.LlamaConfig):
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves,
-                              dropout=c.attention_dropout, out_dropout=0.0)
+        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves, dropout=c.attention_dropout)
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
@@ -353,12 +352,10 @@ class Bert(Transformer):
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
         if return_hidden:
             return states
-        if self.classifier is None:
-            return states[-1]
-        logits = self.classifier(states[-1])
+        out = self.classifier(states[-1]) if self.classifier else states[-1]
         if labels is None:
-            return logits
-        logits = to_float32(logits)
+            return out
+        logits = to_float32(out)
         if logits.shape[1] == 1:
             return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)

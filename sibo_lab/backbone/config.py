@@ -128,14 +128,14 @@ def _expected(field, value: object) -> str:
     """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
-    theta = field.name == "rope_theta"  # the other numbers are dropouts and epsilons
     fits, expected = {
         "int": (type(value) is int and 1 <= value <= most, f"a positive integer, at most {most}"),
-        "float": (number and (0 < value < 1e12 if theta else 0 <= value < 1),
-                  "a positive number below 1e12" if theta else "a number from 0 to below 1"),
+        "rope_theta": (number and 0 < value < 1e12, "a positive number below 1e12"),
+        "float": (number and 0 <= value < 1, "a number from 0 to below 1"),  # dropouts and epsilons
         "bool": (isinstance(value, bool), "true or false"),
         "str": (value in list(ACTIVATIONS), ", ".join(ACTIVATIONS)),
-        "dict": (True, "")}[kind]  # checked by _rope
+        "dict": (True, ""),  # checked by _rope
+    }["rope_theta" if field.name == "rope_theta" else kind]
     return "" if fits or value is None and optional else expected
 
 

@@ -38,16 +38,13 @@ HUB = {
     "llama7b": "huggyllama/llama-7b",
     "llama13b": "huggyllama/llama-13b",
 }
-
-
-SHAPES = {name: {"model_type": family, "vocab_size": vocab, "hidden_size": d, "intermediate_size": inner,
-                 "num_hidden_layers": layers, "num_attention_heads": heads}
-          for name, family, vocab, d, inner, layers, heads in (
-              ("bert-base", "bert", 30522, 768, 3072, 12, 12),
-              ("bert-large", "bert", 30522, 1024, 4096, 24, 16),
-              ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16),
-              ("llama7b", "llama", 32000, 4096, 11008, 32, 32),
-              ("llama13b", "llama", 32000, 5120, 13824, 40, 40))}  # so that --dry-run needs no hub
+SHAPE = "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+SHAPES = {name: dict(zip(SHAPE, values, strict=True)) for name, *values in (
+    ("bert-base", "bert", 30522, 768, 3072, 12, 12),
+    ("bert-large", "bert", 30522, 1024, 4096, 24, 16),
+    ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16),
+    ("llama7b", "llama", 32000, 4096, 11008, 32, 32),
+    ("llama13b", "llama", 32000, 5120, 13824, 40, 40))}  # so that --dry-run needs no hub
 
 
 def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:

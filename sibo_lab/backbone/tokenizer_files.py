@@ -25,7 +25,7 @@ SUPPORTED = {  # of settings that change the ids, the values that are implemente
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer of a folder or a .gguf file; ValueError names a file that is malformed or not supported."""
+    """The tokenizer of a folder or a .gguf file, as tokenizer.from_pretrained says."""
     # tokenizer.model first: the weights were trained with it, and a converted tokenizer.json takes a "</s>" typed in a
     # text for its end.
     readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
@@ -39,7 +39,7 @@ def read(path: Path) -> Tokenizer:
         raise ValueError(f"{file}: {one_line(e).removeprefix(f'{file}: ')}") from e
 
 
-def _byte_level(shared: tuple, merges: list, digits_apart: bool) -> BPE:
+def _byte_level(shared: tuple, merges: list, digits_apart: bool = False) -> BPE:
     # GPT-2 writes a byte as a letter: itself if printable, else the next from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
@@ -128,7 +128,7 @@ def _from_merges(file: Path) -> Tokenizer:
     config, late, named = _beside(file, vocab, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
     _require("merges.txt", config)
     shared = (vocab, _special(vocab, named.values()) + late, named, _around(named, config))
-    return _byte_level(shared, lines, False)
+    return _byte_level(shared, lines)
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:
