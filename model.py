@@ -101,14 +101,14 @@ class Attention(nn.Module):
             q, k, v = map(ctx.shared.unpack, (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if self.rotate:
-            q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
+            q, k = (self.rotate(x, ctx.cos, ctx.sin) for x in (q, k))
         if past:
             k, v = past.extend(k, v)  # (B, H, S, D)
         groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
             q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
         elif groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
         out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
