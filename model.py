@@ -85,7 +85,7 @@ class Attention(nn.Module):
     """Groups of query heads may share a key/value head (GQA)."""
 
     def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
-                 out_dropout: float):
+                 out_dropout: float = 0.0):
         super().__init__()
         d, D = c.hidden_size, c.d_head
         self.q_proj = nn.Linear(d, c.num_attention_heads * D, bias)
@@ -101,14 +101,14 @@ class Attention(nn.Module):
             q, k, v = map(ctx.shared.unpack, (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if self.rotate:
-            q, k = self.rotate(q, ctx.cos, ctx.sin), self.rotate(k, ctx.cos, ctx.sin)
+            q, k = (self.rotate(x, ctx.cos, ctx.sin) for x in (q, k))
         if past:
             k, v = past.extend(k, v)  # (B, H, S, D)
         groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
             q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
         elif groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
         out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
@@ -149,8 +149,7 @@ class LlamaBlock(nn.Module):
     def __init__(self, c: config.LlamaConfig):
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves,
-                              dropout=c.attention_dropout, out_dropout=0.0)
+        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves, dropout=c.attention_dropout)
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
@@ -236,7 +235,7 @@ class CausalLM(Transformer):
         states = self.run(self.dropout(h), ctx, cache)
         if return_hidden:
             return [*states[:-1], self.norm(states[-1])]
-        if labels is not None and cache is None:
+        if labels is not None:
             return self.mean_loss(states[-1], labels, shared)
         return self.head(self.norm(states[-1] if cache is None else states[-1][:, -last:]))
 
@@ -353,12 +352,10 @@ class Bert(Transformer):
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
         if return_hidden:
             return states
-        if self.classifier is None:
-            return states[-1]
-        logits = self.classifier(states[-1])
+        out = self.classifier(states[-1]) if self.classifier else states[-1]
         if labels is None:
-            return logits
-        logits = to_float32(logits)
+            return out
+        logits = to_float32(out)
         if logits.shape[1] == 1:
             return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
@@ -385,17 +382,15 @@ def build(spec: dict, path: object = "config.json", num_labels: int | None = Non
         return family(c, num_labels) if num_labels else family(c)
 
 
-def load_weights(m: nn.Module, path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-                 base_bits: int | None = None) -> nn.Module:
+def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base_bits: int | None) -> nn.Module:
     """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
 
     A BERT's head that the file lacks starts small and random. `base_bits` 8 or 4: the blocks' matrices are quantized as
     they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
-    expected, tied = dict(m.named_parameters()), getattr(m.config, "tie_word_embeddings", False)
-    headless = getattr(m, "classifier", None) is None
+    expected, tied = dict(m.named_parameters()), m.config.tie_word_embeddings
     for name, tensor in weights.tensors(path):
         new = weights.rename(name, m.names, path, m.prefix)
-        if new is None or new == "head.weight" and tied or headless and new.startswith("classifier."):
+        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and m.classifier is None:
             continue
         if new not in expected:
             raise ValueError(f"{path}: unexpected tensor {files.quoted(name)} for this config.json")

@@ -22,25 +22,27 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
 
+    head_dim = num_key_value_heads = rotary_dim = None  # where a family has no such setting
+    tie_word_embeddings = False
+
     @property
     def d_head(self) -> int:
-        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def heads_kv(self) -> int:
-        return getattr(self, "num_key_value_heads", self.num_attention_heads)
+        return self.num_key_value_heads or self.num_attention_heads
 
 
 @dataclass(frozen=True)
 class LlamaConfig(Config):
     intermediate_size: int
-    num_key_value_heads: int
+    num_key_value_heads: int | None = None
     max_position_embeddings: int = 2048
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
-    hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
@@ -92,7 +94,7 @@ def read_spec(path: Path) -> dict:
     return gguf.spec(path, *gguf.read(path)) if path.suffix == ".gguf" else read_json(path / "config.json")
 
 
-def parse(spec: dict, path: object = "config.json") -> Config:
+def parse(spec: dict, path: object) -> Config:
     """The family's Config; ValueError names `path` and what is missing, unsupported, or of a wrong type or size."""
     def wrong(name: str, expected: str, got: object) -> ValueError:
         return ValueError(f"{path}: {name}: expected {expected}, got {quoted(got)}")
@@ -103,8 +105,6 @@ def parse(spec: dict, path: object = "config.json") -> Config:
     kind = CONFIGS[family]
     known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in spec.items()}
     if family == "llama":
-        if known.get("num_key_value_heads") is None:
-            known["num_key_value_heads"] = known.get("num_attention_heads")
         known |= _rope(known, wrong)
     for name, allowed in ({"quantization_config": [None]} | ONLY.get(family, {})).items():
         if (value := known.get(name, allowed[0])) not in allowed:
@@ -114,11 +114,11 @@ def parse(spec: dict, path: object = "config.json") -> Config:
         if expected := _expected(field, value):
             raise wrong(field.name, expected, value)
     c = kind(**{field.name: value for field, value in settings.items()})
-    if not getattr(c, "head_dim", None) and c.hidden_size % c.num_attention_heads:
+    if not c.head_dim and c.hidden_size % c.num_attention_heads:
         raise wrong("hidden_size", f"a multiple of the {c.num_attention_heads} heads", c.hidden_size)
     if c.num_attention_heads % c.heads_kv:
         raise wrong("num_attention_heads", f"a multiple of num_key_value_heads {c.heads_kv}", c.num_attention_heads)
-    rotary = getattr(c, "rotary_dim", None) or c.d_head
+    rotary = c.rotary_dim or c.d_head
     if family != "bert" and (rotary % 2 or rotary > c.d_head):
         raise wrong("rotary dimensions", f"an even number, at most {c.d_head}", rotary)
     return c
@@ -128,14 +128,14 @@ def _expected(field, value: object) -> str:
     """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
-    theta = field.name == "rope_theta"  # the other numbers are dropouts and epsilons
     fits, expected = {
         "int": (type(value) is int and 1 <= value <= most, f"a positive integer, at most {most}"),
-        "float": (number and (0 < value < 1e12 if theta else 0 <= value < 1),
-                  "a positive number below 1e12" if theta else "a number from 0 to below 1"),
+        "rope_theta": (number and 0 < value < 1e12, "a positive number below 1e12"),
+        "float": (number and 0 <= value < 1, "a number from 0 to below 1"),  # dropouts and epsilons
         "bool": (isinstance(value, bool), "true or false"),
         "str": (value in list(ACTIVATIONS), ", ".join(ACTIVATIONS)),
-        "dict": (True, "")}[kind]  # checked by _rope
+        "dict": (True, ""),  # checked by _rope
+    }["rope_theta" if field.name == "rope_theta" else kind]
     return "" if fits or value is None and optional else expected
 
 

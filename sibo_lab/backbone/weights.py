@@ -95,8 +95,8 @@ def rename(name: str, names: dict, path: Path, prefix: str = "") -> str | None:
     name = name.removeprefix(prefix)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # old BERTs
     number = re.search(r"\.(\d+)\.", name)
-    template = name.replace(number[0], ".{}.", 1) if number else name
+    template = re.sub(r"\.\d+\.", ".{}.", name, count=1)
     if template not in names:
         raise ValueError(f"{path}: unexpected tensor {quoted(name)} in this kind of model")
     ours = names[template]
-    return ours.format(number[1]) if ours and number else ours
+    return ours and ours.format(number and number[1])
