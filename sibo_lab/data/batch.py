@@ -79,7 +79,7 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
     return Row(ids, sentence.label, cut, types, sentence.part)
 
 
-def collate(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def collate(rows: list[Row], pad_id: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
     """Rows padded to the longest, on the "right" to train or the "left" to generate: input_ids, attention_mask (B, T);
     labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT."""
     if side not in ("right", "left"):

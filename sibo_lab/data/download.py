@@ -145,10 +145,8 @@ def _receive(url: str, part: Path) -> None:
 
 
 def _move(part: Path, data_dir: Path, names: list[str]) -> None:
-    _check(part, names[0])
-    files.flush(part)
-    place = part.replace(data_dir / names[0])
-    files.flush(place.parent)
+    with open(part, "rb") as f:
+        _write(f, data_dir, names[0])
 
 
 def _unzip(archive: Path, data_dir: Path, names: list[str]) -> None:
@@ -180,11 +178,7 @@ def _write(source: IO[bytes], data_dir: Path, name: str) -> None:
     def fill(draft):
         with open(draft, "wb") as f:
             shutil.copyfileobj(source, f)
-        _check(draft, name)
+        if (found := state(draft, name)) not in ("ok", "hash unknown"):
+            raise ValueError(f"{name} is {found}")
 
     files.write(data_dir / name, fill)
-
-
-def _check(draft: Path, name: str) -> None:
-    if (found := state(draft, name)) not in ("ok", "hash unknown"):
-        raise ValueError(f"{name} is {found}")

@@ -59,11 +59,11 @@ class Task:
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
 TASKS = {task.name: task for task in (
     Task("word-problems", "word-problems", answers=NUMBER),
-    *(Task(folder.lower(), "arithmetic", train, (f"llm_adapters/{folder}/test.json",), counts, answers)
-      for folder, train, counts, answers in (
-        ("gsm8k", (GSM8K,), (7473, 1319), NUMBER), ("AQuA", (AQUA,), (2728, 254), LETTER),
-        ("mawps", (MAWPS,), (1898, 238), NUMBER), ("SVAMP", (), (0, 1000), NUMBER), ("AddSub", (), (0, 395), NUMBER),
-        ("MultiArith", (), (0, 600), NUMBER), ("SingleEq", (), (0, 508), NUMBER))),
+    *(Task(folder.lower(), "arithmetic", tuple(train), (f"llm_adapters/{folder}/test.json",), counts,
+           LETTER if folder == "AQuA" else NUMBER)
+      for folder, counts, *train in (
+        ("gsm8k", (7473, 1319), GSM8K), ("AQuA", (2728, 254), AQUA), ("mawps", (1898, 238), MAWPS),
+        ("SVAMP", (0, 1000)), ("AddSub", (0, 395)), ("MultiArith", (0, 600)), ("SingleEq", (0, 508)))),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
     Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
     *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
