@@ -81,7 +81,9 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
 
 def collate(rows: list[Row], pad_id: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
     """Rows padded to the longest, on the "right" to train or the "left" to generate: input_ids, attention_mask (B, T);
-    labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT."""
+    labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT.
+
+    Any `pad_id` does: nothing attends to padding."""
     if side not in ("right", "left"):
         raise ValueError(f'padding side: expected "right" or "left", got {side!r}')
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sibo_lab.data import download, word_problems
 from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, NUMBER, Example, Sentence, Task
 from sibo_lab.files import parse_json, quoted
+from sibo_lab.parallel import rank
 
 
 def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
@@ -39,6 +40,16 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
         if not rows:
             raise ValueError(f"{paths}: expected two or more different questions, got one; the test holds it out")
     return rows[:n]
+
+
+def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tuple[Task, list]]:
+    """Each task with its test examples; stderr says which have no file of their own."""
+    found = [(t, load(t, "test", data_dir, n)) for t in tests]
+    for t, test in found:
+        if t.train and not t.test and not rank():
+            print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
+                  file=sys.stderr)
+    return found
 
 
 def hold_out(rows: list, n: int) -> tuple[list, list]:
