@@ -70,7 +70,7 @@ def _place(name: str, data_dir: Path) -> Path:
 def missing(names: Iterable[str], data_dir: Path) -> list[str]:
     """A line for each address of a missing file, with the place for a copy."""
     lost = [name for name in names if not (data_dir / name).is_file()]
-    lost += [MRPC_IDS] if any(name.startswith("glue/MRPC/") for name in lost) else []
+    lost += [MRPC_IDS] * any(name.startswith("glue/MRPC/") for name in lost)
     places = {_place(name, data_dir): address(name) for name in lost}
     return [f"missing: {place}, a copy of https://{url}" for place, url in places.items() if not place.is_file()]
 

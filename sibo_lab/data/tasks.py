@@ -73,20 +73,19 @@ TASKS = {task.name: task for task in (
         ("winogrande", "winogrande", (0, 1267), "option[12]"), ("arc-e", "ARC-Easy", (2251, 2376), "answer[1-5]"),
         ("arc-c", "ARC-Challenge", (0, 1172), "answer[1-5]"), ("obqa", "openbookqa", (4957, 500), "answer[1-5]"))),
     Task("commonsense170k", "commonsense", ("llm_adapters/ft-training_set/commonsense_170k.json",), held_out=120),
-    *(Task(name, "glue", (f"glue/{folder}/train.tsv",), tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()),
-           counts, metric=metric, columns=columns, classes=tuple(classes.split()))
-      for name, folder, devs, counts, metric, columns, classes in (
-        ("cola", "CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
-        ("sst2", "SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
-        ("mrpc", "MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
-        ("stsb", "STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
-        ("qqp", "QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
-        ("mnli", "MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
+    *(Task(folder.lower().replace("-", ""), "glue", (f"glue/{folder}/train.tsv",),
+           tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()), counts, metric=metric, columns=columns,
+           classes=tuple(classes.split()))
+      for folder, devs, counts, metric, columns, classes in (
+        ("CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
+        ("SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
+        ("MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
+        ("STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
+        ("QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
+        ("MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
          ("gold_label", "sentence1", "sentence2"), "entailment neutral contradiction"),
-        ("qnli", "QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"),
-         "entailment not_entailment"),
-        ("rte", "RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"),
-         "entailment not_entailment"))),
+        ("QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"), "entailment not_entailment"),
+        ("RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"), "entailment not_entailment"))),
 )}
 
 
