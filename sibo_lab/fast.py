@@ -28,14 +28,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 @torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, which draws slowly
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
     """x / (1 − p), but 0 at the places. Linear in x and its own transpose: the backward pass is the same call."""
-    y = torch.div(x, 1 - p, out=_like(x))
-    y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
-    return y
-
-
-def _like(x: Tensor) -> Tensor:
-    """Empty, of x's shape; one element after it takes places past the end."""
-    return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
+    y = x.new_empty(x.numel() + 1)  # the last one takes places past the end
+    torch.div(x.view(-1), 1 - p, out=y[:-1])
+    return y.index_fill_(0, places, 0)[:-1].view(x.shape)
 
 
 def _draws(n: int, p: float) -> int:
@@ -51,8 +46,8 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return _zero(x.contiguous(), places, p), places
 
 
-_zero.register_fake(lambda x, places, p: _like(x))
-_drop.register_fake(lambda x, p: (_like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)))
+_zero.register_fake(lambda x, places, p: torch.empty_like(x))
+_drop.register_fake(lambda x, p: (torch.empty_like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)))
 
 
 def _keep_places(ctx, inputs, output):
@@ -123,6 +118,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
         # the plain formula: PyTorch's fused kernel takes three times as long, mostly in the backward pass
         later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         return (F.dropout(scores.softmax(-1), dropout) @ v).unflatten(0, (B, H))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)

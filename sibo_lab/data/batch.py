@@ -113,12 +113,10 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
     rng = random.Random(f"batches {seed}")
     while True:
         order = sorted(range(len(lengths)), key=lambda _: rng.random())
-        epoch = []
         for start in range(0, len(order), 16 * batch_size):
             pool = sorted(order[start:start + 16 * batch_size], key=lambda i: lengths[i])
             cut = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
-            epoch += sorted(cut, key=lambda _: rng.random())
-        yield from epoch
+            yield from sorted(cut, key=lambda _: rng.random())
 
 
 def digest(rows: Iterable) -> str:
