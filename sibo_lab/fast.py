@@ -28,9 +28,14 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 @torch.library.custom_op("sibo::zero", mutates_args=())  # opaque to torch.compile, which draws slowly
 def _zero(x: Tensor, places: Tensor, p: float) -> Tensor:
     """x / (1 − p), but 0 at the places. Linear in x and its own transpose: the backward pass is the same call."""
-    y = x.new_empty(x.numel() + 1)  # the last one takes places past the end
-    torch.div(x.view(-1), 1 - p, out=y[:-1])
-    return y.index_fill_(0, places, 0)[:-1].view(x.shape)
+    y = torch.div(x, 1 - p, out=_like(x))
+    y.as_strided((x.numel() + 1,), (1,)).index_fill_(0, places, 0)
+    return y
+
+
+def _like(x: Tensor) -> Tensor:
+    """Empty, of x's shape; one element after it takes places past the end."""
+    return x.new_empty(x.numel() + 1)[:-1].view(x.shape)
 
 
 def _draws(n: int, p: float) -> int:
@@ -46,8 +51,8 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return _zero(x.contiguous(), places, p), places
 
 
-_zero.register_fake(lambda x, places, p: torch.empty_like(x))
-_drop.register_fake(lambda x, p: (torch.empty_like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)))
+_zero.register_fake(lambda x, places, p: _like(x))
+_drop.register_fake(lambda x, p: (_like(x), torch.empty(_draws(x.numel(), p), dtype=torch.int64)))
 
 
 def _keep_places(ctx, inputs, output):
