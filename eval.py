@@ -1,7 +1,6 @@
 """Measures over-smoothing (Eq. 3; paper, Section 3.1); scores a run or a backbone, asks it, exports it; compares runs.
 What a score is, and how the official code's differs: sibo_lab/evaluation/scoring.py."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,7 @@ def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
     """Eq. (3): the mean cosine over all pairs i ≠ j of a sentence's tokens, then the mean over the sentences.
 
     hidden (B, T, d), attention_mask (B, T) with 0 on padding. ValueError if no sentence has two tokens."""
-    found = _similarities(hidden, attention_mask)
-    return float(_mean(found.sum(), len(found)))
+    return float(_mean(_similarities(hidden, attention_mask)))
 
 
 def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -34,23 +32,22 @@ def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (pairs / (m * (m - 1)))[m > 1]
 
 
-def _mean(total: Tensor, sentences: int) -> Tensor:
-    if not sentences:
+def _mean(similarities: Tensor) -> Tensor:
+    if not similarities.shape[-1]:
         raise ValueError("similarity: expected a sentence of two or more tokens, got none")
-    return total / sentences
+    return similarities.mean(-1)
 
 
 @torch.no_grad()
-def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, batch_size: int = 16) -> list[float]:
+def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states: the curve of Figures 1 and 2."""
     generate.require_eval(m)
-    totals, count = 0, 0
+    found = []
     for start in range(0, len(rows), batch_size):
         b = batch.to_device(batch.collate(rows[start:start + batch_size], pad_id), m)
         b.pop("labels", None)
-        found = torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)])  # (L+1, sentences)
-        totals, count = totals + found.sum(1), count + found.shape[1]
-    return _mean(totals, count).tolist()
+        found.append(torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)]))
+    return _mean(torch.cat(found, 1)).tolist()  # of (L+1, sentences)
 
 
 def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: int = 64,
@@ -108,10 +105,10 @@ def draw_similarity(args: Namespace) -> None:
     task, out = args.tests[0], args.out or Path(args.run or ".", "similarity.png")
     test = readers.load(task, "test", args.data_dir, args.limit)
     m, t = load(args)
-    rows, pad = similarity_rows(m, t, test, protocol=args.protocol), t.pad_id or 0
-    curves = {args.backbone: layer_similarities(m, rows, pad)}
+    rows = similarity_rows(m, t, test, protocol=args.protocol)
+    curves = {args.backbone: layer_similarities(m, rows)}
     if args.run or args.peft:
-        curves[args.config.get("method", "lora")] = layer_similarities(adapt(m, args), rows, pad)
+        curves[args.config.get("method", "lora")] = layer_similarities(adapt(m, args), rows)
     pictures.draw_similarity(curves, out, f"{args.backbone} on {task.name}")
     for name, curve in curves.items():
         print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {metrics.last_five(curve):.4f}")
@@ -125,13 +122,10 @@ def ask(args: Namespace) -> None:
 
 
 def score(args: Namespace) -> None:
-    tests = [(task, readers.load(task, "test", args.data_dir, args.limit)) for task in args.tests]
+    tests = readers.load_tests(args.tests, args.data_dir, args.limit)
     m, t = load(args)
     adapt(m, args)
     for task, test in tests:
-        if task.train and not task.test:
-            print(f"{task.name} has no test file: {len(test)} of its examples are left out of training and scored",
-                  file=sys.stderr)
         if task.num_labels:
             rows = [batch.encode_sentence(s, t, args.config["cutoff"]) for s in test]
             found = scoring.score_sentences(m, t, task, rows, args.batch_size)

@@ -76,7 +76,7 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     if not rank():
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
     validate = partial(validation, t=t, d=d, rows=valid, run=run) if valid else None
-    trained = loop.fit(m, rows, t.eos_id if t.pad_id is None else t.pad_id, run, validate, every, resuming)
+    trained = loop.fit(m, rows, 0, run, validate, every, resuming)  # 0: nothing attends to padding
     sibo.save(m, out)
     measured = measure(m, t, d, run)
     digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
@@ -121,7 +121,7 @@ def measure(m: nn.Module, t: Tokenizer, d: Data, run: Run, frozen: bool = False)
             found = scoring.score_examples(m, t, task, test[:50] if frozen else test, protocol=run.protocol)
         scores[task.name] = found
     texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
-    return scoring.mean(scores), evaluation.layer_similarities(m, texts, t.pad_id or 0)
+    return scoring.mean(scores), evaluation.layer_similarities(m, texts)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def validation(m: nn.Module, t: Tokenizer, d: Data, rows: Sequence[batch.Row], r
         return scoring.score_sentences(m, t, d.task, rows).score
     total = loss = 0.0
     for start in range(0, len(rows), run.micro_batch_size):
-        b = batch.to_device(batch.collate(rows[start:start + run.micro_batch_size], 0), m)
+        b = batch.to_device(batch.collate(rows[start:start + run.micro_batch_size]), m)
         n = int((b["labels"][:, 1:] != -100).sum())
         if n:
             loss += n * float(model.loss(m, b["input_ids"], b["labels"]))
@@ -159,9 +159,10 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
         if run.settings:
             place(backbone.skeleton, run.settings)
     if args.compare:
-        runs += [run.plain for run in runs if "sibo" in run.method]
-        if not any("sibo" in run.method for run in runs):
+        plain = [run.plain for run in runs if "sibo" in run.method]
+        if not plain:
             raise ValueError(f"--compare: expected a SIBO method, got --method {','.join(args.method)}, which is plain")
+        runs += plain
     results = train_all(runs, args, d, backbone)
     if rank():
         return runs
@@ -174,23 +175,19 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
 
 
 def read_data(args: Namespace, dry: bool) -> Data:
-    """The (first) task to learn, the training examples (word problems are made for each run), and the tests'."""
+    """The (first) task to learn, the training examples (word problems alone are made for each run), and the tests'."""
     learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
-    task, made = learned[0], learned[0].kind == "word-problems"
+    task = learned[0]
     tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
     if task.num_labels and args.protocol == "paper":
         raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
     absent = any(not (folder / file).is_file() for t in learned for file in t.train)
-    unread = made or dry and absent and task.kind != "own"
+    unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
     train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
-    tests = [] if dry or args.score_on == "validation" else [
-        (t, readers.load(t, "test", folder, args.limit)) for t in tests]
+    tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
     for t, test in () if rank() else tests:
-        if t.train and not t.test:
-            print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
-                  file=sys.stderr)
         if seen := readers.overlap(train, test):
             print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
                   f"answer may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)

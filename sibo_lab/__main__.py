@@ -6,9 +6,9 @@ import sys
 from sibo_lab import cli
 
 COMMANDS = {  # the module that carries it out; the options it takes, from what follows the command's name
-    "data": ("sibo_lab.data.commands", lambda args: args),
-    "study": ("sibo_lab.tools.study", lambda args: args),
-    "bench": ("sibo_lab.tools.bench", lambda args: args),
+    "data": ("sibo_lab.data.commands", list),
+    "study": ("sibo_lab.tools.study", list),
+    "bench": ("sibo_lab.tools.bench", list),
     "export": ("eval", lambda args: [*args[:1], "--export", *args[1:]]),  # RUN peft|hf DIR
     "table": ("eval", lambda args: ["--table", *args]),  # DIR ...
 }

@@ -123,6 +123,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
         # the plain formula: PyTorch's fused kernel takes three times as long, mostly in the backward pass
         later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.baddbmm(later.expand(len(q), T, T), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         return (F.dropout(scores.softmax(-1), dropout) @ v).unflatten(0, (B, H))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)

@@ -47,6 +47,15 @@ def test_a_grid_continues_where_it_stopped_and_ends_in_one_table(monkeypatch, ca
     assert len(list(tmp_path.iterdir())) == 4 and all(f.stat().st_mtime_ns == t for f, t in written.items())
 
 
+@pytest.mark.parametrize("both", ["mawps+word-problems", "word-problems+mawps"])
+def test_tasks_are_learned_together_in_any_order(tmp_path, both):
+    (tmp_path / tasks.MAWPS).parent.mkdir(parents=True)
+    (tmp_path / tasks.MAWPS).write_text(json.dumps([{"original_text": "q", "equation": "x=1", "ans": 1}]))
+    args = train.parser().parse_args(["--task", both, "--data-dir", str(tmp_path), "--score-on", "validation"])
+    learned = train.read_data(args, dry=False).train
+    assert len(learned) == 4001 and "q" in {example.instruction for example in learned}
+
+
 def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny_llama):
     m = model.from_pretrained(tiny_llama)
     rows = [batch.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]

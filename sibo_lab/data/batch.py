@@ -79,9 +79,11 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
     return Row(ids, sentence.label, cut, types, sentence.part)
 
 
-def collate(rows: list[Row], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+def collate(rows: list[Row], pad_id: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
     """Rows padded to the longest, on the "right" to train or the "left" to generate: input_ids, attention_mask (B, T);
-    labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT."""
+    labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT.
+
+    Any `pad_id` does: nothing attends to padding."""
     if side not in ("right", "left"):
         raise ValueError(f'padding side: expected "right" or "left", got {side!r}')
 
@@ -111,12 +113,10 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int
     rng = random.Random(f"batches {seed}")
     while True:
         order = sorted(range(len(lengths)), key=lambda _: rng.random())
-        epoch = []
         for start in range(0, len(order), 16 * batch_size):
             pool = sorted(order[start:start + 16 * batch_size], key=lambda i: lengths[i])
             cut = [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
-            epoch += sorted(cut, key=lambda _: rng.random())
-        yield from epoch
+            yield from sorted(cut, key=lambda _: rng.random())
 
 
 def digest(rows: Iterable) -> str:

@@ -36,15 +36,15 @@ def listing(some: list[tasks.Task], data_dir: Path) -> str:
 
 def fetch(some: list[tasks.Task], data_dir: Path) -> None:
     """Downloads the tasks' files; OSError, after a list of what is missing, where that fails."""
-    for i, t in enumerate(some):
-        try:
-            download.fetch(t.train + t.test, data_dir)
-        except OSError:
-            left = [name for later in some[i:] for name in later.train + later.test]
-            print("\n".join(download.missing(left, data_dir)), file=sys.stderr)
-            raise
-        for split, names in (("train", t.train), ("test", t.test)):
-            if any(download.sources()[name].sha1 is None for name in names):
+    names = dict.fromkeys(name for t in some for name in t.train + t.test)
+    try:
+        download.fetch(names, data_dir)
+    except OSError:
+        print("\n".join(download.missing(names, data_dir)), file=sys.stderr)
+        raise
+    for t in some:
+        for split, parts in (("train", t.train), ("test", t.test)):
+            if any(download.sources()[name].sha1 is None for name in parts):
                 readers.load(t, split, data_dir)  # warns if the count is not the published one
 
 

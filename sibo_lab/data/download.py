@@ -70,7 +70,7 @@ def _place(name: str, data_dir: Path) -> Path:
 def missing(names: Iterable[str], data_dir: Path) -> list[str]:
     """A line for each address of a missing file, with the place for a copy."""
     lost = [name for name in names if not (data_dir / name).is_file()]
-    lost += [MRPC_IDS] if any(name.startswith("glue/MRPC/") for name in lost) else []
+    lost += [MRPC_IDS] * any(name.startswith("glue/MRPC/") for name in lost)
     places = {_place(name, data_dir): address(name) for name in lost}
     return [f"missing: {place}, a copy of https://{url}" for place, url in places.items() if not place.is_file()]
 
@@ -145,10 +145,8 @@ def _receive(url: str, part: Path) -> None:
 
 
 def _move(part: Path, data_dir: Path, names: list[str]) -> None:
-    _check(part, names[0])
-    files.flush(part)
-    place = part.replace(data_dir / names[0])
-    files.flush(place.parent)
+    with open(part, "rb") as f:
+        _write(f, data_dir, names[0])
 
 
 def _unzip(archive: Path, data_dir: Path, names: list[str]) -> None:
@@ -180,11 +178,7 @@ def _write(source: IO[bytes], data_dir: Path, name: str) -> None:
     def fill(draft):
         with open(draft, "wb") as f:
             shutil.copyfileobj(source, f)
-        _check(draft, name)
+        if (found := state(draft, name)) not in ("ok", "hash unknown"):
+            raise ValueError(f"{name} is {found}")
 
     files.write(data_dir / name, fill)
-
-
-def _check(draft: Path, name: str) -> None:
-    if (found := state(draft, name)) not in ("ok", "hash unknown"):
-        raise ValueError(f"{name} is {found}")

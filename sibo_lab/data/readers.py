@@ -4,12 +4,13 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice, starmap
+from itertools import chain, groupby, islice, starmap
 from pathlib import Path
 
 from sibo_lab.data import download, word_problems
 from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, NUMBER, Example, Sentence, Task
 from sibo_lab.files import parse_json, quoted
+from sibo_lab.parallel import rank
 
 
 def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
@@ -41,17 +42,25 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
     return rows[:n]
 
 
+def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tuple[Task, list]]:
+    """Each task with its test examples; stderr says which have no file of their own."""
+    found = [(t, load(t, "test", data_dir, n)) for t in tests]
+    for t, test in found:
+        if t.train and not t.test and not rank():
+            print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
+                  file=sys.stderr)
+    return found
+
+
 def hold_out(rows: list, n: int) -> tuple[list, list]:
     """The rest of the rows (Examples or Sentences), and those of the n questions of lowest hash: at most a tenth, at
     least one. Both in the order of the hashes: always the same, and as good as shuffled (files are often sorted)."""
-    def question(row):
-        return "\n".join(map(str, _texts(row)))
+    def order(row):
+        return hashlib.sha256("\n".join(map(str, _texts(row))).encode()).digest()
 
-    rows = sorted(rows, key=lambda row: hashlib.sha256(question(row).encode()).digest())
-    questions = list(dict.fromkeys(map(question, rows)))
-    held = set(questions[:max(1, min(n, len(questions) // 10))])
-    first = sum(question(row) in held for row in rows)
-    return rows[first:], rows[:first]
+    questions = [list(same) for _, same in groupby(sorted(rows, key=order), order)]
+    n = max(1, min(n, len(questions) // 10))
+    return list(chain(*questions[n:])), list(chain(*questions[:n]))
 
 
 def overlap(train: list, test: list) -> int:

@@ -59,11 +59,11 @@ class Task:
 GSM8K, MAWPS, AQUA = "raw/gsm8k/train.jsonl", "llm_adapters/mawps/trainset.json", "raw/aqua_train.tsv"
 TASKS = {task.name: task for task in (
     Task("word-problems", "word-problems", answers=NUMBER),
-    *(Task(folder.lower(), "arithmetic", train, (f"llm_adapters/{folder}/test.json",), counts, answers)
-      for folder, train, counts, answers in (
-        ("gsm8k", (GSM8K,), (7473, 1319), NUMBER), ("AQuA", (AQUA,), (2728, 254), LETTER),
-        ("mawps", (MAWPS,), (1898, 238), NUMBER), ("SVAMP", (), (0, 1000), NUMBER), ("AddSub", (), (0, 395), NUMBER),
-        ("MultiArith", (), (0, 600), NUMBER), ("SingleEq", (), (0, 508), NUMBER))),
+    *(Task(folder.lower(), "arithmetic", tuple(train), (f"llm_adapters/{folder}/test.json",), counts,
+           LETTER if folder == "AQuA" else NUMBER)
+      for folder, counts, *train in (
+        ("gsm8k", (7473, 1319), GSM8K), ("AQuA", (2728, 254), AQUA), ("mawps", (1898, 238), MAWPS),
+        ("SVAMP", (0, 1000)), ("AddSub", (0, 395)), ("MultiArith", (0, 600)), ("SingleEq", (0, 508)))),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
     Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
     *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,
@@ -73,20 +73,19 @@ TASKS = {task.name: task for task in (
         ("winogrande", "winogrande", (0, 1267), "option[12]"), ("arc-e", "ARC-Easy", (2251, 2376), "answer[1-5]"),
         ("arc-c", "ARC-Challenge", (0, 1172), "answer[1-5]"), ("obqa", "openbookqa", (4957, 500), "answer[1-5]"))),
     Task("commonsense170k", "commonsense", ("llm_adapters/ft-training_set/commonsense_170k.json",), held_out=120),
-    *(Task(name, "glue", (f"glue/{folder}/train.tsv",), tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()),
-           counts, metric=metric, columns=columns, classes=tuple(classes.split()))
-      for name, folder, devs, counts, metric, columns, classes in (
-        ("cola", "CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
-        ("sst2", "SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
-        ("mrpc", "MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
-        ("stsb", "STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
-        ("qqp", "QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
-        ("mnli", "MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
+    *(Task(folder.lower().replace("-", ""), "glue", (f"glue/{folder}/train.tsv",),
+           tuple(f"glue/{folder}/{dev}.tsv" for dev in devs.split()), counts, metric=metric, columns=columns,
+           classes=tuple(classes.split()))
+      for folder, devs, counts, metric, columns, classes in (
+        ("CoLA", "dev", (8551, 1043), "matthews", (1, 3), "0 1"),
+        ("SST-2", "dev", (67349, 872), "accuracy", ("label", "sentence"), "0 1"),
+        ("MRPC", "dev", (3668, 408), "f1", ("Quality", "#1 String", "#2 String"), "0 1"),
+        ("STS-B", "dev", (5749, 1500), "pearson", ("score", "sentence1", "sentence2"), ""),
+        ("QQP", "dev", (363846, 40430), "f1", ("is_duplicate", "question1", "question2"), "0 1"),
+        ("MNLI", "dev_matched dev_mismatched", (392702, 9815 + 9832), "accuracy",
          ("gold_label", "sentence1", "sentence2"), "entailment neutral contradiction"),
-        ("qnli", "QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"),
-         "entailment not_entailment"),
-        ("rte", "RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"),
-         "entailment not_entailment"))),
+        ("QNLI", "dev", (104743, 5463), "accuracy", ("label", "question", "sentence"), "entailment not_entailment"),
+        ("RTE", "dev", (2490, 277), "accuracy", ("label", "sentence1", "sentence2"), "entailment not_entailment"))),
 )}
 
 

@@ -5,24 +5,14 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator
-from functools import cache
 from itertools import count
 from pathlib import Path
 
-NAMES = ("Ada Amir Anna Ben Carla Chen Dan Diego Ella Emma Fatima George Grace Hana Ivan Jack Jada Kim Leo Lina Lucy "
-         "Marco Maria Mia Nina Noah Omar Paul Priya Rosa Ruth Sam Sara Tom Uma Victor Wei Yuki Zoe").split()
-THINGS = ("apples balls bananas beads buttons cards coins cookies crayons erasers feathers lemons marbles muffins "
-          "oranges peaches pears pencils pens plums postcards puzzles ribbons shells stamps stickers tokens").split()
-BOXES = (("bag", "bags"), ("basket", "baskets"), ("bowl", "bowls"), ("box", "boxes"), ("crate", "crates"))
-
-
-@cache
-def templates() -> tuple[list[list[str]], list[list[str]]]:
-    """Templates of word_problems.txt (question, ranges, worked answer): trained on, and not."""
-    sections = Path(__file__).with_name("word_problems.txt").read_text("utf-8").split("# never trained on\n")
-    trained, new = ([block.split("\n") for block in section.strip().split("\n\n") if block[0] != "#"]
-                    for section in sections)
-    return trained, new
+_FILE = Path(__file__).with_name("word_problems.txt").read_text("utf-8")
+((_names, _things, _boxes), *TRAINED), NEW = (  # templates: question, ranges, worked answer
+    [block.split("\n") for block in section.strip().split("\n\n") if block[0] != "#"]
+    for section in _FILE.split("# never trained on\n"))
+NAMES, THINGS, BOXES = _names.split(), _things.split(), [pair.split("/") for pair in _boxes.split()]
 
 
 def word_problems(split: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
@@ -30,12 +20,11 @@ def word_problems(split: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
     trained on, in every fifth test problem; else ""). The hash of template and numbers decides the split: whatever the
     seeds and lengths, no training question is in a test, not even about other people or things."""
     rng, made = random.Random(f"{split} {seed}"), {""}
-    trained, new = templates()
     for i in count():
         part = "new templates" if split == "test" and i % 5 == 4 else ""
         question = ""
         while question in made:
-            question, work, answer = _word_problem(_pick(rng, new if part else trained), split, rng)
+            question, work, answer = _word_problem(_pick(rng, NEW if part else TRAINED), split, rng)
         made.add(question)
         yield question, f"{work} The answer is {answer}.", str(answer), part
 

@@ -86,7 +86,6 @@ def complete(args: argparse.Namespace) -> None:
     args.backbone = run.get("backbone", args.backbone)
     args.path = locate.locate(args.backbone)
     args.spec = config.read_spec(args.path)
-    bert = args.spec.get("model_type") == "bert"
-    if (bert or labels) and not (args.head or args.similarity or args.export):
+    if (labels or args.spec.get("model_type") == "bert") and not (args.head or args.similarity or args.export):
         raise ValueError(f"{args.backbone}: expected a trained classifier head, got none; name a run that train.py "
                          "wrote (only LLMs are scored without one)")

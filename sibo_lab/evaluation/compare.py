@@ -53,8 +53,8 @@ def read(places: Sequence[str | Path]) -> list[Done]:
     runs = []
     for place in map(Path, places):
         if place.suffix == ".jsonl":
-            lines = place.read_text(encoding="utf-8").splitlines()
-            runs += [_saved(line, f"{place}, line {i}") for i, line in enumerate(lines, 1)]
+            lines = enumerate(place.read_text("utf-8").splitlines(), 1)
+            runs += [_saved(line, f"{place}, line {i}") for i, line in lines]
         elif not place.is_dir():
             raise FileNotFoundError(f"{place}: no such folder; expected one with runs, or a .jsonl of saved runs")
         runs += map(_finished, sorted(file.parent for file in place.rglob("result.json")))
@@ -88,7 +88,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def _lines(file: Path) -> list[dict]:
-    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+    return list(map(json.loads, file.read_text("utf-8").splitlines())) if file.is_file() else []
 
 
 def save(runs: Sequence[Done], file: Path) -> None:

@@ -75,11 +75,9 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
 def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
               num_beams: int = 1, bar: str = "answers") -> list[str]:
     """What the model writes after each prompt."""
-    pad = t.eos_id if t.pad_id is None else t.pad_id
-
     def work(some):
-        b = batch.to_device(batch.collate(list(map(batch.Row, some)), pad, "left"), m)
-        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, t.eos_id, pad)
+        b = batch.to_device(batch.collate(list(map(batch.Row, some)), side="left"), m)
+        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, t.eos_id)
         written = out[:, b["input_ids"].shape[1]:].tolist()
         return [t.decode(list(takewhile(lambda i: i != t.eos_id, ids))) for ids in written]
 
@@ -91,12 +89,12 @@ def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], cho
     """For each choice of each prompt: its log-probability after the prompt, and over how many tokens. A prompt is read
     once, with what all its choices begin with."""
     spelled = [[batch.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
-    work = partial(_log_probabilities, m, t.eos_id if t.pad_id is None else t.pad_id)
+    work = partial(_log_probabilities, m)
     with fast.prepacked_weights(m):
         return _in_batches(m, spelled, lambda some: len(some[0][0]), batch_size, work, "choices")
 
 
-def _log_probabilities(m: nn.Module, pad: int, spelled: Sequence) -> list:
+def _log_probabilities(m: nn.Module, spelled: Sequence) -> list:
     """`spelled`: per prompt, per choice, the ids of the prompt and of the choice."""
     def of(logp, ids, asked):  # (B, T, V), (B, T), bool (B, T) -> (B,)
         return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
@@ -105,7 +103,7 @@ def _log_probabilities(m: nn.Module, pad: int, spelled: Sequence) -> list:
     # how many tokens all choices of a prompt begin with
     alike = [len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*some, strict=False)))) for some in choices]
     shared = [batch.Row(prompt + ids[:n]) for ((prompt, ids), *_), n in zip(spelled, alike, strict=True)]
-    b = batch.to_device(batch.collate(shared, pad, "left"), m)
+    b = batch.to_device(batch.collate(shared, side="left"), m)
     n = torch.tensor(alike, device=b["input_ids"].device)[:, None]  # (B, 1)
     T, most, longest = b["input_ids"].shape[1], max(alike), max(len(ids) for some in choices for ids in some)
     logits, mask, cache = generate.prefill(m, b["input_ids"], b["attention_mask"], T + longest, most + 1)
@@ -115,7 +113,7 @@ def _log_probabilities(m: nn.Module, pad: int, spelled: Sequence) -> list:
     columns = []
     for place in range(max(map(len, choices))):  # a prompt with fewer choices repeats its last, dropped at the end
         own = [batch.Row(some[min(place, len(some) - 1)][k:]) for some, k in zip(choices, alike, strict=True)]
-        ids, asked = batch.to_device(batch.collate(own, pad), m).values()  # (B, T')
+        ids, asked = batch.to_device(batch.collate(own), m).values()  # (B, T')
         next_logp = logp[:, -1:]
         if ids.shape[1] > 1:
             for kv in cache:
@@ -133,9 +131,7 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
     where examples offer any. num_beams None: the protocol's."""
     prompts = [batch.prompt(e.instruction, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
-    beside = [{} for _ in examples]
-    if task.answers == tasks.LETTER:
-        beside = [{"last letter": answers.last_letter(text)} for text in texts]
+    beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
     if all(e.choices for e in examples):
         written = [[f"the correct answer is {c}" for c in e.choices] for e in examples]  # as in the training files
         for b, e, found in zip(beside, examples, likelihoods(m, t, prompts, written, batch_size), strict=True):
@@ -172,7 +168,7 @@ def score_sentences(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, rows:
                     batch_size: int = 64) -> Score:
     """GLUE's metrics of a BERT's predictions."""
     def work(some):
-        b = batch.to_device(batch.collate(some, t.pad_id), m)
+        b = batch.to_device(batch.collate(some), m)
         b.pop("labels")
         logits = m(**b).float().cpu()  # (B, n)
         predicted = logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)
