@@ -15,8 +15,11 @@ from sibo_lab import files, parallel
 from sibo_lab.files import quoted
 from sibo_lab.placement import place
 from sibo_lab.settings import Settings
+from sibo_lab.stacks import is_embedding
 
 SAMPLE = ".frozen."  # no parameter's name begins so
+NO_NUMBERS = re.compile(r"_.*|.*(dropout|pdrop|version|dtype|label|token|path|output|cache|initializer|loss_coef).*|"
+                        "architectures|problem_type|quantization_config|auto_map|return_dict|vocab_size")
 
 
 def write(file: Path, m: nn.Module) -> None:
@@ -28,7 +31,8 @@ def write(file: Path, m: nn.Module) -> None:
     samples = {SAMPLE + n: _sample(frozen[n]) for n in list(frozen)[::len(frozen) // 8 + 1]}
     spec = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
     if parallel.rank() == 0:
-        files.write_tensors(file, trained | samples, {"sibo": json.dumps(spec | {"backbone": _config(m)})})
+        metadata = {"sibo": json.dumps(spec | {"backbone": _config(m)}), "h0": "input"}  # of the module that h0= names
+        files.write_tensors(file, trained | samples, metadata)
 
 
 def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
@@ -43,10 +47,14 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         if "values" in config:  # as files held them until November 2026
             dtype, old = getattr(torch, str(config["dtype"]).removeprefix("torch."), None), config["values"]
             samples, config = {n: torch.tensor(v, dtype=dtype) for n, v in old.items()}, config["config"]
+        if spec.get("h0") and "h0" not in metadata and not is_embedding(m.get_submodule(spec["h0"])):
+            raise ValueError(f"expected an h0 that a module reads, got what {quoted(spec['h0'])} writes, as h0= meant "
+                             "until November 2026; train it again")
         settings, widths = getattr(m, "sibo", None), {}
         if not settings and spec.get("method") != "full":
             settings, widths, _ = place(m, Settings(**spec))
         ours = json.loads(json.dumps(asdict(settings))) if settings else {"method": "full"}
+        spec = {"modules_to_save": ours.get("modules_to_save")} | spec if settings else spec  # older files lack it
         if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:
             raise ValueError(f"expected {wrong[0]}={ours.get(wrong[0])!r}, got {quoted(spec.get(wrong[0]))}")
         shapes = {_plain(n): tuple(t.shape) for n, t in stored.items()}
@@ -67,8 +75,11 @@ def _plain(name: str) -> str:  # one target may lie inside another
 
 
 def _config(m: nn.Module) -> dict:
-    c = getattr(m, "config", None)  # not transformers', which knows paths and versions
-    return asdict(c) if is_dataclass(c) and not hasattr(c, "to_dict") else {}
+    """What changes the model's numbers: of transformers' config not the paths, versions and ids."""
+    c = getattr(m, "config", None)
+    if hasattr(c, "to_dict"):
+        return {k: v for k, v in c.to_dict().items() if not NO_NUMBERS.fullmatch(k)}
+    return asdict(c) if is_dataclass(c) else {}
 
 
 def _sample(p: Tensor) -> Tensor:  # 64 values, spread over all
@@ -78,8 +89,8 @@ def _sample(p: Tensor) -> Tensor:  # 64 values, spread over all
 
 def _require_backbone(m: nn.Module, config: dict, samples: dict[str, Tensor]) -> None:
     """ValueError where `m` has another setting, or a value that rounding to its dtype does not explain."""
-    for key, got in _config(m).items() if config else ():
-        expected = config.get(key)
+    for key, got in json.loads(json.dumps(_config(m))).items() if config else ():
+        expected = config.get(key, got if hasattr(m.config, "to_dict") else None)  # theirs gain keys with each version
         if got != expected and not (type(got) is type(expected) is float and math.isclose(got, expected, rel_tol=1e-6)):
             raise ValueError(f"another backbone: expected {key} {quoted(expected)}, got {got}")
     parameters = {_plain(n): p for n, p in m.named_parameters()}

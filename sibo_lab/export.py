@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config
+from sibo_lab.stacks import stack_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "generation_config.json")
@@ -80,8 +81,8 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
-    if s and s.lam:  # of BERT's embeddings, only the parts have names in the map
-        h0 = their_name(m, f"{s.h0}.word").rpartition(".")[0] if s.h0 == "embeddings" else their_name(m, s.h0)
+    if s and s.lam and s.h0 not in (None, "embed", "embeddings"):  # as adapter files of before name the embedding
+        raise ValueError(f"--export hf: expected an h0 that the first block reads, got h0={s.h0!r}")
     sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
@@ -96,7 +97,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         if (source / file).is_file():  # never in a .gguf file
             files.write(folder / file, lambda draft, file=file: shutil.copyfile(source / file, draft))
     if branch:
-        files.write_tensors(folder / "h0_branch.safetensors", branch, {"h0": h0})
+        files.write_tensors(folder / "h0_branch.safetensors", branch, {})
     files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
 
@@ -106,7 +107,7 @@ def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     folded = {f"{n}.base.weight": x for n, x in m.named_modules() if isinstance(x, sibo.FoldedLoRA)}
     tensors, branch = {}, {}
     for name, p in m.state_dict().items():
-        if name == "h0_down.weight" or ".lora." in name or name == "head.weight" and m.config.tie_word_embeddings:
+        if name == "h0_down.weight" or name == "head.weight" and m.config.tie_word_embeddings:
             continue
         theirs = their_name(m, name.replace(".base.", "."))
         if name in folded:
@@ -122,13 +123,14 @@ def attach(theirs: nn.Module, folder: Path) -> nn.Module:
     """Puts a folded LoRA-SIBO, as to_hugging_face wrote it, into transformers' model of its config.json, in place: the
     weights, and h0's branch as hooks: y ← y + (h0 A) B."""
     weights, _ = files.read_tensors(folder / "folded.safetensors")
-    branch, metadata = files.read_tensors(folder / "h0_branch.safetensors")
+    branch, _ = files.read_tensors(folder / "h0_branch.safetensors")
     parameters = {n: p for n, p in theirs.named_parameters()  # a tied head; a pooler that our BertModel lacks
                   if n in weights or not n.startswith(("lm_head.", "pooler."))}
     files.assign(parameters, weights, folder / "folded.safetensors")
-    seen = {}
-    theirs.get_submodule(metadata["h0"]).register_forward_hook(lambda _, args, h0: seen.update(h0=h0))
-    for name in {n[:-2] for n in branch}:
+    seen, names = {}, {n[:-2] for n in branch}
+    first = theirs.get_submodule(stack_of(dict(theirs.named_modules()), next(iter(names))).source)
+    first.register_forward_pre_hook(lambda _, args: seen.update(h0=args[0]))
+    for name in names:
         def add(_, args, y, A=branch[f"{name}.A"], B=branch[f"{name}.B"]):
             return y + seen["h0"].to(A.dtype) @ A.T @ B.T
         theirs.get_submodule(name).register_forward_hook(add)

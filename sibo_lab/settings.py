@@ -1,6 +1,4 @@
-"""The method's settings, one object from the command line to the line that mixes h0, and the paper's choice of modules.
-
-Source: the paper's Sections 4.2 (modules) and 4.4 (where h0 goes)."""
+"""The method's settings, one object from the command line to the line that mixes h0."""
 
 from dataclasses import Field, dataclass, field, fields
 from math import inf
@@ -17,13 +15,15 @@ def of(default: object, *allowed: object, used_by: str = "") -> Field:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `sibo.inject` takes, and what is saved with the trained weights. None: the paper's choice for the model."""
+    """What `sibo.inject` takes, and what is saved with the trained weights. None: the paper's choice for the model; of
+    h0 the input of each stack's first block, of modules_to_save the heads that are known by name."""
 
     method: str = of("lora", "lora", "adapter")
     lam: float = of(0.2, 0, 1, used_by="-sibo")  # λ; 0: the plain method, h0 is neither captured nor needed
     targets: Names = of(None, used_by="a")  # by the last dotted segments of their names, * for any one segment
     sibo_at: Names = of(None, used_by="-sibo")  # which of them get h0: attn, ffn, both, or names
-    h0: str | None = of(None)  # the module whose output is h0
+    h0: str | None = of(None)  # another module whose input is h0 (an embedding: whose output)
+    modules_to_save: Names = of(None)  # trained whole, and saved: the new head of a task
     rank: int = of(32, 1, inf, used_by="lora")
     alpha: float = of(64.0, -1e9, 1e9, used_by="lora")  # s = alpha / rank
     dropout: float = of(0.0, 0, 1, used_by="lora")  # on the input of the low-rank path
@@ -57,16 +57,3 @@ def check(f: Field, value: object) -> None:
         expected = f"in [{low:g}, {high:g})" if high < inf else f"at least {low}"
     if not fits:
         raise ValueError(f"{f.name}: expected {expected}, got {quoted(value)}")
-
-
-QKV, MLP, BOTH = ("q_proj", "k_proj", "v_proj"), {"ffn": ("mlp",)}, {"attn": ("attn",), "ffn": ("mlp",)}
-LAYOUTS = (  # LLaMA, GPT-J and BERT, by model.py's and Hugging Face's names: sources of h0; LoRA's modules by place (h0
-    # does not fit the "wide" ones); adapters' modules by side and place; the place that gets h0
-    (("embed", "embed_tokens"), {"attn": QKV, "ffn": ("up_proj",), "wide": ("down_proj",)},
-     {"out": MLP, "in": {"ffn": ("gate_proj", "up_proj")}, "parallel": MLP}, "ffn"),
-    (("embed", "wte"), {"attn": QKV, "ffn": ("fc_in",), "wide": ("fc_out",)},
-     {"out": MLP, "in": {"ffn": ("fc_in",)}, "parallel": MLP}, "ffn"),
-    (("embeddings",), {"attn": ("q_proj", "v_proj")}, {"out": BOTH, "parallel": BOTH}, "attn"),
-    (("embeddings",), {"attn": ("query", "value")},
-     {"out": {"attn": ("attention.output.dropout",), "ffn": ("layer.*.output.dropout",)}}, "attn"),
-)

@@ -162,11 +162,11 @@ def norms(args: Namespace, file: str) -> list[str]:
         rms[module] = [float(h[real].float().square().mean(-1).sqrt().median()) for h in (inputs[0], output)]
 
     placed = {method: place(m, sibo.Settings(method)) for method in ("adapter", "lora")}
-    source = placed["lora"].settings.h0
+    source = next(iter(placed["lora"].mixed.values())).source
     for module in {source}.union(*(where.mixed for where in placed.values())):
         m.get_submodule(module).register_forward_hook(partial(measure, module))
     m(**b)
-    h0 = rms[source][1]
+    h0 = rms[source][0]
     _, ax = pictures.figure()
     for method, side in (("adapter", "output"), ("lora", "input")):
         modules = [module for module in placed[method].widths if module in placed[method].mixed]

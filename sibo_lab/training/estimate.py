@@ -26,6 +26,7 @@ from sibo_lab.backbone import quantized
 from sibo_lab.backbone.generate import to_float32
 from sibo_lab.data import tasks
 from sibo_lab.evaluation import scoring
+from sibo_lab.placement import place
 from sibo_lab.training import options
 from sibo_lab.training.recipes import Run
 
@@ -52,35 +53,33 @@ def explain(run: Run, m: nn.Module) -> str:
     if not run.settings:
         raise ValueError("--explain: expected an adapter or LoRA method, got --method full, which adapts no module")
     with model.SkipInit():
-        sibo.inject(m, **vars(run.settings))
-    source = m.get_submodule(m.sibo.h0) if m.sibo.lam else None
-    return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}",
-                      *branches(m, source)])
+        placed = place(m, run.settings)
+        sibo.wrap(m, placed)
+    h0 = "".join(f", h0 = what {name} reads" for name in sorted({stack.source for stack in placed.mixed.values()}))
+    return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}{h0}",
+                      *branches(m)])
 
 
-def branches(x: nn.Module, source: nn.Module | None, rail: str = "") -> Iterator[str]:
+def branches(x: nn.Module, rail: str = "") -> Iterator[str]:
     """The lines below a module; neighbouring blocks that are alike are drawn once."""
     children = []
     for name, child in getattr(x, "base", x).named_children():
         if isinstance(child, nn.ModuleList):
-            for _, alike in groupby(child.named_children(), lambda block: [
-                    described(y, source) for y in block[1].modules()]):
+            for _, alike in groupby(child.named_children(), lambda block: [*map(described, block[1].modules())]):
                 (first, block), *others = alike
                 children.append((f"{name}.{first}{f' … {others[-1][0]}' if others else ''}", block))
         elif not isinstance(child, nn.Identity | nn.Dropout):
             children.append((name, child))
     for i, (name, child) in enumerate(children, 1):
         corner, below = ("├─ ", "│  ") if i < len(children) else ("└─ ", "   ")
-        yield f"{rail + corner + name:26} {described(child, source)}".rstrip()
-        yield from branches(child, source, rail + below)
+        yield f"{rail + corner + name:26} {described(child)}".rstrip()
+        yield from branches(child, rail + below)
 
 
-def described(x: nn.Module, source: nn.Module | None) -> str:
-    """A linear module's shape, an adapter's or LoRA's formula, whether h0 leaves or enters here."""
+def described(x: nn.Module) -> str:
+    """A linear module's shape, an adapter's or LoRA's formula, whether h0 enters here."""
     base = getattr(x, "base", x)
     shape = f"{base.in_features} → {base.out_features}" if isinstance(base, nn.Linear) else ""
-    if x is source:
-        return f"{shape:14} ══► h0"
     if not isinstance(x, sibo.SIBOLayer):
         return shape
     s, lam, mixed = x.settings, x.lam_start, "h̃" if x.lam_start else "h"
