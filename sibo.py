@@ -20,24 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sibo_lab import adapter_file, files
-from sibo_lab.initial_residual import InitialResidual, reads
+from sibo_lab import adapter_file, files, hugging_face
+from sibo_lab.initial_residual import InitialResidual
 from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
-from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary, swap  # noqa: F401
+from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
+from sibo_lab.wrapping import Wrapper, swap
 
 
-class SIBOLayer(nn.Module):
+class SIBOLayer(Wrapper):
     """A module `base` with a trained W_down (r, d_in), W_up (d_out, r) and, where λ > 0, h0."""
 
     dropout, linear = staticmethod(F.dropout), staticmethod(lambda x, W: F.linear(x, W.to(x.dtype)))
 
-    off = False
-
     def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, s: Settings, residual, like):
-        super().__init__()
-        self.name, self.base, self.settings, self.residual = name, base, s, residual
-        self.lam_start = s.lam if residual else 0.0
+        super().__init__(name, base)
+        self.settings, self.residual, self.lam_start = s, residual, s.lam if residual else 0.0
         lora, dtype = s.method == "lora", torch.promote_types(like.dtype, torch.float32)
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
@@ -46,39 +44,21 @@ class SIBOLayer(nn.Module):
         self.lam_logit = None if start is None else nn.Parameter(start)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
 
-    def __getattr__(self, name: str):  # others read weight, in_features … of the module it wraps
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
     def lam(self) -> float | Tensor:
         return self.lam_start if self.lam_logit is None else self.lam_logit.sigmoid()
 
-    def require_h0(self, h0: Tensor | None, *shape: int) -> Tensor:
-        if h0 is None or h0.shape != shape:  # nothing is broadcast
-            got = h0 if h0 is None else tuple(h0.shape)
+    def require_h0(self, h0: Tensor | None, h: Tensor, width: int) -> Tensor:
+        shape, turned = (*h.shape[:-1], width), h.dim() > 2 and len(h) == h.shape[1] and h.stride(0) < h.stride(1)
+        if h0 is None or h0.shape != shape or turned and h0.stride(0) > h0.stride(1):  # nothing is broadcast
+            got = "another layout" if turned else h0 if h0 is None else tuple(h0.shape)
             raise RuntimeError(f"{self.name}: expected h0 {shape}, got {got}; call the whole model")
         return h0
 
     def mix(self, h: Tensor) -> Tensor:
         if not self.lam_start:
             return h
-        h0, lam = self.require_h0(self.residual.h0, *h.shape).to(h.dtype), self.lam()
+        h0, lam = self.require_h0(self.residual.h0, h, h.shape[-1]).to(h.dtype), self.lam()
         return torch.lerp(h, h0, lam if self.lam_logit is None else lam.to(h.dtype))  # h̃ = (1−λ)h + λh0
-
-    def forward(self, *args, **kwargs):
-        if self.off:
-            return self.base(*args, **kwargs)
-        key, rest = reads(args, kwargs), []
-
-        def base(h: Tensor) -> Tensor:  # of a tuple, the first is its output
-            out = self.base(h, *args[1:], **kwargs) if args else self.base(**kwargs | {key: h})
-            rest.append(out[1:] if isinstance(out, tuple) else None)
-            return out if rest[0] is None else out[0]
-
-        out = self.adapt(args[0] if args else kwargs[key], base)
-        return out if rest[0] is None else (out, *rest[0])
 
 
 class Adapter(SIBOLayer):
@@ -107,7 +87,7 @@ class FoldedLoRA(LoRA):
 
     def adapt(self, h: Tensor, W: Callable) -> Tensor:
         lows = self.residual.low
-        low = self.require_h0(lows and lows[self.index], *h.shape[:-1], self.settings.rank)
+        low = self.require_h0(lows and lows[self.index], h, self.settings.rank)
         return W(torch.cat((h, low.to(h.dtype)), -1))
 
 
@@ -134,6 +114,7 @@ def wrap(m: nn.Module, placed: Placement) -> nn.Module:
         residual.hook(m, stack)
     for name in m.sibo_before.heads:
         m.get_parameter(name).requires_grad_(True)
+    hugging_face.guard(m)
     return m
 
 
@@ -166,6 +147,7 @@ def merge(m: nn.Module) -> nn.Module:
     for residual, down in downs.items():
         residual.fold(m, torch.cat(down), r)
     m.sibo_before = None
+    hugging_face.guard(m)
     return m.requires_grad_(False)
 
 

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sibo_lab.stacks import Stack, is_embedding
-
-
-def reads(args: tuple, kwargs: dict) -> int | str:
-    """Where the tensor stands that a module reads: its first argument, else hidden_states, else the first of floats."""
-    floats = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
-    return 0 if args else next((k for k in ("hidden_states", *floats) if k in kwargs), 0)
+from sibo_lab.wrapping import reads
 
 
 class InitialResidual:

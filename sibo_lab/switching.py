@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sibo_lab import hugging_face
 from sibo_lab.stacks import find_all, patterns
+from sibo_lab.wrapping import swap
 
 
 @dataclass
@@ -26,14 +28,6 @@ class Before:
         heads = {id(p) for n in find_all(m, whole) for p in m.get_submodule(n).parameters()}
         return cls([n for n, p in m.named_parameters() if p.requires_grad],
                    {n: p.detach().clone() for n, p in m.named_parameters() if id(p) in heads})
-
-
-def swap(m: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Puts the values of `new` in the place of its keys, under every name that they have in `m`."""
-    for owner in list(m.modules()):
-        for name, child in owner._modules.items():
-            if child in new:
-                owner._modules[name] = new[child]
 
 
 def require_whole(m: nn.Module) -> None:
@@ -100,6 +94,7 @@ def remove(m: nn.Module) -> nn.Module:
         if n in m.sibo_before.heads:
             p.copy_(m.sibo_before.heads[n])
     del m.sibo, m.sibo_before
+    hugging_face.guard(m)
     return m
 
 
