@@ -54,10 +54,11 @@ class InitialResidual:
         return None if self.is_stale() else getattr(self.live, "low", None)
 
     def is_stale(self) -> bool:
-        """What a backward pass put back is for that backward pass only."""
+        """What a backward pass put back is for that backward pass only. (A compiled graph would be made for each.)"""
+        if torch.compiler.is_compiling():
+            return False
         task = getattr(self.live, "task", None)
-        return bool(task is not None and not torch.compiler.is_compiling() and
-                    task != torch._C._current_graph_task_id())
+        return task is not None and task != torch._C._current_graph_task_id()
 
     def begin(self, owner, args) -> None:
         self.keep(None, None)
