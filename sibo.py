@@ -24,6 +24,7 @@ from sibo_lab import adapter_file, files, hugging_face
 from sibo_lab.initial_residual import InitialResidual, is_turned
 from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
+from sibo_lab.stacks import find
 from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
 from sibo_lab.wrapping import Wrapper, swap
 
@@ -34,7 +35,7 @@ class SIBOLayer(Wrapper):
     dropout, linear = staticmethod(F.dropout), staticmethod(lambda x, W: F.linear(x, W.to(x.dtype)))
 
     def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, s: Settings, residual, like):
-        super().__init__(name, base)
+        super().__init__(name)
         self.settings, self.residual, self.lam_start = s, residual, s.lam if residual else 0.0
         lora, dtype = s.method == "lora", torch.promote_types(like.dtype, torch.float32)
         r = s.rank if lora else s.bottleneck
@@ -43,30 +44,32 @@ class SIBOLayer(Wrapper):
         start = torch.tensor([math.log(s.lam / (1 - s.lam))], device=like.device) if residual and s.learn_lam else None
         self.lam_logit = None if start is None else nn.Parameter(start)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
+        self.base = base
 
     def lam(self) -> float | Tensor:
         return self.lam_start if self.lam_logit is None else self.lam_logit.sigmoid()
 
-    def require_h0(self, h0: Tensor | None, h: Tensor, width: int) -> Tensor:
-        shape = (*h.shape[:-1], width)
-        if h0 is None or h0.shape != shape or is_turned(h) and not is_turned(h0):  # nothing is broadcast
-            got = h0 if h0 is None else f"{tuple(h0.shape)}" + ", its dimensions in another order" * is_turned(h)
+    def require_h0(self, h0: Tensor | None, width: int, *read: Tensor) -> Tensor:
+        shape = (*read[0].shape[:-1], width)
+        turned = self.residual.turned or any(map(is_turned, read)) and not is_turned(h0)
+        if h0 is None or h0.shape != shape or turned:  # nothing is broadcast
+            got = h0 if h0 is None else f"{tuple(h0.shape)}" + ", its dimensions in another order" * turned
             raise RuntimeError(f"{self.name}: expected h0 {shape}, got {got}; call the whole model")
         return h0
 
-    def mix(self, h: Tensor) -> Tensor:
+    def mix(self, h: Tensor, *read: Tensor) -> Tensor:
         if not self.lam_start:
             return h
-        h0, lam = self.require_h0(self.residual.h0, h, h.shape[-1]).to(h.dtype), self.lam()
+        h0, lam = self.require_h0(self.residual.h0, h.shape[-1], h, *read).to(h), self.lam()
         return torch.lerp(h, h0, lam if self.lam_logit is None else lam.to(h.dtype))  # h̃ = (1−λ)h + λh0
 
 
 class Adapter(SIBOLayer):
     def adapt(self, h: Tensor, sub_layer: Callable) -> Tensor:
-        side, f = self.settings.side, torch.tanh
+        side, f, read = self.settings.side, torch.tanh, h
         out = h if side == "in" else sub_layer(h)
         h = h if side == "parallel" else out  # what the adapter reads; beside the module: He et al. 2022
-        mixed = self.mix(h)
+        mixed = self.mix(h, read)
         skip = out if side == "parallel" else mixed if self.settings.skip == "mixed" else h
         out = skip + self.linear(f(self.linear(mixed, self.down)), self.up)  # Eq. (4); λ = 0: Eq. (1)
         return sub_layer(out) if side == "in" else out
@@ -87,8 +90,8 @@ class FoldedLoRA(LoRA):
 
     def adapt(self, h: Tensor, W: Callable) -> Tensor:
         lows = self.residual.low
-        low = self.require_h0(lows and lows[self.index], h, self.settings.rank)
-        return W(torch.cat((h, low.to(h.dtype)), -1))
+        low = self.require_h0(lows and lows[self.index], self.settings.rank, h)
+        return W(torch.cat((h, low.to(h)), -1))
 
 
 def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> nn.Module:
@@ -112,8 +115,9 @@ def wrap(m: nn.Module, placed: Placement) -> nn.Module:
     m.sibo_before.layers += layers.values()
     for stack, residual in residuals.items():
         residual.hook(m, stack)
-    for name in m.sibo_before.heads:
-        m.get_parameter(name).requires_grad_(True)
+    for name in s.modules_to_save:
+        for head in find(modules, name):
+            modules[head].requires_grad_(True)
     hugging_face.guard(m)
     m.sibo_before.hooks.append(m.register_load_state_dict_pre_hook(hugging_face.drop_empty))
     return m
@@ -126,8 +130,9 @@ def merge(m: nn.Module) -> nn.Module:
     s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W in float32, rounded once; the second stays, with one
     product h0 A for all modules. λ = 0 leaves the plain nn.Linear. ValueError: adapters, quantised weights."""
     layers = {n: x for n, x in m.named_modules() if isinstance(x, SIBOLayer) and x.up is not None}
-    if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or not x.base.weight.is_floating_point()]:
-        got = "an adapter, whose tanh is not linear" if m.sibo.method == "adapter" else "a quantised weight"
+    if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or "weight" not in x.base._parameters
+                 or not x.base.weight.is_floating_point()]:
+        got = "an adapter, whose tanh is not linear" if m.sibo.method == "adapter" else "a quantised or computed one"
         raise ValueError(f"{rigid[0]}: expected LoRA on a weight of 16 bits or more, to hold the fold, got {got}")
     downs, plain = defaultdict(list), {}
     for x in layers.values():
@@ -138,7 +143,7 @@ def merge(m: nn.Module) -> nn.Module:
             plain[x] = x.base
         elif not s.frozen_too:
             folded = torch.cat((folded, lam * s.alpha / r * x.up), 1)
-            x.__class__, x.index = FoldedLoRA, len(downs[x.residual])
+            x.__class__, vars(x)["index"] = FoldedLoRA, len(downs[x.residual])
             downs[x.residual].append(x.down.to(W.dtype))
         x.down, x.up, x.lam_logit, x.lam_start = None, None, None, lam
         x.base.in_features = folded.shape[1]
@@ -146,7 +151,8 @@ def merge(m: nn.Module) -> nn.Module:
         x.base.weight = nn.Parameter(folded)
     swap(m, plain)
     for residual, down in downs.items():
-        next(x for x in layers.values() if x.residual is residual).h0_down = residual.fold(torch.cat(down), r)
+        first = next(x for x in layers.values() if x.residual is residual)
+        first.add_module("h0_down", residual.fold(torch.cat(down), r))
     m.sibo_before = None
     return m.requires_grad_(False)
 
@@ -163,5 +169,5 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
     settings, stored = adapter_file.read(file, m)
     if not hasattr(m, "sibo"):
         m = inject(m, **vars(settings)) if settings else m.requires_grad_(True)
-    files.assign({n: p for n, p in m.named_parameters() if p.requires_grad}, stored, file)
+    files.assign(adapter_file.saved(m), stored, file)
     return m

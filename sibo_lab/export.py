@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config
-from sibo_lab.stacks import stack_of
+from sibo_lab.stacks import Anatomy
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "generation_config.json")
@@ -128,7 +128,7 @@ def attach(theirs: nn.Module, folder: Path) -> nn.Module:
                   if n in weights or not n.startswith(("lm_head.", "pooler."))}
     files.assign(parameters, weights, folder / "folded.safetensors")
     seen, names = {}, {n[:-2] for n in branch}
-    first = theirs.get_submodule(stack_of(dict(theirs.named_modules()), next(iter(names))).sources[0])
+    first = theirs.get_submodule(Anatomy.of(theirs).stacks[next(iter(names))].sources[0])
     first.register_forward_pre_hook(lambda _, args: seen.update(h0=args[0]))
     for name in names:
         def add(_, args, y, A=branch[f"{name}.A"], B=branch[f"{name}.B"]):

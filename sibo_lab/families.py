@@ -8,7 +8,17 @@ from collections import defaultdict
 
 from torch import nn
 
-from sibo_lab.stacks import CROSS, EXPERT, FFN_IN, QKV, reads_another_stack, stack_of, why_unfit, widths
+from sibo_lab.stacks import (
+    CROSS,
+    EXPERT,
+    FFN_IN,
+    QKV,
+    Anatomy,
+    is_container,
+    reads_another_stack,
+    why_unfit,
+    widths,
+)
 
 KEY = re.compile(r"(w|c_|to_|project_)?k(ey)?(_proj|_lin)?", re.I)
 FFN = re.compile(r"mlp|ffn|ff|feed_?forward|(block_sparse_)?moe|DenseReluDense", re.I)
@@ -37,21 +47,19 @@ def role(inner: str, d_in: int, d_out: int, d: int) -> str | None:
     return "ffn_out" if d_out == d and any(FFN_OUT.fullmatch(x) for x in (leaf, inner)) else None
 
 
-def places(modules: dict[str, nn.Module], method: str, side: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def places(a: Anatomy, method: str, side: str) -> tuple[dict[str, list[str]], list[str]]:
     """Names of the modules to adapt, as `attn`, `ffn` and `plain`, and of those that get h0 by default."""
-    stacks = {stack.name: stack for name, x in modules.items() if widths(x) and (stack := stack_of(modules, name))}
     parts, at = {"attn": [], "ffn": [], "plain": []}, []
-    for stack in stacks.values():
-        inside = {name: name.removeprefix(f"{stack.name}.").partition(".")[2] for name in modules
-                  if name.startswith(f"{stack.name}." if stack.name else "")}
+    for stack in dict.fromkeys(a.stacks.values()):
+        inside = {n: n.removeprefix(f"{stack.name}.").partition(".")[2] for n, own in a.stacks.items() if own == stack}
         roles = defaultdict(list)
         for name, inner in inside.items():
-            if w := widths(modules[name]):
+            if w := widths(a.modules[name]):
                 roles[role(inner, *w, stack.d)].append(name)
-        encoder = is_encoder(modules, stack.name)
+        encoder = is_encoder(a.modules, stack.name)
         here = (lora(roles, encoder) if method == "lora" else inputs(roles, encoder) if side == "in" else
-                outputs(modules, inside, roles, encoder, side))
-        unfit = {name for part in ("attn", "ffn") for name in here[part] if why_unfit(modules, name)}
+                outputs(a.modules, inside, roles, encoder, side))
+        unfit = {name for part in ("attn", "ffn") for name in here[part] if why_unfit(a, name)}
         if method == "lora" and len(unfit) < len(here["attn"] + here["ffn"]):  # else all are refused, with the reason
             here = {part: [n for n in names if n not in unfit] for part, names in here.items()}
             here["plain"] += unfit
@@ -85,7 +93,8 @@ def outputs(modules: dict[str, nn.Module], inside: dict[str, str], roles: dict[s
             side: str) -> dict[str, list[str]]:
     """The feed-forward sub-layers, and an encoder's attention: as modules, or by the linear module that they end in."""
     whole = {"attn": [n for n, inner in inside.items() if inner == "attn"],
-             "ffn": [n for n, inner in inside.items() if FFN.fullmatch(inner) and not widths(modules[n])]}
+             "ffn": [n for n, inner in inside.items() if FFN.fullmatch(inner) and not (
+                 widths(modules[n]) or is_container(modules[n]))]}
     bert = {part: [n for n, inner in inside.items() if BERTS_OUTPUTS.get(inner) == part] for part in ("attn", "ffn")}
     found = {}
     for part in ("attn", "ffn"):

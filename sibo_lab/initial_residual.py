@@ -4,10 +4,12 @@ Source: METHOD's h0 is the *initial token representation* (the paper's Section 3
 replaced embeddings, positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
 import threading
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sibo_lab.stacks import Stack, is_embedding
 from sibo_lab.wrapping import reads
@@ -22,17 +24,19 @@ class InitialResidual:
     down, rank = None, 0  # down: in a merged model all A of the stack's modules, as one
 
     def __init__(self):
-        self.live = threading.local()
+        self.live, self.order = threading.local(), []
 
     def hook(self, m: nn.Module, stack: Stack) -> None:
         """Has every pass of the stack through `m` filled in, and forgotten at its end, also if an exception ends it."""
         owner, sources = m.get_submodule(stack.owner), [m.get_submodule(name) for name in stack.sources]
+        first, mine = sources[0]._forward_pre_hooks, type(self).capture
         m.sibo_before.hooks += [
             owner.register_forward_pre_hook(self.begin),
             *(x.register_forward_hook(self.capture_output) if is_embedding(x) else
               x.register_forward_pre_hook(self.capture, with_kwargs=True) for x in sources),
             *(x.register_forward_hook(self.mark) for x in sources),
             owner.register_forward_hook(self.end, always_call=True)]
+        self.order += [(first, key) for key, hook in first.items() if getattr(hook, "__func__", None) is mine]
 
     def fold(self, down: Tensor, rank: int) -> nn.Module:
         """Of all A (rank, d) of the stack's modules, one product h0 A."""
@@ -51,7 +55,13 @@ class InitialResidual:
     @property
     def low(self) -> tuple[Tensor, ...] | None:
         """In a merged model, h0 A by module."""
-        return None if self.is_stale() else getattr(self.live, "low", None)
+        return None if self.h0 is None else self.live.low
+
+    @property
+    def turned(self) -> bool:
+        """Whether, in a pass of as many sequences as tokens, something turned (B, T, …) to (T, B, …)."""
+        watch = None if torch.compiler.is_compiling() else getattr(self.live, "watch", None)
+        return watch is not None and watch.turned
 
     def is_stale(self) -> bool:
         """What a backward pass put back is for that backward pass only. (A compiled graph would be made for each.)"""
@@ -61,23 +71,31 @@ class InitialResidual:
         return task is not None and task != torch._C._current_graph_task_id()
 
     def begin(self, owner, args) -> None:
-        outer = dict(vars(self.live)) if getattr(self.live, "running", False) else None  # of an owner that calls itself
+        busy = getattr(self.live, "running", False) or getattr(self.live, "task", None) is not None
+        outer = dict(vars(self.live)) if busy else None  # an owner that calls itself, a pass within a backward pass
         self.keep(None, None)
+        for hooks, key in self.order if not torch.compiler.is_compiling() else ():
+            hooks.move_to_end(key)  # after the hooks that others put on the first block since
         self.live.running, self.live.first, self.live.last, self.live.outer = True, None, None, outer
+        self.live.watch = None
 
     def capture(self, block, args, kwargs) -> None:
-        if not getattr(self.live, "running", False) or self.live.first not in (None, block):
+        if not getattr(self.live, "running", False):
+            if self.down and getattr(self.live, "task", None) is not None:
+                self.fold_h0()  # the first block, run again, does what it did
+            return
+        if self.live.first not in (None, block):
             return
         key = reads(args, kwargs)
         x = args[key] if args else kwargs.get(key)
-        if self.live.first is not None and x is not self.live.last and not torch.compiler.is_compiling():
-            raise RuntimeError("h0: expected the first block to run once in a pass, or (as ALBERT's) on what the last "
-                               "one wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
         if self.live.first is None:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 raise RuntimeError(f"h0: expected the first block to read a floating-point tensor, got a {type(x)}")
             self.live.first = block
             self.take(x)
+        elif x is not self.live.last and not torch.compiler.is_compiling():
+            raise RuntimeError("h0: expected the first block to run once in a pass, or (as ALBERT's) on what the last "
+                               "one wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
 
     def capture_output(self, embedding, args, output) -> None:
         if getattr(self.live, "running", False):
@@ -85,15 +103,23 @@ class InitialResidual:
 
     def take(self, x: Tensor) -> None:
         self.live.h0 = x.clone()  # some models go on to add to it in place
+        self.fold_h0()
+        if x.dim() > 2 and len(x) == x.shape[1] > 1 and not torch.compiler.is_compiling() and not self.live.watch:
+            self.live.watch = Turning(x.shape)
+            self.live.watch.__enter__()
+
+    def fold_h0(self) -> None:
         self.live.low = self.down and self.down(self.live.h0).split(self.rank, -1)
 
     def end(self, owner, args, output) -> None:
+        if self.live.watch:
+            self.live.watch.__exit__(None, None, None)
         try:
             self.mark(owner, args, output)
         finally:
-            outer = getattr(self.live, "outer", None)
+            outer = self.live.outer
             self.keep(None, None)
-            self.live.running, self.live.first, self.live.last = False, None, None
+            self.live.running, self.live.first, self.live.last, self.live.watch = False, None, None, None
             vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:
@@ -102,19 +128,23 @@ class InitialResidual:
         if torch.compiler.is_compiling() or not getattr(self.live, "running", False):
             return
         self.live.last = output[0] if isinstance(output, tuple | list) and output else output
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.live.h0 is None:
             return
-        if not isinstance(output, Tensor | tuple | list | None):  # a dict, or an object with tensors
-            output = list(output.values() if isinstance(output, dict) else vars(output).values())
+        if not isinstance(output, Tensor | tuple | list):  # a dict, or an object with tensors
+            output = list(output.values() if isinstance(output, dict) else getattr(output, "__dict__", {}).values())
         for t in torch.utils._pytree.tree_leaves(output):
-            if isinstance(t, Tensor) and t.requires_grad and self.live.h0 is not None:
-                t.register_hook(partial(self.put_back, self.live.h0, self.live.low))
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(partial(self.put_back, self.live.h0))
 
-    def put_back(self, h0: Tensor, low: tuple[Tensor, ...] | None, grad: Tensor) -> None:
-        again = h0.detach().requires_grad_(h0.requires_grad)  # the gradient through h0 has its own way back
-        self.keep(again, low, torch._C._current_graph_task_id())
-        mine = vars(self.live)  # this thread's: another may finish the backward pass
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: mine.update(h0=None, low=None, task=None))
+    def put_back(self, h0: Tensor, grad: Tensor) -> None:
+        task, mine = torch._C._current_graph_task_id(), vars(self.live)  # this thread's: another may finish the pass
+        if task != mine.get("task"):
+            before = {name: mine.get(name) for name in ("h0", "low", "task")}
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: mine.update(before))
+        again = h0.detach()  # the gradient through h0 has its own way back
+        with suppress(RuntimeError):  # within torch.func
+            again.requires_grad_(h0.requires_grad)
+        self.keep(again, self.down and self.down(again).split(self.rank, -1), task)
 
     def keep(self, h0: Tensor | None, low: tuple[Tensor, ...] | None, task: int | None = None) -> None:
         self.live.h0, self.live.low, self.live.task = h0, low, task
@@ -126,9 +156,30 @@ class InitialResidual:
         vars(self).update(state, live=threading.local())
 
 
+class Turning(TorchDispatchMode):
+    """Notes that a tensor of these first two sizes, which are equal, had the two exchanged: no shape tells that."""
+
+    turned = False
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape = shape[:2]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.transpose.int, aten.permute.default) and args[0].dim() > 2 and args[0].shape[:2] == self.shape:
+            order = list(range(args[0].dim()))
+            if func is aten.transpose.int:
+                order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+            else:
+                order = args[1]
+            self.turned |= order[0] % args[0].dim() == 1
+        return func(*args, **kwargs or {})
+
+
 def is_turned(x: Tensor) -> bool:
     """Whether two of its dimensions, of one size by chance, stand in another order than in memory: (T, B, d), B = T."""
-    return any(x.shape[i] == x.shape[i + 1] > 1 and x.stride(i) < x.stride(i + 1) for i in range(x.dim() - 2))
+    return any(x.shape[i] == x.shape[i + 1] > 1 and x.stride(i) < x.stride(i + 1) for i in range(x.dim() - 1))
 
 
 def trains(x: Tensor) -> bool:

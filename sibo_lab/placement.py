@@ -11,6 +11,7 @@ from sibo_lab.families import places
 from sibo_lab.files import quoted
 from sibo_lab.settings import Settings
 from sibo_lab.stacks import (
+    Anatomy,
     Stack,
     adaptable_widths,
     find,
@@ -18,7 +19,6 @@ from sibo_lab.stacks import (
     named_source,
     own_stack,
     patterns,
-    stack_of,
     why_unfit,
     widths,
 )
@@ -26,6 +26,7 @@ from sibo_lab.stacks import (
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "logits_proj",
          "sequence_summary", "regression_head", "multiple_choice_head", "reward_head", "value_head", "v_head",
          "rm_head")  # what is new for a task, by the names of transformers and trl
+ROOT_HEADS = ("projector",)  # elsewhere these are pre-trained
 
 
 class Placement(NamedTuple):
@@ -36,36 +37,39 @@ class Placement(NamedTuple):
 
 def place(m: nn.Module, s: Settings) -> Placement:
     """Resolves the settings against the model `m`. Raises ValueError naming whatever does not fit."""
-    modules, kind = dict(m.named_modules()), type(m).__name__
-    parts, default = places(modules, s.method, s.side)
+    a, kind = Anatomy.of(m), type(m).__name__
+    parts, default = places(a, s.method, s.side)
     own = (s.targets,) if isinstance(s.targets, str) else s.targets
-    targets = tuple(own or patterns(modules, *parts.values()))
+    targets = tuple(own or patterns(a.modules, *parts.values()))
     if not targets:
-        fit = patterns(modules, [n for n, x in modules.items() if (w := widths(x)) and (stack := stack_of(modules, n))
-                                 and stack.d == w[0] and not why_unfit(modules, n)])
-        raise ValueError(f"{kind}: no known place for {s.method}, side {s.side}; expected targets="
-                         + f", such as {' or '.join(fit)}" * bool(fit))
-    at = s.sibo_at or own or patterns(modules, default)  # targets of one's own all get h0
+        fit = patterns(a.modules, [n for n, stack in a.stacks.items() if (w := widths(a.modules[n])) and w[0] == stack.d
+                                   and not why_unfit(a, n)])
+        raise ValueError(f"{kind}: no known place for {s.method}, side {s.side}; expected targets=, such as "
+                         f"{' or '.join(fit) or 'linear modules in a list of blocks, of which it has none'}")
+    at = s.sibo_at or own or patterns(a.modules, default)  # targets of one's own all get h0
     if at in ("attn", "ffn", "both"):
-        at = [t for t in patterns(modules, *(parts[p] for p in ("attn", "ffn") if at in (p, "both"))) if t in targets]
+        at = [t for t in patterns(a.modules, *(parts[p] for p in ("attn", "ffn") if at in (p, "both"))) if t in targets]
     at = ((at,) if isinstance(at, str) else tuple(at)) if s.lam else ()
     names, getting = find_all(m, targets), find_all(m, at)
     if s.lam and not (getting and set(getting) <= set(names)):
         raise ValueError(f"sibo_at {quoted(s.sibo_at)}: expected some of the adapted {quoted(list(targets))}, got "
                          f"{quoted(list(at))}; lam=0 is the plain method")
-    named = named_source(modules, s.h0, getting) if s.h0 else None
-    mixed, found = {name: named or own_stack(modules, name) for name in getting}, {}
+    named = named_source(a, s.h0, getting) if s.h0 else None
+    mixed, found = {name: named or own_stack(a, name) for name in getting}, {}
     for name in names:
-        stack, d = mixed.get(name), [x.d for x in (mixed.get(name), stack_of(modules, name)) if x and x.d]
-        found[name] = adaptable_widths(modules, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
-        wrong = stack and (why_unfit(modules, name) or stack.d and found[name][0] != stack.d and
+        stack, d = mixed.get(name), [x.d for x in (mixed.get(name), a.stacks.get(name)) if x and x.d]
+        found[name] = adaptable_widths(a, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
+        wrong = stack and (why_unfit(a, name) or stack.d and found[name][0] != stack.d and
                            f"that reads inputs {found[name][0]} wide, where h0 is {stack.d}")
         if wrong:
             raise ValueError(f"{name}: expected a module that can take h0, got one {wrong}; name others as "
                              "targets= or sibo_at=")
-    heads, own = [t for t in HEADS if any(not stack_of(modules, n) for n in find(m, t))], s.modules_to_save
-    whole = tuple(heads if own is None else (own,) if isinstance(own, str) else own)
-    if adapted := [n for n in find_all(m, whole) if any(f"{t}.".startswith(f"{n}.") for t in names)]:
+    whole, holding = s.modules_to_save, {".".join(t.split(".")[:i]) for t in names for i in range(1, t.count(".") + 2)}
+    if whole is None:
+        whole = [t for t in HEADS if any(n not in a.stacks and n not in holding for n in find(a.modules, t))]
+        whole += [n for n in ROOT_HEADS if n in a.modules]
+    whole = (whole,) if isinstance(whole, str) else tuple(whole)
+    if adapted := [n for n in find_all(m, whole) if n in holding]:
         raise ValueError(f"modules_to_save: expected modules without adapters, got {adapted[0]}")
-    h0 = s.h0 and find(m, s.h0)[0]
+    h0 = s.h0 and find(a.modules, s.h0)[0]
     return Placement(replace(s, targets=targets, sibo_at=at, h0=h0, modules_to_save=whole), found, mixed)

@@ -11,22 +11,44 @@ from torch import nn
 
 from sibo_lab.files import near, quoted
 
-FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+FUSED = re.compile("MultiheadAttention|TransformerEncoderLayer|WavLMAttention")  # they read weights, and call nothing
 QKV = re.compile(r"(w|c_|to_|project_)?(q|k|v|kv|qkv|query|key|value)(_a)?(_proj|_lin|_proj_with_mqa)?|query_key_value|"
                  "c_attn|in_proj", re.I)  # also fused; q_a and kv_a project down from d
 FFN_IN = re.compile(r"(gate_)?up_proj|fc_?1|fc_in|c_fc|dense_h_to_4h|w3|wi(_1)?|lin(ear)?_?1|layer_1|w_1|weights_in|"
                     r"ffn|ffn\.0|(.*\.)?intermediate(\.dense)?", re.I)
-CROSS = re.compile(r"cross|(enc(oder)?(_?dec(oder)?)?|src|source|memory|context|inter)_?att", re.I)
+CROSS = re.compile(r"cross|encdec|(enc(oder)?(_?dec(oder)?)?|src|source|mem(ory)?|context|cond|inter|co|c|x)_?att|"
+                   "attn?_?2", re.I)
 EXPERT = re.compile(r"expert|moe|shared", re.I)
-UNFIT = {  # by the class of what a block is or holds: why no h0 of (B, T, d) reaches modules of that name
+UNFIT = {  # by how the class of a block, or of a part of it, begins: why no h0 of (B, T, d) fits modules of that name
     "OPTDecoderLayer": (r"fc\d", "whose layer puts all tokens in one row before it"),
-    "(Longformer|LEDEncoder)Layer": (r"query|key|value", "whose attention turns (B, T, d) to (T, B, d)"),
-    "(Swin|Donut|Segformer|Pvt|Hiera|Cvt|Glpn|Levit|Focal|Nat|Dinat|MViT|Sam|Funnel)": (
-        "", "whose layers pool tokens or cut them into windows"),
+    "LongformerLayer|LEDEncoderLayer": (r"query|key|value", "whose attention turns (B, T, d) to (T, B, d)"),
+    "Swin|Donut|Segformer|Pvt|Hiera|Cvt|GLPN|Levit|FocalNet|Nat[A-Z]|Dinat|MViT|Sam[A-Z2]|Funnel|VitDet|GroupViT|"
+    "PatchTST|TimeSformer|Timesformer|PegasusX": ("", "whose layers pool, cut or add tokens"),
     "DisentangledSelfAttention": (r"(query|key)_proj", "which reads relative positions too"),
-    "HrmTextDecoderLayer": ("", "whose stacks run in a loop, so that what they read is no token's representation"),
-    "HyperConnection": ("", "whose layers read several streams at once"),
+    "LxmertXLayer": ("", "whose layers read two sequences"),
+    "HrmText": ("", "whose stacks run in a loop, so that what they read is no token's representation"),
+    r"\w*HyperConnection|Gemma3nTextAltUp": ("", "whose layers read several streams at once"),
 }
+
+
+class Anatomy(NamedTuple):
+    """The modules of a model by name, and the stack of each that stands in one."""
+
+    modules: dict[str, nn.Module]
+    stacks: dict[str, "Stack"]
+
+    @classmethod
+    def of(cls, m: nn.Module) -> "Anatomy":
+        modules, lists, stacks = dict(m.named_modules()), {}, {}
+        for name in modules:
+            parts = name.split(".")
+            for parent in (".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()):
+                if parent not in lists:
+                    lists[parent] = stack_at(modules, parent)
+                if lists[parent] != "models":
+                    stacks |= {name: lists[parent]} if lists[parent] else {}
+                    break
+        return cls(modules, stacks)
 
 
 class Stack(NamedTuple):
@@ -47,7 +69,8 @@ def widths(x: nn.Module) -> tuple[int, int] | None:
 
 def is_embedding(x: nn.Module) -> bool:
     """It reads ids, so h0 can only be what it writes: nn.Embedding, or BERT's sum of several."""
-    return isinstance(x, nn.Embedding) or any(isinstance(child, nn.Embedding) for child in x.children())
+    return isinstance(x, nn.Embedding) or any(isinstance(child, nn.Embedding) for child in x.children()) and not any(
+        QKV.fullmatch(n.rpartition(".")[2]) for n, _ in x.named_modules())
 
 
 def caller(modules: dict[str, nn.Module], name: str) -> str:
@@ -69,44 +92,44 @@ def called(modules: dict[str, nn.Module], name: str) -> str:
     return name
 
 
-def stack_of(modules: dict[str, nn.Module], name: str) -> Stack | None:
-    """The outermost list of blocks that a module stands in; a list of whole models, or of parts of blocks, is none."""
-    parts = name.split(".")
-    for i in (i for i, part in enumerate(parts) if part.isdigit()):
-        parent = ".".join(parts[:i])
-        blocks = [k for k, x in modules[parent].named_children() if not is_embedding(x)]
-        first = modules[f"{parent}.{(blocks or parts[i:])[0]}".lstrip(".")]
-        if not blocks or re.search("(Attention|FFN|MLP)$", type(first).__name__):
-            return None
-        d = next((w[0] for x in first.modules() if (w := widths(x))), None)
-        if not any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules()) and not (
-                len(blocks) > 1 and holds_stack(first)):
-            sources = tuple(called(modules, f"{parent}.{block}".lstrip(".")) for block in blocks)
-            return Stack(parent, caller(modules, parent), sources, d)
-    return None
+def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | str | None:
+    """The stack that a list of blocks is; None for a list of parts of blocks, "models" for one of whole models."""
+    blocks = [k for k, x in modules[parent].named_children() if not is_embedding(x)]
+    first = modules[f"{parent}.{blocks[0]}".lstrip(".")] if blocks else nn.Module()
+    if not blocks or re.search("(Attention|FFN|MLP)$", type(first).__name__):
+        return None
+    linear = [(n.rpartition(".")[2], w[0]) for n, x in first.named_modules() if (w := widths(x))]
+    known = [d for leaf, d in linear if QKV.fullmatch(leaf) or FFN_IN.fullmatch(leaf)]
+    d = (known or [d for _, d in linear] or [None])[0]
+    embeds = any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules())
+    if (embeds or len(blocks) > 1) and holds_stack(first):
+        return "models"
+    sources = tuple(called(modules, f"{parent}.{k}".lstrip(".")) for k in blocks)
+    return Stack(parent, caller(modules, parent), sources, d)
 
 
 def holds_stack(x: nn.Module) -> bool:
-    """Whether it has a list of blocks of its own: of several that hold attention and something else that is linear."""
+    """Whether it has a list of blocks of its own: of several that hold attention and a feed-forward."""
     def is_block(y: nn.Module) -> bool:
         leaves = [n.rpartition(".")[2] for n, z in y.named_modules() if widths(z)]
-        return any(map(QKV.fullmatch, leaves)) and any(FFN_IN.fullmatch(leaf) for leaf in leaves)
+        return any(map(QKV.fullmatch, leaves)) and any(map(FFN_IN.fullmatch, leaves))
 
     lists = ([*y.children()] for y in x.modules() if isinstance(y, nn.ModuleList | nn.Sequential))
     return any(len(children) > 1 and all(map(is_block, children)) for children in lists)
 
 
-def why_unfit(modules: dict[str, nn.Module], name: str) -> str:
+def why_unfit(a: Anatomy, name: str) -> str:
     """Why a module of a stack cannot take h0, by its name or its block's class, or ""."""
-    if not (stack := stack_of(modules, name)):
+    if not (stack := a.stacks.get(name)):
         return ""
     block, _, inner = name.removeprefix(f"{stack.name}.").partition(".")
     if EXPERT.search(inner):
         return "whose rows are not one sequence's tokens in order, as an expert's"
     if reads_another_stack(inner):
         return "which reads another stack's states, as a cross-attention's k and v do"
-    kinds = " ".join({type(x).__name__ for x in modules[f"{stack.name}.{block}".lstrip(".")].modules()})
-    return next((why for kind, (leaf, why) in UNFIT.items() if re.search(kind, kinds) and re.search(leaf, inner)), "")
+    kinds = {type(x).__name__ for x in a.modules[f"{stack.name}.{block}".lstrip(".")].modules()}
+    return next((why for kind, (leaf, why) in UNFIT.items()
+                 if re.search(leaf, inner) and any(re.match(kind, x) for x in kinds)), "")
 
 
 def reads_another_stack(inner: str) -> bool:
@@ -115,44 +138,43 @@ def reads_another_stack(inner: str) -> bool:
     return bool(CROSS.search(outer) and QKV.fullmatch(leaf) and not re.match("(w|c_|to_|project_)?q(?!kv)", leaf, re.I))
 
 
-def named_source(modules: dict[str, nn.Module], h0: str, getting: Sequence[str]) -> Stack:
+def named_source(a: Anatomy, h0: str, getting: Sequence[str]) -> Stack:
     """h0 as the user names it: what that module reads, in a pass of whatever calls it and those that get h0."""
-    if len(sources := find(modules, h0)) != 1:
+    if len(sources := find(a.modules, h0)) != 1:
         raise ValueError(f"h0 {quoted(h0)}: expected one module, whose input is h0, got {sources}")
-    source, ins = modules[sources[0]], [w[0] for x in modules[sources[0]].modules() if (w := widths(x))]
+    source = a.modules[sources[0]]
+    ins = [w[0] for x in source.modules() if (w := widths(x))]
     if is_embedding(source):
         d = list(source.parameters())[-1].shape[-1]
     else:
         d = ins[0] if ins else next((p.shape[-1] for p in source.parameters() if p.dim() == 1), None)  # of a norm
     common = os.path.commonprefix([name.split(".") for name in (*sources, *getting)])
-    return Stack("", caller(modules, ".".join(common)), tuple(sources), d)
+    return Stack("", caller(a.modules, ".".join(common)), tuple(sources), d)
 
 
-def own_stack(modules: dict[str, nn.Module], name: str) -> Stack:
+def own_stack(a: Anatomy, name: str) -> Stack:
     """The stack that a module stands in, or the only one beside it, in the module that runs both."""
-    if stack := stack_of(modules, name):
-        return stack
-    stacks = {stack for n, x in modules.items() if widths(x) and (stack := stack_of(modules, n))}
-    beside = [stack for stack in stacks if name.startswith(f"{stack.owner}." if stack.owner else "")]
-    if len(beside) != 1:
+    beside = {stack for stack in a.stacks.values() if name.startswith(f"{stack.owner}." if stack.owner else "")}
+    if name not in a.stacks and len(beside) != 1:
         raise ValueError(f"{name}: expected a module in a stack of blocks, whose first one reads h0, got it beside "
                          f"{len(beside)}; pass h0=, the name of a module that reads h0, or leave it out of sibo_at")
-    return beside[0]
+    return a.stacks.get(name) or beside.pop()
 
 
-def adaptable_widths(modules: dict[str, nn.Module], name: str, side: str, d: int | None) -> tuple[int, int]:
+def adaptable_widths(a: Anatomy, name: str, side: str, d: int | None) -> tuple[int, int]:
     """Of what an adapter or LoRA on a module reads and writes. ValueError where it would not run, or be passed by."""
-    x, parents = modules[name], [modules[".".join(name.split(".")[:i])] for i in range(name.count(".") + 1)]
-    if fused := next((type(p).__name__ for p in parents if isinstance(p, FUSED)), None):
+    x, parents = a.modules[name], [a.modules[".".join(name.split(".")[:i])] for i in range(name.count(".") + 1)]
+    kinds = [type(parent).__name__ for parent in parents]
+    if fused := next(filter(FUSED.fullmatch, kinds), None):
         raise ValueError(f"{name}: expected a module that is called, got one of {fused}, which reads its weights in a "
                          "fused kernel; adapt a module around it")
-    if "Mamba" in type(parents[-1]).__name__ and name.endswith(("out_proj", "x_proj", "dt_proj")):
-        raise ValueError(f"{name}: expected a module that is called, got one of {type(parents[-1]).__name__}, whose "
-                         "fast path reads the weight; adapt its in_proj")
+    if "Mamba" in kinds[-1] and name.endswith(("out_proj", "x_proj", "dt_proj")):
+        raise ValueError(f"{name}: expected a module that is called, got one of {kinds[-1]}, whose fast path reads the "
+                         "weight; adapt its in_proj")
     if linear := widths(x):
         d_in, d_out = linear
         return {"out": (d_out, d_out), "in": (d_in, d_in)}.get(side, linear)
-    if d and side in ("out", "parallel") and type(x).forward is not nn.Module.forward:
+    if d and side in ("out", "parallel") and not is_container(x):
         return d, d  # a sub-layer, as wide as h0 at both ends
     raise ValueError(f"{name}: expected a nn.Linear, or a sub-layer beside a known h0, got a {type(x).__name__}")
 
@@ -166,28 +188,32 @@ def find(names: Iterable[str] | nn.Module, target: str) -> list[str]:
 
 def find_all(m: nn.Module, targets: Sequence[str]) -> list[str]:
     """`find` for several, in the model's order. ValueError with near names if one matches nothing."""
-    found = {target: find(m, target) for target in targets}
+    modules = dict(m.named_modules())
+    found = {target: find(modules, target) for target in targets}
     if lost := [target for target in targets if not found[target]]:
-        known = {".".join(n.split(".")[-k:]) for n, _ in m.named_modules() for k in (1, 2)} - {""}
+        known = {".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} - {""}
         raise ValueError(f"{quoted(lost[0])}: expected a module of this {type(m).__name__}, got none of that name"
                          + near(lost[0], sorted(known)))
-    return [name for name, _ in m.named_modules() if any(name in names for names in found.values())]
+    every = set().union(*found.values())
+    return [name for name in modules if name in every]
 
 
-def patterns(modules: dict[str, nn.Module], *parts: Sequence[str]) -> tuple[str, ...]:
-    """The shortest targets that find each part's modules, and no others."""
-    templates, found = {}, []
-    for name in modules:
-        templates.setdefault(_template(name), set()).add(name)
+def patterns(names: Iterable[str], *parts: Sequence[str]) -> tuple[str, ...]:
+    """The shortest targets that find, of all names, each part's, and no others."""
+    templates = {n: re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", n, count=1).split(".") for n in names}  # * for the block
+    alike, found = {}, []
+    for name, template in templates.items():
+        alike.setdefault(tuple(template), set()).add(name)
+
+    def fits(tail: Sequence[str], template: Sequence[str]) -> bool:
+        end = template[-len(tail):]
+        return len(end) == len(tail) and all(w == e or w == "*" or e == "*" and w.isdigit()
+                                             for w, e in zip(tail, end, strict=True))
+
     for part in parts:
         chosen = set(part)
-        for template in dict.fromkeys(map(_template, part)):
-            tails = [".".join(template.split(".")[-k:]) for k in range(1, template.count(".") + 2)]
-            short = (t for t in tails if all(templates[x] <= chosen for x in find(templates, t)) and
-                     chosen.issuperset(find(modules, t)))
-            found += [t] if (t := next(short, None)) else sorted(templates[template] & chosen)
+        for template in dict.fromkeys(tuple(templates[n]) for n in part):
+            tails = (template[-k:] for k in range(1, len(template) + 1))
+            short = (t for t in tails if all(same <= chosen for x, same in alike.items() if fits(t, x)))
+            found += [".".join(t)] if (t := next(short, None)) else sorted(alike[template] & chosen)
     return tuple(dict.fromkeys(found))
-
-
-def _template(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name, count=1)

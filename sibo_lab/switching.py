@@ -4,29 +4,40 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sibo_lab.stacks import find_all, patterns
-from sibo_lab.wrapping import swap
+from sibo_lab.wrapping import Wrapper, swap
+
+LOCK = Lock()  # of depth
 
 
 @dataclass
 class Before:
-    """What `inject` changed in a model, beside the layers it put in."""
+    """What `inject` found in a model, and what it put in."""
 
     trained: list[str]  # the parameters that learned
-    heads: dict[str, Tensor]  # copies of those that are trained whole
+    state: dict[str, Tensor]  # copies of what now changes: heads, and the statistics of batch norms
     layers: list[nn.Module] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
+    now: dict[str, Tensor] | None = None  # while the method is disabled, its own values of `state`
+    depth: int = 0  # how often it is, by whichever threads
 
     @classmethod
     def of(cls, m: nn.Module, whole: tuple[str, ...]) -> "Before":
-        heads = {id(p) for n in find_all(m, whole) for p in m.get_submodule(n).parameters()}
+        changing = {id(t) for n in find_all(m, whole) for t in m.get_submodule(n).state_dict(keep_vars=True).values()}
+        changing |= {id(t) for x in m.modules() if isinstance(x, nn.modules.batchnorm._NormBase) for t in x.buffers()}
         return cls([n for n, p in m.named_parameters() if p.requires_grad],
-                   {n: p.detach().clone() for n, p in m.named_parameters() if id(p) in heads})
+                   {n: t.detach().clone() for n, t in named_tensors(m) if id(t) in changing})
+
+
+def named_tensors(m: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from chain(m.named_parameters(), m.named_buffers())
 
 
 def require_whole(m: nn.Module) -> None:
@@ -35,6 +46,8 @@ def require_whole(m: nn.Module) -> None:
     if hasattr(m, "sibo"):
         raise ValueError(f"{name}: expected a model not injected yet, got {m.sibo}; sibo.remove it first")
     for n, x in modules.items():
+        if hasattr(x, "sibo") or isinstance(x, Wrapper):
+            raise ValueError(f"{name}: expected a model without adapters, got them at {n!r}; sibo.remove them first")
         if "peft" in (type(x).__module__.partition(".")[0], *vars(x).keys() & {"peft"}):
             raise ValueError(f"{name}: expected a model without adapters, got peft's at {n!r}, which would freeze; "
                              "merge_and_unload() them, or load the model again")
@@ -53,20 +66,26 @@ def layers(m: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def disabled(m: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `m` is the frozen model, its heads as they were too; for all threads. ValueError if not injected."""
-    inside, heads = layers(m), {n: m.get_parameter(n) for n in m.sibo_before.heads}
-    trained, off = {n: p.data for n, p in heads.items()}, [x.off for x in inside]
-    try:
+    """Inside, `m` is the frozen model, its heads as they were too, for all threads; `sibo.save` waits outside.
+    ValueError if `m` is not injected."""
+    inside, before, tensors = layers(m), m.sibo_before, dict(named_tensors(m))
+    with LOCK:
+        before.depth += 1
+        if before.depth == 1:
+            before.now = {n: tensors[n].data for n in before.state}
+            for n, t in before.state.items():
+                tensors[n].data = t.to(tensors[n], copy=True)
         for x in inside:
             x.off = True
-        for n, p in heads.items():
-            p.data = m.sibo_before.heads[n].to(p)
+    try:
         yield m
     finally:
-        for x, was in zip(inside, off, strict=True):
-            x.off = was
-        for n, p in heads.items():
-            p.data = trained[n]
+        with LOCK:
+            before.depth -= 1
+            for n in before.state if not before.depth else ():
+                tensors[n].data = before.now[n]
+            for x in inside:
+                x.off = before.depth > 0
 
 
 def set_lam(m: nn.Module, lam: float) -> nn.Module:
@@ -85,14 +104,18 @@ def set_lam(m: nn.Module, lam: float) -> nn.Module:
 
 @torch.no_grad()
 def remove(m: nn.Module) -> nn.Module:
-    """Takes everything out again, in place: `m` as it was before `inject`, bit for bit. ValueError if it is merged."""
-    swap(m, {x: x.base for x in layers(m)})
-    for hook in m.sibo_before.hooks:
+    """Takes everything out again, in place: `m` as it was before `inject`, bit for bit. ValueError if it is merged,
+    disabled, or of other sizes by now."""
+    inside, before, tensors = layers(m), m.sibo_before, dict(named_tensors(m))
+    for n, t in before.state.items():
+        if before.depth or tensors[n].shape != t.shape:
+            raise ValueError(f"{n}: expected {tuple(t.shape)}, not disabled, got {tuple(tensors[n].shape)}")
+        tensors[n].copy_(t)
+    swap(m, {x: x.base for x in inside})
+    for hook in before.hooks:
         hook.remove()
     for n, p in m.named_parameters():
-        p.requires_grad_(n in m.sibo_before.trained)
-        if n in m.sibo_before.heads:
-            p.copy_(m.sibo_before.heads[n])
+        p.requires_grad_(n in before.trained)
     del m.sibo, m.sibo_before
     return m
 

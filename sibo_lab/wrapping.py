@@ -17,19 +17,29 @@ def reads(args: tuple, kwargs: dict) -> int | str:
 
 
 class Wrapper(nn.Module):
-    """Computes adapt(h, base) of what `base` would read, h; of a tuple that `base` returns, the first is its output."""
+    """Computes adapt(h, base) of h, what `base` would read; of a tuple that `base` returns, the first is its output.
+    `base` is set last: what others read or set then, and this has not, is of the module that it wraps."""
 
-    off = False  # on: only what the module itself computes
+    off = False  # True: only what the module itself computes
 
-    def __init__(self, name: str, base: nn.Module):
+    def __init__(self, name: str):
         super().__init__()
-        self.name, self.base = name, base
+        self.name = name
 
-    def __getattr__(self, name: str):  # others read weight, in_features … of the module it wraps
+    def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+            value = getattr(super().__getattr__("base"), name)
+        return Unread.of(value, self.name) if name == "weight" and isinstance(value, nn.Parameter) else value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        base = vars(self).get("_modules", {}).get("base")
+        mine = hasattr(type(self), name) or any(name in vars(self)[k] for k in ("_parameters", "_modules"))
+        if base is None or mine or name in vars(self) or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def adapt(self, h: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         raise NotImplementedError
@@ -40,15 +50,41 @@ class Wrapper(nn.Module):
         if self.training and torch.is_grad_enabled() and self.down is not None and not self.down.requires_grad:
             raise RuntimeError(f"{self.name}: expected to be trained, got frozen, as peft's get_peft_model does; "
                                "call eval(), or make its parameters require gradients")
-        key, rest = reads(args, kwargs), []
+        key, outputs = reads(args, kwargs), []
 
         def base(h: Tensor) -> Tensor:
-            out = self.base(h, *args[1:], **kwargs) if args else self.base(**kwargs | {key: h})
-            rest.append(out[1:] if isinstance(out, tuple) else None)
-            return out if rest[0] is None else out[0]
+            outputs.append(self.base(h, *args[1:], **kwargs) if args else self.base(**kwargs | {key: h}))
+            out = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+            if not isinstance(out, Tensor):
+                raise TypeError(f"{self.name}: expected it to return a tensor, or a tuple, got a {type(out).__name__}")
+            return out
 
         out = self.adapt(args[0] if args else kwargs[key], base)
-        return out if rest[0] is None else (out, *rest[0])
+        if not isinstance(outputs[0], tuple):
+            return out
+        return getattr(outputs[0], "_make", tuple)((out, *outputs[0][1:]))
+
+
+class Unread(Tensor):
+    """A wrapped module's weight, to be looked at, but not computed with, which would pass by what was put on it."""
+
+    @classmethod
+    def of(cls, weight: Tensor, name: str) -> "Unread":
+        weight = weight.detach().as_subclass(cls)
+        weight.of_module = name
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs or {})
+        if not any(isinstance(x, Tensor) for x in (out if isinstance(out, tuple) else (out,))):
+            return out  # its size, dtype, device …
+        name = next(getattr(x, "of_module", "?") for x in args if isinstance(x, cls))
+        if func.__name__ == "__get__":  # its data, its transpose
+            return cls.of(out, name)
+        raise RuntimeError(f"{name}: expected to be called, got its weight in {func.__name__}, which passes by what "
+                           "was put on it; adapt another module")
 
 
 def swap(m: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
