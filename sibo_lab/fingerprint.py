@@ -34,7 +34,7 @@ def config_of(m: nn.Module) -> dict:
 
 
 def samples_of(m: nn.Module) -> dict[str, Tensor]:
-    """Of eight frozen tensors, spread over all, and of all outside of the blocks, where what is new for a task stands."""
+    """Of eight frozen tensors, spread over all, and of all outside of the blocks, where new heads stand."""
     frozen = {plain(n): p for n, p in m.named_parameters() if not p.requires_grad and p.is_floating_point()}
     known = {*list(frozen)[::len(frozen) // 8 + 1], *filter(is_outside, frozen)}
     return {n: _sample(p) for n, p in frozen.items() if n in known}
