@@ -5,7 +5,7 @@ The official code has λ repeated by hand and takes any backbone of that shape; 
 import json
 import math
 import re
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,12 @@ def write(file: Path, m: nn.Module) -> None:
     trained = {n: parallel.full_tensor(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(m).__name__}: expected trained tensors, got none; save before merge")
-    frozen = {_plain(n): p for n, p in m.named_parameters() if not p.requires_grad and p.is_floating_point()}
-    samples = {SAMPLE + n: _sample(frozen[n]) for n in list(frozen)[::len(frozen) // 8 + 1]}
-    spec = asdict(m.sibo) if hasattr(m, "sibo") else {"method": "full"}
+    others = {_plain(n): p for n, p in m.named_parameters() if not p.requires_grad and p.is_floating_point()}
+    samples = {SAMPLE + n: _sample(others[n]) for n in list(others)[::len(others) // 8 + 1]}
+    before = getattr(m, "sibo_before", None)
+    if frozen := [x.name for x in before.layers if not x.down.requires_grad] if before else []:
+        raise ValueError(f"{frozen[0]}: expected to be trained, got frozen, as peft's get_peft_model does")
+    spec = _spec(getattr(m, "sibo", None))
     if parallel.rank() == 0:
         metadata = {"sibo": json.dumps(spec | {"backbone": _config(m)}), "h0": "input"}  # of the module that h0= names
         files.write_tensors(file, trained | samples, metadata)
@@ -53,7 +56,7 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         settings, widths = getattr(m, "sibo", None), {}
         if not settings and spec.get("method") != "full":
             settings, widths, _ = place(m, Settings(**spec))
-        ours = json.loads(json.dumps(asdict(settings))) if settings else {"method": "full"}
+        ours = json.loads(json.dumps(_spec(settings)))
         spec = {"modules_to_save": ours.get("modules_to_save")} | spec if settings else spec  # older files lack it
         if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:
             raise ValueError(f"expected {wrong[0]}={ours.get(wrong[0])!r}, got {quoted(spec.get(wrong[0]))}")
@@ -68,6 +71,11 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from e
     return settings, {re.sub(r"\.logit$", ".lam_logit", n): t for n, t in stored.items()}  # its name until then
+
+
+def _spec(settings: Settings | None) -> dict:
+    """As place() leaves it, where λ was set to 0 afterwards."""
+    return asdict(replace(settings, **{} if settings.lam else {"sibo_at": ()})) if settings else {"method": "full"}
 
 
 def _plain(name: str) -> str:  # one target may lie inside another

@@ -3,8 +3,8 @@
 Left alone it writes the wrapped weights under names that `from_pretrained` does not know, and draws anew at random."""
 
 import json
+from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def guard(m: nn.Module) -> None:
     for x in m.modules():
         vars(x).pop("save_pretrained", None)
         if hasattr(type(x), "save_pretrained") and any(isinstance(y, Wrapper) for y in x.modules()):
-            x.save_pretrained = MethodType(save_adapter if x is m and m.sibo_before else refuse, x)
+            x.save_pretrained = partial(save_adapter if x is m and m.sibo_before else refuse, x)
 
 
 def save_adapter(m: nn.Module, save_directory: str | Path, *, is_main_process: bool = True,

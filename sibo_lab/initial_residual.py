@@ -3,7 +3,6 @@
 Source: METHOD's h0 is the *initial token representation* (the paper's Section 3.2), whatever made it: scaled or
 replaced embeddings, positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
-import copy
 import threading
 from functools import partial
 
@@ -90,12 +89,12 @@ class InitialResidual:
     def mark(self, module, args, output) -> None:
         """Checkpointed blocks run again in the backward pass: the first gradient to reach the output of the stack, or
         of a block, puts this pass's h0 back, in the thread that then runs it. (Compiled graphs hold h0 by value.)"""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or getattr(self.live, "h0", None) is None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not getattr(self.live, "running", False):
             return
         if not isinstance(output, Tensor | tuple | list | None):  # a dict, or an object with tensors
             output = list(output.values() if isinstance(output, dict) else vars(output).values())
         for t in torch.utils._pytree.tree_leaves(output):
-            if isinstance(t, Tensor) and t.requires_grad:
+            if isinstance(t, Tensor) and t.requires_grad and self.live.h0 is not None:
                 t.register_hook(partial(self.put_back, self.live.h0, self.live.low))
 
     def put_back(self, h0: Tensor, low: tuple[Tensor, ...] | None, grad: Tensor) -> None:
@@ -107,11 +106,11 @@ class InitialResidual:
     def keep(self, h0: Tensor | None, low: tuple[Tensor, ...] | None, task: int | None = None) -> None:
         self.live.h0, self.live.low, self.live.task = h0, low, task
 
-    def __deepcopy__(self, memo) -> "InitialResidual":
-        """The copy starts without the activations."""
-        twin = memo[id(self)] = type(self)()
-        twin.down, twin.rank, twin.owner = copy.deepcopy(self.down, memo), self.rank, self.owner
-        return twin
+    def __getstate__(self) -> dict:  # copies and pickles start without activations
+        return {k: v for k, v in vars(self).items() if k != "live"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, live=threading.local())
 
 
 def trains(x: Tensor) -> bool:

@@ -73,9 +73,10 @@ def disabled(m: nn.Module) -> Iterator[nn.Module]:
 def set_lam(m: nn.Module, lam: float) -> nn.Module:
     """Sets λ, in [0, 1), of all modules that get h0, in place, and returns `m`. A learned λ goes on from there.
     ValueError for another number, or where nothing gets h0."""
-    mixing, m.sibo = [x for x in layers(m) if x.residual], replace(m.sibo, lam=lam)
+    mixing, settings = [x for x in layers(m) if x.residual], replace(m.sibo, lam=lam)
     if not mixing:
         raise ValueError(f"{type(m).__name__}: expected modules that get h0, got the plain method; inject with lam > 0")
+    m.sibo = settings
     for x in mixing:
         x.lam_start = lam
         if x.lam_logit is not None:
