@@ -63,7 +63,7 @@ def test_options_that_do_not_fit_the_model_are_named(monkeypatch, capsys, tiny_l
 
 def test_help_names_every_option_with_its_default(monkeypatch, capsys):
     code, out, _ = run_train(monkeypatch, capsys, "--help")
-    names = {f.name for f in (*fields(recipes.Run), *fields(Settings))} - {"settings", "h0"}
+    names = {f.name for f in (*fields(recipes.Run), *fields(Settings))} - {"settings", "h0", "modules_to_save"}
     assert code == 0 and all(f"--{name.replace('_', '-')} " in out for name in names)
     text = " ".join(out.split())
     assert "LoRA's rank (default: 32; bert glue 8)" in text
