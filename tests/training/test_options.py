@@ -47,7 +47,7 @@ def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monke
 @pytest.mark.parametrize(("args", "says"), [
     (["--task", "rte"], "expected a BERT, such as minilm"),
     (["--targets", "q_porj", "--method", "lora-sibo"], "did you mean q_proj"),
-    (["--targets", "down_proj", "--method", "lora-sibo"], "expected inputs 32 wide, as h0, got 64"),
+    (["--targets", "down_proj", "--method", "lora-sibo"], "reads inputs 64 wide, where h0 is 32"),
     (["--sibo-at", "attn"], "sibo_at 'attn': expected some of the adapted ['mlp'], got []"),
     (["--task", "rte", "--protocol", "paper"], "--protocol paper: expected a text-to-text task"),
 ])
