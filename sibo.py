@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sibo_lab import adapter_file, files, hugging_face
-from sibo_lab.initial_residual import InitialResidual
+from sibo_lab.initial_residual import InitialResidual, is_turned
 from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
 from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
@@ -48,9 +48,9 @@ class SIBOLayer(Wrapper):
         return self.lam_start if self.lam_logit is None else self.lam_logit.sigmoid()
 
     def require_h0(self, h0: Tensor | None, h: Tensor, width: int) -> Tensor:
-        shape, turned = (*h.shape[:-1], width), h.dim() > 2 and len(h) == h.shape[1] and h.stride(0) < h.stride(1)
-        if h0 is None or h0.shape != shape or turned and h0.stride(0) > h0.stride(1):  # nothing is broadcast
-            got = "another layout" if turned else h0 if h0 is None else tuple(h0.shape)
+        shape = (*h.shape[:-1], width)
+        if h0 is None or h0.shape != shape or is_turned(h) and not is_turned(h0):  # nothing is broadcast
+            got = h0 if h0 is None else f"{tuple(h0.shape)}" + ", its dimensions in another order" * is_turned(h)
             raise RuntimeError(f"{self.name}: expected h0 {shape}, got {got}; call the whole model")
         return h0
 
@@ -115,6 +115,7 @@ def wrap(m: nn.Module, placed: Placement) -> nn.Module:
     for name in m.sibo_before.heads:
         m.get_parameter(name).requires_grad_(True)
     hugging_face.guard(m)
+    m.sibo_before.hooks.append(m.register_load_state_dict_pre_hook(hugging_face.drop_empty))
     return m
 
 
@@ -145,9 +146,8 @@ def merge(m: nn.Module) -> nn.Module:
         x.base.weight = nn.Parameter(folded)
     swap(m, plain)
     for residual, down in downs.items():
-        residual.fold(m, torch.cat(down), r)
+        next(x for x in layers.values() if x.residual is residual).h0_down = residual.fold(torch.cat(down), r)
     m.sibo_before = None
-    hugging_face.guard(m)
     return m.requires_grad_(False)
 
 

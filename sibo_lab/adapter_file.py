@@ -22,9 +22,11 @@ NO_NUMBERS = re.compile(r"_.*|.*(dropout|pdrop|version|dtype|label|token|path|ou
                         "architectures|problem_type|quantization_config|auto_map|return_dict|vocab_size")
 
 
-def write(file: Path, m: nn.Module) -> None:
-    """Writes what is trained in `m`, and samples of its backbone. ValueError where nothing is trained."""
-    trained = {n: parallel.full_tensor(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
+def write(file: Path, m: nn.Module, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Writes what is trained in `m` (or `given` instead, by name), and samples of its backbone; returns the former.
+    ValueError where nothing is trained."""
+    trained = {n: parallel.full_tensor((given or {}).get(n, p.detach())) for n, p in m.named_parameters()
+               if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(m).__name__}: expected trained tensors, got none; save before merge")
     others = {_plain(n): p for n, p in m.named_parameters() if not p.requires_grad and p.is_floating_point()}
@@ -36,6 +38,7 @@ def write(file: Path, m: nn.Module) -> None:
     if parallel.rank() == 0:
         metadata = {"sibo": json.dumps(spec | {"backbone": _config(m)}), "h0": "input"}  # of the module that h0= names
         files.write_tensors(file, trained | samples, metadata)
+    return trained
 
 
 def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:

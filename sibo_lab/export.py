@@ -107,11 +107,11 @@ def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     folded = {f"{n}.base.weight": x for n, x in m.named_modules() if isinstance(x, sibo.FoldedLoRA)}
     tensors, branch = {}, {}
     for name, p in m.state_dict().items():
-        if name == "h0_down.weight" or name == "head.weight" and m.config.tie_word_embeddings:
+        if name.endswith("h0_down.weight") or name == "head.weight" and m.config.tie_word_embeddings:
             continue
         theirs = their_name(m, name.replace(".base.", "."))
         if name in folded:
-            A = m.h0_down.weight.split(m.sibo.rank)[folded[name].index]
+            A = folded[name].residual.down.weight.split(m.sibo.rank)[folded[name].index]
             module, p, B = theirs.removesuffix(".weight"), p[:, :-len(A)], p[:, -len(A):]
             branch |= {f"{module}.A": A, f"{module}.B": B}
         tensors[theirs] = p
@@ -128,7 +128,7 @@ def attach(theirs: nn.Module, folder: Path) -> nn.Module:
                   if n in weights or not n.startswith(("lm_head.", "pooler."))}
     files.assign(parameters, weights, folder / "folded.safetensors")
     seen, names = {}, {n[:-2] for n in branch}
-    first = theirs.get_submodule(stack_of(dict(theirs.named_modules()), next(iter(names))).source)
+    first = theirs.get_submodule(stack_of(dict(theirs.named_modules()), next(iter(names))).sources[0])
     first.register_forward_pre_hook(lambda _, args: seen.update(h0=args[0]))
     for name in names:
         def add(_, args, y, A=branch[f"{name}.A"], B=branch[f"{name}.B"]):

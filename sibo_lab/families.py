@@ -8,14 +8,13 @@ from collections import defaultdict
 
 from torch import nn
 
-from sibo_lab.stacks import CROSS, EXPERT, QKV, reads_another_stack, stack_of, why_unfit, widths
+from sibo_lab.stacks import CROSS, EXPERT, FFN_IN, QKV, reads_another_stack, stack_of, why_unfit, widths
 
 KEY = re.compile(r"(w|c_|to_|project_)?k(ey)?(_proj|_lin)?", re.I)
 FFN = re.compile(r"mlp|ffn|ff|feed_?forward|(block_sparse_)?moe|DenseReluDense", re.I)
-FFN_IN = re.compile(r"(gate_)?up_proj|fc_?1|fc_in|c_fc|dense_h_to_4h|w3|wi(_1)?|lin(ear)?_?1|layer_1|w_1|weights_in|"
-                    r"ffn|ffn\.0|(.*\.)?intermediate(\.dense)?", re.I)
 FFN_OUT = re.compile(r"down_proj|fc_?2|fc_out|c_proj|dense_4h_to_h|w2|wo|lin(ear)?_?2|layer_2|w_out|weights_out|"
                      r"ffn_output|ffn\.2|(.*\.)?output(\.dense)?", re.I)
+ATTENTION_OUT = re.compile(r"o|out|wo|output|dense|(o|out|c|post)_proj|out_lin|attention_out", re.I)
 GATE = re.compile(r"gate_proj|w1|wi_0|w_0", re.I)
 ATTENTION = re.compile(r"att|mixer", re.I)
 BERTS_OUTPUTS = {"attention.output.dropout": "attn", "output.dropout": "ffn"}
@@ -30,7 +29,7 @@ def role(inner: str, d_in: int, d_out: int, d: int) -> str | None:
         if leaf != "in_proj" or ATTENTION.search(outer):
             return "plain" if reads_another_stack(inner) else "key" if KEY.fullmatch(leaf) else "attn"
     if ATTENTION.search(outer):
-        return "attn_out" if d_out == d and not CROSS.search(outer) else None
+        return "attn_out" if d_out == d and ATTENTION_OUT.fullmatch(leaf) and not CROSS.search(outer) else None
     if d_in == d and any(FFN_IN.fullmatch(x) for x in (leaf, inner)):
         return "plain" if EXPERT.search(outer) else "ffn"
     if d_in == d and GATE.fullmatch(leaf):
@@ -48,15 +47,18 @@ def places(modules: dict[str, nn.Module], method: str, side: str) -> tuple[dict[
         roles = defaultdict(list)
         for name, inner in inside.items():
             if w := widths(modules[name]):
-                kind = role(inner, *w, stack.d)
-                roles["plain" if kind == "ffn" and why_unfit(modules, name) else kind].append(name)
+                roles[role(inner, *w, stack.d)].append(name)
         encoder = is_encoder(modules, stack.name)
         here = (lora(roles, encoder) if method == "lora" else inputs(roles, encoder) if side == "in" else
                 outputs(modules, inside, roles, encoder, side))
+        unfit = {name for part in ("attn", "ffn") for name in here[part] if why_unfit(modules, name)}
+        if method == "lora" and len(unfit) < len(here["attn"] + here["ffn"]):  # else all are refused, with the reason
+            here = {part: [n for n in names if n not in unfit] for part, names in here.items()}
+            here["plain"] += unfit
         for part, names in here.items():
             parts[part] += names
         experts = method == "lora" and any(EXPERT.search(inner) for inner in inside.values())
-        at += here["attn"] if encoder or experts or not here["ffn"] else here["ffn"]
+        at += here["attn" if here["attn"] and (encoder or experts) or not here["ffn"] else "ffn"]
     return parts, at
 
 

@@ -2,27 +2,40 @@
 
 Left alone it writes the wrapped weights under names that `from_pretrained` does not know, and draws anew at random."""
 
+import functools
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sibo_lab import adapter_file, files, parallel
+from sibo_lab import adapter_file, files
 from sibo_lab.wrapping import Wrapper
 
 
 def guard(m: nn.Module) -> None:
-    """Gives `m`, and each transformers model in it, the `save_pretrained` that fits what is adapted in it now."""
-    for x in m.modules():
-        vars(x).pop("save_pretrained", None)
-        if hasattr(type(x), "save_pretrained") and any(isinstance(y, Wrapper) for y in x.modules()):
-            x.save_pretrained = partial(save_adapter if x is m and m.sibo_before else refuse, x)
+    """Has `save_pretrained` of the transformers classes in `m` look for adapters first: the model that is saved may be
+    one around `m`. What it does to other models stays as it was."""
+    kinds = {kind for x in m.modules() for kind in type(x).__mro__ if "save_pretrained" in vars(kind)}
+    for kind in kinds:
+        if not hasattr(kind.save_pretrained, "sibo"):
+            kind.save_pretrained = _guarded(kind.save_pretrained)
 
 
-def save_adapter(m: nn.Module, save_directory: str | Path, *, is_main_process: bool = True,
-                 state_dict: dict | None = None, push_to_hub: bool = False, **_) -> None:
+def _guarded(plain: Callable) -> Callable:
+    @functools.wraps(plain)
+    def save_pretrained(m: nn.Module, *args, **kwargs):
+        adapted = any(isinstance(x, Wrapper) for x in m.modules())
+        save = plain if not adapted else save_adapter if getattr(m, "sibo_before", None) else refuse
+        return save(m, *args, **kwargs)
+
+    save_pretrained.sibo = True
+    return save_pretrained
+
+
+def save_adapter(m: nn.Module, save_directory: str | Path, is_main_process: bool = True, state_dict: dict | None = None,
+                 push_to_hub: bool = False, **_) -> None:
     """Writes adapter.safetensors, for `sibo.load`, and the trained tensors as model.safetensors, from which Trainer
     resumes and takes its best model. `from_pretrained` refuses the folder: by its config.json and, where that is not
     read, by a weight of no size. ValueError for tensors that `m` does not have, or to push."""
@@ -32,17 +45,20 @@ def save_adapter(m: nn.Module, save_directory: str | Path, *, is_main_process: b
     if push_to_hub:
         raise ValueError("push_to_hub: expected a whole model, got an adapted one; upload its folder instead")
     folder = Path(save_directory)
-    adapter_file.write(folder / "adapter.safetensors", m)
-    trained = {n: parallel.full_tensor(p.detach()) for n, p in m.named_parameters() if p.requires_grad}
-    plain = {n.replace(".base.", ".") for n, _ in m.named_parameters()} - dict(m.named_parameters()).keys()
+    trained = adapter_file.write(folder / "adapter.safetensors", m, state_dict or {})
     if is_main_process:
         config = json.loads(m.config.to_json_string()) | {"transformers_weights": "none here: use sibo.load"}
         files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        refused = {n: torch.empty(0) for n in sorted(plain)[:1]}
-        files.write_tensors(folder / "model.safetensors", trained | refused, {"format": "pt"})
+        frozen = next(n for n, p in m.named_parameters() if not p.requires_grad).replace(".base.", ".")
+        files.write_tensors(folder / "model.safetensors", trained | {frozen: torch.empty(0)}, {"format": "pt"})
+
+
+def drop_empty(m: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
+    """What save_adapter wrote loads into the adapted model without the weight of no size."""
+    for name in [n for n, t in state_dict.items() if isinstance(t, Tensor) and not t.numel()]:
+        del state_dict[name]
 
 
 def refuse(m: nn.Module, *_, **__) -> None:
     raise ValueError(f"save_pretrained: expected a model whose weights are all in place, got a {type(m).__name__} with "
-                     "layers that read h0, which transformers would draw at random; sibo.save the whole model before "
-                     "sibo.merge")
+                     "layers that transformers would draw at random; sibo.save what was injected, before sibo.merge")

@@ -12,32 +12,33 @@ from torch import Tensor, nn
 from sibo_lab.stacks import Stack, is_embedding
 from sibo_lab.wrapping import reads
 
+CHECKPOINT = torch.autograd.function.BackwardCFunction  # what it trains does not show in the graph
+
 
 class InitialResidual:
     """h0 (B, T, d) of the pass that runs through one stack, for each thread its own. A plain object: no parameter, no
     buffer, nothing to save, move or shard; its hooks are bound methods, which a deepcopy binds to the copy."""
 
-    down, rank, owner = None, 0, ""  # down: in a merged model all A of the stack's modules, as one
+    down, rank = None, 0  # down: in a merged model all A of the stack's modules, as one
 
     def __init__(self):
         self.live = threading.local()
 
     def hook(self, m: nn.Module, stack: Stack) -> None:
         """Has every pass of the stack through `m` filled in, and forgotten at its end, also if an exception ends it."""
-        self.owner, source = stack.owner, m.get_submodule(stack.source)
-        owner, blocks = m.get_submodule(stack.owner), m.get_submodule(stack.name).children() if stack.name else ()
+        owner, sources = m.get_submodule(stack.owner), [m.get_submodule(name) for name in stack.sources]
         m.sibo_before.hooks += [
             owner.register_forward_pre_hook(self.begin),
-            source.register_forward_hook(self.capture_output) if is_embedding(source) else
-            source.register_forward_pre_hook(self.capture, with_kwargs=True),
-            *(block.register_forward_hook(self.mark) for block in blocks),
+            *(x.register_forward_hook(self.capture_output) if is_embedding(x) else
+              x.register_forward_pre_hook(self.capture, with_kwargs=True) for x in sources),
+            *(x.register_forward_hook(self.mark) for x in sources),
             owner.register_forward_hook(self.end, always_call=True)]
 
-    def fold(self, m: nn.Module, down: Tensor, rank: int) -> None:
-        """Of all A (rank, d) of the stack's modules, one product h0 A, a module of the stack's owner."""
+    def fold(self, down: Tensor, rank: int) -> nn.Module:
+        """Of all A (rank, d) of the stack's modules, one product h0 A."""
         self.down, self.rank = nn.Linear(down.shape[1], len(down), bias=False, device="meta"), rank
-        self.down.weight, owner = nn.Parameter(down), m.get_submodule(self.owner)
-        owner.add_module("h0_down" + "_" * sum("h0_down" in name for name, _ in owner.named_children()), self.down)
+        self.down.weight = nn.Parameter(down)
+        return self.down
 
     @property
     def h0(self) -> Tensor | None:
@@ -60,36 +61,48 @@ class InitialResidual:
         return task is not None and task != torch._C._current_graph_task_id()
 
     def begin(self, owner, args) -> None:
+        outer = dict(vars(self.live)) if getattr(self.live, "running", False) else None  # of an owner that calls itself
         self.keep(None, None)
-        self.live.running = True
+        self.live.running, self.live.first, self.live.last, self.live.outer = True, None, None, outer
 
     def capture(self, block, args, kwargs) -> None:
+        if not getattr(self.live, "running", False) or self.live.first not in (None, block):
+            return
         key = reads(args, kwargs)
-        self.take(args[key] if args else kwargs.get(key))
+        x = args[key] if args else kwargs.get(key)
+        if self.live.first is not None and x is not self.live.last and not torch.compiler.is_compiling():
+            raise RuntimeError("h0: expected the first block to run once in a pass, or (as ALBERT's) on what the last "
+                               "one wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
+        if self.live.first is None:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise RuntimeError(f"h0: expected the first block to read a floating-point tensor, got a {type(x)}")
+            self.live.first = block
+            self.take(x)
 
     def capture_output(self, embedding, args, output) -> None:
-        self.take(output)
+        if getattr(self.live, "running", False):
+            self.take(output)
 
     def take(self, x: Tensor) -> None:
-        """The first call in a pass wins: ALBERT calls one block many times. A copy, as some models add in place."""
-        if not getattr(self.live, "running", False) or self.live.h0 is not None:
-            return
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise RuntimeError(f"h0: expected the first block to read a floating-point tensor, got {type(x).__name__}")
-        self.live.h0 = x.clone()
+        self.live.h0 = x.clone()  # some models go on to add to it in place
         self.live.low = self.down and self.down(self.live.h0).split(self.rank, -1)
 
     def end(self, owner, args, output) -> None:
         try:
             self.mark(owner, args, output)
         finally:
+            outer = getattr(self.live, "outer", None)
             self.keep(None, None)
-            self.live.running = False
+            self.live.running, self.live.first, self.live.last = False, None, None
+            vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:
         """Checkpointed blocks run again in the backward pass: the first gradient to reach the output of the stack, or
         of a block, puts this pass's h0 back, in the thread that then runs it. (Compiled graphs hold h0 by value.)"""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not getattr(self.live, "running", False):
+        if torch.compiler.is_compiling() or not getattr(self.live, "running", False):
+            return
+        self.live.last = output[0] if isinstance(output, tuple | list) and output else output
+        if not torch.is_grad_enabled():
             return
         if not isinstance(output, Tensor | tuple | list | None):  # a dict, or an object with tensors
             output = list(output.values() if isinstance(output, dict) else vars(output).values())
@@ -113,13 +126,18 @@ class InitialResidual:
         vars(self).update(state, live=threading.local())
 
 
+def is_turned(x: Tensor) -> bool:
+    """Whether two of its dimensions, of one size by chance, stand in another order than in memory: (T, B, d), B = T."""
+    return any(x.shape[i] == x.shape[i + 1] > 1 and x.stride(i) < x.stride(i + 1) for i in range(x.dim() - 2))
+
+
 def trains(x: Tensor) -> bool:
     """Whether a parameter gets a gradient through x."""
     seen, queue = set(), [x.grad_fn]
     while queue:
         if (node := queue.pop()) is None or node in seen:
             continue
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
+        if isinstance(getattr(node, "variable", None), nn.Parameter) or isinstance(node, CHECKPOINT):
             return True
         seen.add(node)
         queue += [parent for parent, _ in node.next_functions]

@@ -61,7 +61,8 @@ def place(m: nn.Module, s: Settings) -> Placement:
         wrong = stack and (why_unfit(modules, name) or stack.d and found[name][0] != stack.d and
                            f"that reads inputs {found[name][0]} wide, where h0 is {stack.d}")
         if wrong:
-            raise ValueError(f"{name}: expected a module that can take h0, got one {wrong}; leave it out of sibo_at")
+            raise ValueError(f"{name}: expected a module that can take h0, got one {wrong}; name others as "
+                             "targets= or sibo_at=")
     heads, own = [t for t in HEADS if any(not stack_of(modules, n) for n in find(m, t))], s.modules_to_save
     whole = tuple(heads if own is None else (own,) if isinstance(own, str) else own)
     if adapted := [n for n in find_all(m, whole) if any(f"{t}.".startswith(f"{n}.") for t in names)]:

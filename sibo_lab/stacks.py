@@ -14,21 +14,27 @@ from sibo_lab.files import near, quoted
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 QKV = re.compile(r"(w|c_|to_|project_)?(q|k|v|kv|qkv|query|key|value)(_a)?(_proj|_lin|_proj_with_mqa)?|query_key_value|"
                  "c_attn|in_proj", re.I)  # also fused; q_a and kv_a project down from d
+FFN_IN = re.compile(r"(gate_)?up_proj|fc_?1|fc_in|c_fc|dense_h_to_4h|w3|wi(_1)?|lin(ear)?_?1|layer_1|w_1|weights_in|"
+                    r"ffn|ffn\.0|(.*\.)?intermediate(\.dense)?", re.I)
 CROSS = re.compile(r"cross|(enc(oder)?(_?dec(oder)?)?|src|source|memory|context|inter)_?att", re.I)
 EXPERT = re.compile(r"expert|moe|shared", re.I)
-UNFIT = {  # by the class of a block, or of what it holds: why no h0 of (B, T, d) reaches some of its modules
+UNFIT = {  # by the class of what a block is or holds: why no h0 of (B, T, d) reaches modules of that name
     "OPTDecoderLayer": (r"fc\d", "whose layer puts all tokens in one row before it"),
+    "(Longformer|LEDEncoder)Layer": (r"query|key|value", "whose attention turns (B, T, d) to (T, B, d)"),
+    "(Swin|Donut|Segformer|Pvt|Hiera|Cvt|Glpn|Levit|Focal|Nat|Dinat|MViT|Sam|Funnel)": (
+        "", "whose layers pool tokens or cut them into windows"),
+    "DisentangledSelfAttention": (r"(query|key)_proj", "which reads relative positions too"),
     "HrmTextDecoderLayer": ("", "whose stacks run in a loop, so that what they read is no token's representation"),
     "HyperConnection": ("", "whose layers read several streams at once"),
 }
 
 
 class Stack(NamedTuple):
-    """A list of blocks. h0 is what `source` reads (an embedding: writes) in a pass of `owner`."""
+    """A list of blocks. h0 is what the first of `sources` to run reads (an embedding: writes), in a pass of `owner`."""
 
     name: str  # of the list
     owner: str  # the nearest module that calls its blocks
-    source: str  # the first block
+    sources: tuple[str, ...]  # its blocks
     d: int | None  # the width of h0, where it is known
 
 
@@ -45,9 +51,21 @@ def is_embedding(x: nn.Module) -> bool:
 
 
 def caller(modules: dict[str, nn.Module], name: str) -> str:
-    """The nearest module with a forward pass, from `name` upward: nn.ModuleList and nn.ModuleDict have none."""
-    while name and type(modules[name]).forward is nn.Module.forward:
+    """The nearest module that calls what is in it, from `name` upward. nn.Sequential may be iterated over instead."""
+    while name and (is_container(modules[name]) or isinstance(modules[name], nn.Sequential)):
         name = name.rpartition(".")[0]
+    return name
+
+
+def is_container(x: nn.Module) -> bool:
+    """It has no forward pass of its own: nn.ModuleList, nn.ModuleDict."""
+    return type(x).forward is nn.Module.forward
+
+
+def called(modules: dict[str, nn.Module], name: str) -> str:
+    """The first module that runs when a block does, where blocks are lists: for attention, mlp in self.layers."""
+    while is_container(modules[name]) and any(True for _ in modules[name].children()):
+        name = f"{name}.{next(modules[name].named_children())[0]}"
     return name
 
 
@@ -55,15 +73,27 @@ def stack_of(modules: dict[str, nn.Module], name: str) -> Stack | None:
     """The outermost list of blocks that a module stands in; a list of whole models, or of parts of blocks, is none."""
     parts = name.split(".")
     for i in (i for i, part in enumerate(parts) if part.isdigit()):
-        blocks = modules[".".join(parts[:i])]
-        first = next((k for k, x in blocks.named_children() if not is_embedding(x)), None)
-        source = ".".join([*parts[:i], first or ""])
-        if first is None or re.search("(Attention|FFN|MLP)$", type(modules[source]).__name__):
+        parent = ".".join(parts[:i])
+        blocks = [k for k, x in modules[parent].named_children() if not is_embedding(x)]
+        first = modules[f"{parent}.{(blocks or parts[i:])[0]}".lstrip(".")]
+        if not blocks or re.search("(Attention|FFN|MLP)$", type(first).__name__):
             return None
-        d = next((w[0] for x in modules[source].modules() if (w := widths(x))), None)
-        if not any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in modules[source].modules()):
-            return Stack(".".join(parts[:i]), caller(modules, ".".join(parts[:i])), source, d)
+        d = next((w[0] for x in first.modules() if (w := widths(x))), None)
+        if not any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules()) and not (
+                len(blocks) > 1 and holds_stack(first)):
+            sources = tuple(called(modules, f"{parent}.{block}".lstrip(".")) for block in blocks)
+            return Stack(parent, caller(modules, parent), sources, d)
     return None
+
+
+def holds_stack(x: nn.Module) -> bool:
+    """Whether it has a list of blocks of its own: of several that hold attention and something else that is linear."""
+    def is_block(y: nn.Module) -> bool:
+        leaves = [n.rpartition(".")[2] for n, z in y.named_modules() if widths(z)]
+        return any(map(QKV.fullmatch, leaves)) and any(FFN_IN.fullmatch(leaf) for leaf in leaves)
+
+    lists = ([*y.children()] for y in x.modules() if isinstance(y, nn.ModuleList | nn.Sequential))
+    return any(len(children) > 1 and all(map(is_block, children)) for children in lists)
 
 
 def why_unfit(modules: dict[str, nn.Module], name: str) -> str:
@@ -95,7 +125,7 @@ def named_source(modules: dict[str, nn.Module], h0: str, getting: Sequence[str])
     else:
         d = ins[0] if ins else next((p.shape[-1] for p in source.parameters() if p.dim() == 1), None)  # of a norm
     common = os.path.commonprefix([name.split(".") for name in (*sources, *getting)])
-    return Stack("", caller(modules, ".".join(common)), sources[0], d)
+    return Stack("", caller(modules, ".".join(common)), tuple(sources), d)
 
 
 def own_stack(modules: dict[str, nn.Module], name: str) -> Stack:

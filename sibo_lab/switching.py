@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sibo_lab import hugging_face
 from sibo_lab.stacks import find_all, patterns
 from sibo_lab.wrapping import swap
 
@@ -95,7 +94,6 @@ def remove(m: nn.Module) -> nn.Module:
         if n in m.sibo_before.heads:
             p.copy_(m.sibo_before.heads[n])
     del m.sibo, m.sibo_before
-    hugging_face.guard(m)
     return m
 
 

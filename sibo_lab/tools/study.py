@@ -162,7 +162,7 @@ def norms(args: Namespace, file: str) -> list[str]:
         rms[module] = [float(h[real].float().square().mean(-1).sqrt().median()) for h in (inputs[0], output)]
 
     placed = {method: place(m, sibo.Settings(method)) for method in ("adapter", "lora")}
-    source = next(iter(placed["lora"].mixed.values())).source
+    source = next(iter(placed["lora"].mixed.values())).sources[0]
     for module in {source}.union(*(where.mixed for where in placed.values())):
         m.get_submodule(module).register_forward_hook(partial(measure, module))
     m(**b)

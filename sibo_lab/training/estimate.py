@@ -55,7 +55,7 @@ def explain(run: Run, m: nn.Module) -> str:
     with model.SkipInit():
         placed = place(m, run.settings)
         sibo.wrap(m, placed)
-    h0 = "".join(f", h0 = what {name} reads" for name in sorted({stack.source for stack in placed.mixed.values()}))
+    h0 = "".join(f", h0 = what {name} reads" for name in sorted({stack.sources[0] for stack in placed.mixed.values()}))
     return "\n".join([f"{type(m).__name__}, {m.config.num_hidden_layers} blocks, d = {m.config.hidden_size}{h0}",
                       *branches(m)])
 
