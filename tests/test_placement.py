@@ -40,9 +40,9 @@ def names(prefix, *targets):
 
 
 def placed(m, method="lora", lam=0.2, **settings):
-    """(names of the adapted modules, names of those that get h0, names of the modules that read h0)."""
+    """(names of the adapted modules, names of those that get h0, the blocks whose first one reads h0)."""
     found = place(m, sibo.Settings(method, lam, **settings))
-    return set(found.widths), set(found.mixed), {stack.source for stack in found.mixed.values()}
+    return set(found.widths), set(found.mixed), {stack.sources for stack in found.mixed.values()}
 
 
 def inject(m, *args, **settings):
@@ -88,7 +88,8 @@ HF_BERT_ADAPTERS = ["attention.output.dropout", "output.dropout"]
 ])
 def test_each_family_is_adapted_where_the_paper_says_and_gets_h0_where_the_paper_says(m, prefix, method, side, adapted,
                                                                                      get_h0):
-    assert placed(m, method, side=side) == (names(prefix, *adapted), names(prefix, *get_h0), {f"{prefix}.0"})
+    blocks = f"{prefix}.0", f"{prefix}.1"
+    assert placed(m, method, side=side) == (names(prefix, *adapted), names(prefix, *get_h0), {blocks})
     assert placed(m, method, lam=0.0, side=side) == (names(prefix, *adapted), set(), set())  # the plain method
 
 
@@ -97,8 +98,8 @@ def test_inject_adapts_and_hooks_what_was_placed():
     found = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found.keys() == names("blocks", *LLAMA_LORA)
     assert {n for n, x in found.items() if x.lam_start} == names("blocks", "mlp.up_proj")
-    assert {n for n, x in m.named_modules() if x._forward_pre_hooks} == {"", "blocks.0"}  # what the first block reads
-    assert {n for n, x in m.named_modules() if x._forward_hooks} == {"", "blocks.0", "blocks.1"}
+    for side in ("_forward_pre_hooks", "_forward_hooks"):
+        assert {n for n, x in m.named_modules() if getattr(x, side)} == {"", "blocks.0", "blocks.1"}
 
 
 def test_bert_has_no_adapters_on_inputs():
@@ -142,7 +143,7 @@ def test_targets_of_ones_own_all_get_h0_unless_sibo_at_says_which():
 @pytest.mark.parametrize("m,wide", [(ours("llama"), "down_proj"), (ours("gptj"), "fc_out"), (theirs("gptj"), "fc_out")])
 def test_a_module_whose_input_is_not_d_wide_cannot_be_asked_to_take_h0(m, wide):
     for asked in ({"sibo_at": (wide,)}, {"targets": ("q_proj", wide)}):
-        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: .* reads inputs \d+ wide, where h0 is 16; leave"):
+        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: .* reads inputs \d+ wide, where h0 is 16; name others"):
             placed(m, **asked)
     assert placed(m, targets=("q_proj", wide), sibo_at=("q_proj",))  # plainly, it can be adapted
 
@@ -275,7 +276,7 @@ def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_their_sta
 
 @pytest.mark.xfail(reason="accepted; fails at the first forward pass", strict=True)
 def test_a_sub_layer_whose_stack_is_not_as_wide_as_h0_cannot_take_it():
-    with pytest.raises(ValueError, match=r"steps\.0: .* 8 wide, where h0 is 6; leave it out of sibo_at"):
+    with pytest.raises(ValueError, match=r"steps\.0: .* 8 wide, where h0 is 6; name others"):
         placed(Mixer(), "adapter", targets=("steps.*",), h0="patches")
 
 
@@ -283,20 +284,20 @@ def test_without_known_names_targets_have_to_be_given_and_the_refusal_says_which
     with pytest.raises(ValueError, match=r"Mixer: no known place for lora, .*; expected targets=, such as steps"):
         placed(Mixer())
     adapted = {"steps.0.1", "steps.1.1"}
-    assert placed(Mixer(), targets=("steps.*.1",)) == (adapted, adapted, {"steps.0"})
+    assert placed(Mixer(), targets=("steps.*.1",)) == (adapted, adapted, {("steps.0", "steps.1")})
     assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == (adapted, set(), set())
 
 
 def test_without_a_stack_h0_has_to_be_given():
     with pytest.raises(ValueError, match="sub: expected a module in a stack of blocks, .* got it beside 0; pass h0="):
         placed(Toy(), targets="sub")
-    assert placed(Toy(), targets="sub", h0="first") == ({"sub"}, {"sub"}, {"first"})
+    assert placed(Toy(), targets="sub", h0="first") == ({"sub"}, {"sub"}, {("first",)})
 
 
 @pytest.mark.parametrize("h0,says", [
     ("patch", r"h0 'patch': expected one module.*, got \[\]"),
     ("0", r"h0 '0': expected one module.*, got \['steps\.0', 'steps\.0\.0', 'steps\.1\.0'\]"),
-    ("patches", r"steps\.0\.1: .* reads inputs 8 wide, where h0 is 6; leave it out of sibo_at")])
+    ("patches", r"steps\.0\.1: .* reads inputs 8 wide, where h0 is 6; name others")])
 def test_a_source_that_is_absent_ambiguous_or_of_another_width_is_an_error(h0, says):
     with pytest.raises(ValueError, match=says):
         placed(Mixer(), targets=("steps.*.1",), h0=h0)
