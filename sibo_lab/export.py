@@ -81,7 +81,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
-    if s and s.lam and s.h0 not in (None, "embed", "embeddings"):  # as adapter files of before name the embedding
+    if s and s.lam and s.h0 not in (None, "blocks.0", "embed", "embeddings"):  # older adapter files name the last two
         raise ValueError(f"--export hf: expected an h0 that the first block reads, got h0={s.h0!r}")
     sibo.merge(m)
     tensors, branch = _folded(m)

@@ -23,7 +23,7 @@ class Settings:
     targets: Names = of(None, used_by="a")  # by the last dotted segments of their names, * for any one segment
     sibo_at: Names = of(None, used_by="-sibo")  # which of them get h0: attn, ffn, both, or names
     h0: str | None = of(None)  # another module whose input is h0 (an embedding: whose output)
-    modules_to_save: Names = of(None)  # trained whole, and saved: the new head of a task
+    modules_to_save: Names = of(None, used_by="a")  # trained whole, and saved: the new head of a task
     rank: int = of(32, 1, inf, used_by="lora")
     alpha: float = of(64.0, -1e9, 1e9, used_by="lora")  # s = alpha / rank
     dropout: float = of(0.0, 0, 1, used_by="lora")  # on the input of the low-rank path

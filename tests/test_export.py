@@ -122,10 +122,10 @@ def test_what_no_weight_holds_is_refused_with_the_reason(name, says, tmp_path):
     assert not (tmp_path / "hf").exists() and hasattr(sibo, "merge")
 
 
-def test_an_h0_that_transformers_names_otherwise_is_refused_before_anything_is_folded(tmp_path):
+def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):
     _, ours = twins("llama", tmp_path / "base")
-    sibo.inject(ours, "lora", 0.3, h0="blocks.0", sibo_at="blocks.1.mlp.up_proj")
-    with pytest.raises(ValueError, match="blocks.0: expected a part that transformers' Llama has too"):
+    sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj")
+    with pytest.raises(ValueError, match="expected an h0 that the first block reads, got h0='blocks.1'"):
         export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
     assert not (tmp_path / "hf").exists() and sibo_layers(ours)
 

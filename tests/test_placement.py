@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import Toy
 from torch import nn
 
 import model
 import sibo
-from sibo_lab.placement import find, find_all, place
+from sibo_lab.placement import place
+from sibo_lab.stacks import find, find_all
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 LAYERS = (0, 1)
@@ -38,9 +40,14 @@ def names(prefix, *targets):
 
 
 def placed(m, method="lora", lam=0.2, **settings):
-    """(names of the adapted modules, names of those that get h0, the source of h0)."""
+    """(names of the adapted modules, names of those that get h0, the blocks whose first one reads h0)."""
     found = place(m, sibo.Settings(method, lam, **settings))
-    return set(found.widths), set(found.mixed), found.settings.h0
+    return set(found.widths), set(found.mixed), {stack.sources for stack in found.mixed.values()}
+
+
+def inject(m, *args, **settings):
+    """sibo.inject, also of a model without weights."""
+    return sibo.wrap(m, place(m, sibo.Settings(*args, **settings)))
 
 
 # ------------------------------------------------------------------------------------- METHOD: the table of Section 4.2
@@ -54,43 +61,45 @@ HF_BERT_LORA = ["attention.self.query", "attention.self.value"]
 HF_BERT_ADAPTERS = ["attention.output.dropout", "output.dropout"]
 
 
-@pytest.mark.parametrize("m,prefix,source,method,side,adapted,get_h0", [
-    (ours("llama"), "blocks", "embed", "lora", "out", LLAMA_LORA, ["mlp.up_proj"]),
-    (ours("llama"), "blocks", "embed", "adapter", "out", ["mlp"], ["mlp"]),
-    (ours("llama"), "blocks", "embed", "adapter", "in", ["mlp.gate_proj", "mlp.up_proj"],
+@pytest.mark.parametrize("m,prefix,method,side,adapted,get_h0", [
+    (ours("llama"), "blocks", "lora", "out", LLAMA_LORA, ["mlp.up_proj"]),
+    (ours("llama"), "blocks", "adapter", "out", ["mlp"], ["mlp"]),
+    (ours("llama"), "blocks", "adapter", "in", ["mlp.gate_proj", "mlp.up_proj"],
      ["mlp.gate_proj", "mlp.up_proj"]),
-    (ours("llama"), "blocks", "embed", "adapter", "parallel", ["mlp"], ["mlp"]),
-    (ours("bert"), "blocks", "embeddings", "adapter", "parallel", ["attn", "mlp"], ["attn"]),
-    (theirs("gptj"), "transformer.h", "transformer.wte", "adapter", "parallel", ["mlp"], ["mlp"]),
-    (ours("gptj"), "blocks", "embed", "lora", "out", GPTJ_LORA, ["mlp.fc_in"]),
-    (ours("gptj"), "blocks", "embed", "adapter", "out", ["mlp"], ["mlp"]),
-    (ours("gptj"), "blocks", "embed", "adapter", "in", ["mlp.fc_in"], ["mlp.fc_in"]),
-    (ours("bert"), "blocks", "embeddings", "lora", "out", BERT_LORA, BERT_LORA),
-    (ours("bert"), "blocks", "embeddings", "adapter", "out", ["attn", "mlp"], ["attn"]),
-    (theirs("llama"), "model.layers", "model.embed_tokens", "lora", "out", HF_LLAMA_LORA, ["mlp.up_proj"]),
-    (theirs("llama"), "model.layers", "model.embed_tokens", "adapter", "out", ["mlp"], ["mlp"]),
-    (theirs("llama"), "model.layers", "model.embed_tokens", "adapter", "in", ["mlp.gate_proj", "mlp.up_proj"],
+    (ours("llama"), "blocks", "adapter", "parallel", ["mlp"], ["mlp"]),
+    (ours("bert"), "blocks", "adapter", "parallel", ["attn", "mlp"], ["attn"]),
+    (theirs("gptj"), "transformer.h", "adapter", "parallel", ["mlp"], ["mlp"]),
+    (ours("gptj"), "blocks", "lora", "out", GPTJ_LORA, ["mlp.fc_in"]),
+    (ours("gptj"), "blocks", "adapter", "out", ["mlp"], ["mlp"]),
+    (ours("gptj"), "blocks", "adapter", "in", ["mlp.fc_in"], ["mlp.fc_in"]),
+    (ours("bert"), "blocks", "lora", "out", BERT_LORA, BERT_LORA),
+    (ours("bert"), "blocks", "adapter", "out", ["attn", "mlp"], ["attn"]),
+    (theirs("llama"), "model.layers", "lora", "out", HF_LLAMA_LORA, ["mlp.up_proj"]),
+    (theirs("llama"), "model.layers", "adapter", "out", ["mlp"], ["mlp"]),
+    (theirs("llama"), "model.layers", "adapter", "in", ["mlp.gate_proj", "mlp.up_proj"],
      ["mlp.gate_proj", "mlp.up_proj"]),
-    (theirs("gptj"), "transformer.h", "transformer.wte", "lora", "out", GPTJ_LORA, ["mlp.fc_in"]),
-    (theirs("gptj"), "transformer.h", "transformer.wte", "adapter", "out", ["mlp"], ["mlp"]),
-    (theirs("gptj"), "transformer.h", "transformer.wte", "adapter", "in", ["mlp.fc_in"], ["mlp.fc_in"]),
-    (theirs("bert"), "encoder.layer", "embeddings", "lora", "out", HF_BERT_LORA, HF_BERT_LORA),
-    (theirs("bert"), "encoder.layer", "embeddings", "adapter", "out", HF_BERT_ADAPTERS, HF_BERT_ADAPTERS[:1]),
-    (theirs("bert", head=True), "bert.encoder.layer", "bert.embeddings", "adapter", "out", HF_BERT_ADAPTERS,
+    (theirs("gptj"), "transformer.h", "lora", "out", GPTJ_LORA, ["mlp.fc_in"]),
+    (theirs("gptj"), "transformer.h", "adapter", "out", ["mlp"], ["mlp"]),
+    (theirs("gptj"), "transformer.h", "adapter", "in", ["mlp.fc_in"], ["mlp.fc_in"]),
+    (theirs("bert"), "encoder.layer", "lora", "out", HF_BERT_LORA, HF_BERT_LORA),
+    (theirs("bert"), "encoder.layer", "adapter", "out", HF_BERT_ADAPTERS, HF_BERT_ADAPTERS[:1]),
+    (theirs("bert", head=True), "bert.encoder.layer", "adapter", "out", HF_BERT_ADAPTERS,
      HF_BERT_ADAPTERS[:1]),
 ])
-def test_each_family_is_adapted_where_the_paper_says_and_gets_h0_where_the_paper_says(m, prefix, source, method, side,
-                                                                                     adapted, get_h0):
-    assert placed(m, method, side=side) == (names(prefix, *adapted), names(prefix, *get_h0), source)
-    assert placed(m, method, lam=0.0, side=side)[:2] == (names(prefix, *adapted), set())  # the plain method
+def test_each_family_is_adapted_where_the_paper_says_and_gets_h0_where_the_paper_says(m, prefix, method, side, adapted,
+                                                                                     get_h0):
+    blocks = f"{prefix}.0", f"{prefix}.1"
+    assert placed(m, method, side=side) == (names(prefix, *adapted), names(prefix, *get_h0), {blocks})
+    assert placed(m, method, lam=0.0, side=side) == (names(prefix, *adapted), set(), set())  # the plain method
 
 
 def test_inject_adapts_and_hooks_what_was_placed():
-    m = sibo.inject(ours("llama"), rank=2)
+    m = inject(ours("llama"), rank=2)
     found = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found.keys() == names("blocks", *LLAMA_LORA)
     assert {n for n, x in found.items() if x.lam_start} == names("blocks", "mlp.up_proj")
-    assert {n for n, x in m.named_modules() if x._forward_hooks} == {"", "embed"}
+    for side in ("_forward_pre_hooks", "_forward_hooks"):
+        assert {n for n, x in m.named_modules() if getattr(x, side)} == {"", "blocks.0", "blocks.1"}
 
 
 def test_bert_has_no_adapters_on_inputs():
@@ -134,7 +143,7 @@ def test_targets_of_ones_own_all_get_h0_unless_sibo_at_says_which():
 @pytest.mark.parametrize("m,wide", [(ours("llama"), "down_proj"), (ours("gptj"), "fc_out"), (theirs("gptj"), "fc_out")])
 def test_a_module_whose_input_is_not_d_wide_cannot_be_asked_to_take_h0(m, wide):
     for asked in ({"sibo_at": (wide,)}, {"targets": ("q_proj", wide)}):
-        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: expected inputs 16 wide, as h0, got \d+; leave"):
+        with pytest.raises(ValueError, match=rf"0\.mlp\.{wide}: .* reads inputs \d+ wide, where h0 is 16; name others"):
             placed(m, **asked)
     assert placed(m, targets=("q_proj", wide), sibo_at=("q_proj",))  # plainly, it can be adapted
 
@@ -219,9 +228,9 @@ def test_lora_goes_on_linears_only(target):
 class Mixer(nn.Module):
     """A residual net on patches (B, T, 6): no attention, and an embedding that is a projection."""
 
-    def __init__(self, d=8, bias=True):
+    def __init__(self, d=8):
         super().__init__()
-        self.patches = nn.Linear(6, d, bias=bias)
+        self.patches = nn.Linear(6, d)
         self.steps = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2 * d),
                                                  nn.GLU()) for _ in LAYERS)
         self.drop = nn.Dropout(0.0)
@@ -233,14 +242,14 @@ class Mixer(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_any_module_is_adapted_by_target_and_source_and_then_computes_eq_5(bias):
-    m, x = Mixer(bias=bias).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+@pytest.mark.parametrize("h0", [None, "drop", "patches"])
+def test_any_module_is_adapted_by_target_and_source_and_then_computes_eq_5(h0):
+    m, x = Mixer(d=6).double(), torch.randn(2, 3, 6, dtype=torch.float64)
     frozen = copy.deepcopy(m)
-    sibo.inject(m, "lora", 0.25, targets=("steps.*.1", "steps.*.3"), sibo_at=("steps.*.1",), h0="patches", rank=2,
-                alpha=4.0)
-    assert m.sibo.h0 == "patches"
-    h = h0 = frozen.patches(x)
+    sibo.inject(m, "lora", 0.25, targets=("steps.*.1", "steps.*.3"), sibo_at=("steps.*.1",), h0=h0, rank=2, alpha=4.0)
+    assert m.sibo.h0 == h0
+    h = frozen.patches(x)
+    h0 = x if h0 == "patches" else h  # what it reads
     for (norm, first, gelu, second, glu), (_, mixed, _, plain, _) in zip(frozen.steps, m.steps, strict=True):
         nn.init.normal_(mixed.up), nn.init.normal_(plain.up)
         n = norm(h)
@@ -257,34 +266,45 @@ def test_a_linear_of_its_own_width_is_read_and_written_where_the_method_says(met
     assert found.widths == {"0": expected}
 
 
-def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_h0():
-    m = Mixer()
-    found = place(m, sibo.Settings("adapter", targets=("steps.*",), h0="patches"))
+@pytest.mark.parametrize("lam", [0.0, 0.2])
+def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_their_stack(lam):
+    found = place(Mixer(), sibo.Settings("adapter", lam, targets=("steps.*",)))
     assert found.widths == {"steps.0": (8, 8), "steps.1": (8, 8)}
-    with pytest.raises(ValueError, match=r"steps\.0: expected a nn\.Linear, or .* h0, got a Sequential"):
-        placed(m, "adapter", lam=0.0, targets=("steps.*",))
+    with pytest.raises(ValueError, match=r"drop: expected a nn\.Linear, or .* h0, got a Dropout"):
+        placed(Mixer(), "adapter", lam=0.0, targets=("drop",))
 
 
-def test_without_known_names_targets_and_h0_have_to_be_given():
-    with pytest.raises(ValueError, match="Mixer: no known place for lora, side out; expected targets="):
+@pytest.mark.xfail(reason="accepted; fails at the first forward pass", strict=True)
+def test_a_sub_layer_whose_stack_is_not_as_wide_as_h0_cannot_take_it():
+    with pytest.raises(ValueError, match=r"steps\.0: .* 8 wide, where h0 is 6; name others"):
+        placed(Mixer(), "adapter", targets=("steps.*",), h0="patches")
+
+
+def test_without_known_names_targets_have_to_be_given_and_the_refusal_says_which_would_do():
+    with pytest.raises(ValueError, match=r"Mixer: no known place for lora, .*; expected targets=, such as steps"):
         placed(Mixer())
-    with pytest.raises(ValueError, match=r"h0 None: expected one module, whose output enters block one, got \[\]"):
-        placed(Mixer(), targets=("steps.*.1",))
-    assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == ({"steps.0.1", "steps.1.1"}, set(), None)
+    adapted = {"steps.0.1", "steps.1.1"}
+    assert placed(Mixer(), targets=("steps.*.1",)) == (adapted, adapted, {("steps.0", "steps.1")})
+    assert placed(Mixer(), targets=("steps.*.1",), lam=0.0) == (adapted, set(), set())
+
+
+def test_without_a_stack_h0_has_to_be_given():
+    with pytest.raises(ValueError, match="sub: expected a module in a stack of blocks, .* got it beside 0; pass h0="):
+        placed(Toy(), targets="sub")
+    assert placed(Toy(), targets="sub", h0="first") == ({"sub"}, {"sub"}, {("first",)})
 
 
 @pytest.mark.parametrize("h0,says", [
     ("patch", r"h0 'patch': expected one module.*, got \[\]"),
     ("0", r"h0 '0': expected one module.*, got \['steps\.0', 'steps\.0\.0', 'steps\.1\.0'\]"),
-    ("drop", "h0: expected a module with weights, got a Dropout"),
-    ("steps.0.3", r"steps\.0\.1: expected inputs 16 wide, as h0, got 8")])
-def test_a_source_that_is_absent_ambiguous_without_a_width_or_of_another_one_is_an_error(h0, says):
+    ("patches", r"steps\.0\.1: .* reads inputs 8 wide, where h0 is 6; name others")])
+def test_a_source_that_is_absent_ambiguous_or_of_another_width_is_an_error(h0, says):
     with pytest.raises(ValueError, match=says):
         placed(Mixer(), targets=("steps.*.1",), h0=h0)
 
 
 def test_a_target_inside_a_target_is_adapted_as_well():
-    m = sibo.inject(ours("llama"), "adapter", 0.0, targets=("mlp", "up_proj"), bottleneck=2)
+    m = inject(ours("llama"), "adapter", 0.0, targets=("mlp", "up_proj"), bottleneck=2)
     found = {n for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found == names("blocks", "mlp", "mlp.base.up_proj")
 
@@ -293,7 +313,7 @@ def test_a_target_inside_a_target_is_adapted_as_well():
 
 
 def trained(config, **settings):
-    m = sibo.inject(model.build(config), **settings)
+    m = inject(model.build(config), **settings)
     return sum(p.numel() for p in m.parameters() if p.requires_grad), sum(p.numel() for p in m.parameters())
 
 

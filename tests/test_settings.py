@@ -17,17 +17,18 @@ METHODS = ("full", "adapter", "adapter-sibo", "lora", "lora-sibo")
 
 def test_the_defaults_are_a_lora_sibo_with_the_papers_places():
     assert asdict(Settings()) == {
-        "method": "lora", "lam": 0.2, "targets": None, "sibo_at": None, "h0": None, "rank": 32, "alpha": 64.0,
-        "dropout": 0.0, "bottleneck": 256, "side": "out", "skip": "mixed", "learn_lam": False, "frozen_too": False}
+        "method": "lora", "lam": 0.2, "targets": None, "sibo_at": None, "h0": None, "modules_to_save": None,
+        "rank": 32, "alpha": 64.0, "dropout": 0.0, "bottleneck": 256, "side": "out", "skip": "mixed",
+        "learn_lam": False, "frozen_too": False}
     assert sibo.Settings is Settings
 
 
 @pytest.mark.parametrize("name,value", [
     ("method", "adapter"), ("lam", 0), ("lam", 0.0), ("lam", 0.999), ("targets", None), ("targets", "q_proj"),
     ("targets", ("q_proj", "up_proj")), ("targets", ["q_proj"]), ("sibo_at", "both"), ("sibo_at", ["up_proj"]),
-    ("h0", None), ("h0", "embed"), ("rank", 1), ("alpha", -3), ("alpha", 0.5), ("dropout", 0), ("dropout", 1e-6),
-    ("dropout", 0.99), ("bottleneck", 4096), ("side", "parallel"), ("skip", "plain"), ("learn_lam", True),
-    ("frozen_too", True)])
+    ("h0", None), ("h0", "embed"), ("modules_to_save", ["score"]), ("modules_to_save", ()), ("rank", 1),
+    ("alpha", -3), ("alpha", 0.5), ("dropout", 0), ("dropout", 1e-6), ("dropout", 0.99), ("bottleneck", 4096),
+    ("side", "parallel"), ("skip", "plain"), ("learn_lam", True), ("frozen_too", True)])
 def test_what_a_setting_may_be(name, value):
     assert getattr(Settings(**{name: value}), name) == value
 
@@ -49,7 +50,8 @@ def test_what_a_setting_may_be(name, value):
     ("targets", 3, "targets: expected a name, or several, got 3"),
     ("targets", ["q_proj", 3], r"targets: .*, got \['q_proj', 3\]"),
     ("sibo_at", {"up_proj": 1}, "sibo_at: expected a name, or several, got"),
-    ("h0", ["embed"], r"h0: expected a name, got \['embed'\]"), ("h0", 0, "h0: expected a name, got 0")])
+    ("h0", ["embed"], r"h0: expected a name, got \['embed'\]"), ("h0", 0, "h0: expected a name, got 0"),
+    ("modules_to_save", 3, "modules_to_save: expected a name, or several, got 3")])
 def test_what_a_setting_may_not_be_is_one_line_that_names_it(name, value, says):
     with pytest.raises(ValueError, match=f"^{says}") as error:
         Settings(**{name: value})
@@ -90,6 +92,6 @@ def test_an_unknown_setting_is_an_error():
 def test_each_setting_says_which_methods_use_it():
     plain, sibos, loras, adapters = METHODS[1:], ("adapter-sibo", "lora-sibo"), METHODS[3:], METHODS[1:3]
     used = {name: tuple(m for m in METHODS if f.metadata["used_by"] in m) for name, f in FIELDS.items()}
-    assert used == {"method": METHODS, "lam": sibos, "targets": plain, "sibo_at": sibos, "h0": METHODS, "rank": loras,
-                    "alpha": loras, "dropout": loras, "bottleneck": adapters, "side": adapters,
-                    "skip": ("adapter-sibo",), "learn_lam": sibos, "frozen_too": ("lora-sibo",)}
+    assert used == {"method": METHODS, "lam": sibos, "targets": plain, "sibo_at": sibos, "h0": METHODS,
+                    "modules_to_save": plain, "rank": loras, "alpha": loras, "dropout": loras, "bottleneck": adapters,
+                    "side": adapters, "skip": ("adapter-sibo",), "learn_lam": sibos, "frozen_too": ("lora-sibo",)}

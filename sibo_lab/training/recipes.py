@@ -73,7 +73,7 @@ class Run:
         """What config.json holds: flat, the method's settings among the others."""
         flat = asdict(self)
         method = flat.pop("settings") or asdict(Settings(lam=0.0))
-        return flat | {k: v for k, v in method.items() if k not in ("method", "h0")}
+        return flat | {k: v for k, v in method.items() if k not in ("method", "h0", "modules_to_save")}  # no options
 
 
 def recipe(family: str, kind: str, method: str) -> dict:

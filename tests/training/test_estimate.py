@@ -54,8 +54,8 @@ def test_explain_draws_who_is_adapted_and_where_h0_goes(monkeypatch, capsys, tmp
     code, out, _ = run_train(monkeypatch, capsys, "--backbone", tmp_path, "--method", "lora-sibo", "--lam", "0.3",
                            "--explain")
     assert code == 0 and out == """\
-Llama, 32 blocks, d = 4096
-├─ embed                                  ══► h0
+Llama, 32 blocks, d = 4096, h0 = what blocks.0 reads
+├─ embed
 ├─ blocks.0 … 31
 │  ├─ attn_norm
 │  ├─ attn

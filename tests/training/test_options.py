@@ -47,7 +47,7 @@ def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monke
 @pytest.mark.parametrize(("args", "says"), [
     (["--task", "rte"], "expected a BERT, such as minilm"),
     (["--targets", "q_porj", "--method", "lora-sibo"], "did you mean q_proj"),
-    (["--targets", "down_proj", "--method", "lora-sibo"], "expected inputs 32 wide, as h0, got 64"),
+    (["--targets", "down_proj", "--method", "lora-sibo"], "reads inputs 64 wide, where h0 is 32"),
     (["--sibo-at", "attn"], "sibo_at 'attn': expected some of the adapted ['mlp'], got []"),
     (["--task", "rte", "--protocol", "paper"], "--protocol paper: expected a text-to-text task"),
 ])
@@ -63,7 +63,7 @@ def test_options_that_do_not_fit_the_model_are_named(monkeypatch, capsys, tiny_l
 
 def test_help_names_every_option_with_its_default(monkeypatch, capsys):
     code, out, _ = run_train(monkeypatch, capsys, "--help")
-    names = {f.name for f in (*fields(recipes.Run), *fields(Settings))} - {"settings", "h0"}
+    names = {f.name for f in (*fields(recipes.Run), *fields(Settings))} - {"settings", "h0", "modules_to_save"}
     assert code == 0 and all(f"--{name.replace('_', '-')} " in out for name in names)
     text = " ".join(out.split())
     assert "LoRA's rank (default: 32; bert glue 8)" in text
