@@ -98,3 +98,13 @@ def assert_near(got, right, tolerance: float = 1e-4) -> None:
     assert got.shape == right.shape
     assert (got - right).abs().max() <= tolerance * right.abs().max(), f"off by {(got - right).abs().max()}"
     assert right.abs().max() > 0
+
+
+def assert_near_gradients(got: dict, right: dict, tolerance: float = 1e-4) -> None:
+    """In relation to the largest of all; where no output depends on a tensor, both may have none."""
+    assert got.keys() == right.keys()
+    largest = max(g.abs().max() for g in right.values() if g is not None)
+    for n, expected in right.items():
+        found, expected = (torch.zeros(()) if g is None else g for g in (got[n], expected))
+        assert (found - expected).abs().max() <= tolerance * largest, f"{n}: off by {(found - expected).abs().max()}"
+    assert largest > 0
