@@ -53,7 +53,7 @@ def by_hand(plain: nn.Module, trained: dict[str, torch.Tensor], at: dict[str, li
             return (1 - share) * h + share * seen[sources[name]] if name in sources else h
 
         def bend(h, down=down, up=up, mix=mix):  # Eq. (4)
-            return (mix(h) if skip == "mixed" else h) + torch.tanh(mix(h) @ down.T) @ up.T
+            return (mix(h) if skip == "mixed" else h) + torch.tanh(mix(h) @ down.T.to(h.dtype)) @ up.T.to(h.dtype)
 
         def before(module, args, kwargs, mix=mix, bend=bend):
             change = mix if method == "lora" else bend
@@ -63,7 +63,8 @@ def by_hand(plain: nn.Module, trained: dict[str, torch.Tensor], at: dict[str, li
         def after(module, args, kwargs, out, down=down, up=up, mix=mix, bend=bend):
             y, h = out[0] if isinstance(out, tuple) else out, args[0] if args else kwargs["hidden_states"]
             if method == "lora":
-                y = y + scale * (h if frozen_too else mix(h)) @ down.T @ up.T  # Eq. (5)
+                low = (h if frozen_too else mix(h)) @ down.T.to(h.dtype)
+                y = y + scale * low @ up.T.to(h.dtype)  # Eq. (5)
             else:
                 y = y + torch.tanh(mix(h) @ down.T) @ up.T if side == "parallel" else bend(y)
             return (y, *out[1:]) if isinstance(out, tuple) else y
