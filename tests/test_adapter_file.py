@@ -72,10 +72,19 @@ def test_beside_them_stand_a_few_values_of_the_frozen_backbone(family, name, tmp
     stored, samples, _ = read(tmp_path)
     frozen = dict(tiny(family).named_parameters())
     assert stored.keys() == {n for n, p in m.named_parameters() if p.requires_grad}
-    assert 4 <= len(samples) <= 8
+    outside = {n for n in frozen if not n.startswith("blocks.")}
+    assert outside <= samples.keys() and 1 <= len(samples.keys() - outside) <= 8
     for n, values in samples.items():
         assert values.dtype == frozen[n].dtype and values.numel() == min(64, frozen[n].numel())
         assert set(values.tolist()) <= set(frozen[n].flatten().tolist())
+
+
+@pytest.mark.xfail(reason="safetensors orders two entries of metadata at random", strict=True)
+def test_what_is_saved_twice_is_the_same_to_the_byte(tmp_path):
+    m = inject(tiny(), "lora-sibo")
+    for i in range(30):
+        sibo.save(m, tmp_path / str(i))
+    assert len({file.read_bytes() for file in tmp_path.glob("*/*")}) == 1
 
 
 def test_a_classifier_is_saved_with_the_adapter(tmp_path):

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("sibo_lab/**/*.py")]
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
 METHOD = {"sibo", *(f"sibo_lab.{name}" for name in (
-    "settings", "stacks", "families", "placement", "wrapping", "initial_residual", "adapter_file", "hugging_face",
-    "switching", "files", "parallel"))}
+    "settings", "stacks", "families", "placement", "wrapping", "initial_residual", "fingerprint", "adapter_file",
+    "hugging_face", "switching", "files", "parallel"))}
 LAYERS = """
     sibo_lab.parallel
     sibo_lab.cli sibo_lab.fast sibo_lab.files
-    sibo_lab.settings sibo_lab.stacks sibo_lab.wrapping
+    sibo_lab.settings sibo_lab.stacks sibo_lab.wrapping sibo_lab.fingerprint
     sibo_lab.families sibo_lab.initial_residual
     sibo_lab.placement
     sibo_lab.adapter_file
