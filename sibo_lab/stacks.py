@@ -25,7 +25,7 @@ UNFIT = {  # by how the class of a block, or of a part of it, begins: why no h0 
     "Llama4Text|HiggsAudio": ("feed_forward|mlp", "whose layer puts all tokens in one row"),
     "LongformerLayer|LEDEncoderLayer|MLCD": (r"query|key|value|[qkv]_proj", "whose attention turns (B, T, d)"),
     "Swin|Donut|Segformer|Pvt|Hiera|Cvt|GLPN|Levit|FocalNet|Nat[A-Z]|Dinat|MViT|Sam[A-Z23]|Funnel|VitDet|GroupViT|"
-    "PatchTST|TimeSformer|Timesformer|PegasusX|SwiftFormer|GraniteDocling": ("", "whose layers pool, cut or add tokens"),
+    "PatchTST|Time[Ss]former|PegasusX|SwiftFormer|GraniteDocling": ("", "whose layers pool, cut or add tokens"),
     "MobileBertLayer": ("", "whose layers work on other widths than they pass on"),
     "DisentangledSelfAttention": (r"(query|key)_proj", "which reads relative positions too"),
     "LxmertXLayer": ("", "whose layers read two sequences"),
