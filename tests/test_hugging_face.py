@@ -1,6 +1,7 @@
 """transformers' Trainer, accelerate and TRL on injected models, and what save_pretrained leaves for from_pretrained."""
 
 import copy
+import gc
 import json
 import pickle
 
@@ -12,6 +13,15 @@ from small_models import hugging_face, ids, inject, stir
 import sibo
 
 hf = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """Trainer collects garbage at each start, 0.7 s of it through what the libraries imported."""
+    assert hf.Trainer and hf.LlamaForCausalLM and hf.BertForSequenceClassification  # imported now
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def classifier():
@@ -176,6 +186,22 @@ def test_trainer_trains_lora_sibo_as_adamw_does_on_the_model_by_hand(kind, tmp_p
     torch.testing.assert_close(list(trained(m).values()), [p.data for p in weights], rtol=0, atol=1e-3)
 
 
+def test_with_neftune_h0_is_the_embedding_with_its_noise_as_the_first_block_reads_it(tmp_path):
+    m, seen = stir(injected("llama")), {}
+    up_proj = m.model.layers[1].mlp.up_proj
+
+    def note(x, args, out):
+        low = F.linear(F.linear(torch.lerp(args[0], seen["h0"], 0.3), x.down), x.up)
+        seen["difference"] = float((out - x.base(args[0]) - 2 * low).detach().abs().max())
+
+    m.model.layers[0].register_forward_pre_hook(lambda x, args: seen.update(h0=args[0].detach()))
+    up_proj.register_forward_hook(note)
+    trainer(m, "llama", tmp_path, neftune_noise_alpha=5.0, max_steps=1, per_device_train_batch_size=8).train()
+    vectors = m.model.embed_tokens.weight
+    assert not (seen["h0"].flatten(0, 1)[:, None] == vectors).all(-1).any()  # no token is without noise
+    assert seen["difference"] < 1e-5
+
+
 # accelerate
 
 
@@ -240,10 +266,7 @@ def all_ways(m, what):
 
 @every_method
 @every_kind
-def test_an_injected_model_saved_is_refused_by_every_from_pretrained_and_right_by_sibo_load(kind, name, tmp_path,
-                                                                                             request):
-    if kind.startswith("bert") and name == "adapter-sibo":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="wraps nothing with weights: no weight of no size"))
+def test_an_injected_model_saved_is_refused_by_every_from_pretrained_and_right_by_sibo_load(kind, name, tmp_path):
     m = stir(injected(kind, name)).eval()
     m.save_pretrained(tmp_path)
     assert ways(tmp_path, m) == all_ways(m, "refused")
@@ -273,9 +296,9 @@ def test_a_merged_plain_lora_saved_is_the_merged_model_to_transformers(kind, tmp
 def test_a_merged_lora_sibo_is_not_saved_in_transformers_format(kind, name, tmp_path):
     m = sibo.merge(stir(injected(kind, name)))
     for x in (m, m.base_model):
-        with pytest.raises(ValueError, match="read h0"):
+        with pytest.raises(ValueError, match="at random"):
             x.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="read h0"):
+    with pytest.raises(ValueError, match="at random"):
         trainer(m, kind, tmp_path / "run").save_model()
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -293,7 +316,7 @@ def test_after_remove_the_model_saves_as_one_that_was_never_injected(kind, name,
 @every_method
 @every_kind
 def test_the_inner_model_of_an_injected_one_is_not_saved_without_the_rest(kind, name, tmp_path):
-    with pytest.raises(ValueError, match="read h0"):
+    with pytest.raises(ValueError, match="at random"):
         injected(kind, name).base_model.save_pretrained(tmp_path / "inner")
     assert not (tmp_path / "inner").exists()
 
@@ -303,27 +326,23 @@ def test_the_inner_model_of_an_injected_one_is_not_saved_without_the_rest(kind, 
 def test_a_model_within_a_module_that_was_injected_is_not_saved_without_the_rest(kind, name, tmp_path):
     outer = torch.nn.ModuleDict({"m": KINDS[kind]()})
     inject(outer, name)
-    with pytest.raises(ValueError, match="read h0"):
+    with pytest.raises(ValueError, match="at random"):
         outer["m"].save_pretrained(tmp_path / "inner")
     sibo.save(outer, tmp_path / "saved")
     fresh = sibo.load(torch.nn.ModuleDict({"m": KINDS[kind]()}), tmp_path / "saved")
     assert equal(trained(fresh), trained(outer))
 
 
-@pytest.mark.xfail(strict=True, reason="the model around the injected one has transformers' own save_pretrained")
 @every_method
 @every_kind
-def test_a_model_around_an_injected_one_is_saved_right_or_not_at_all(kind, name, tmp_path):
+def test_a_model_around_an_injected_one_is_not_saved_without_what_it_needs(kind, name, tmp_path):
     m = KINDS[kind]()
-    stir(inject(m.base_model, name))
-    try:
-        m.save_pretrained(tmp_path)
-    except ValueError:
-        return
-    assert "wrong" not in ways(tmp_path, m).values()
+    inject(m.base_model, name)
+    with pytest.raises(ValueError, match="at random"):
+        m.save_pretrained(tmp_path / "outer")
+    assert not (tmp_path / "outer").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="state_dict= is read for its names only")
 def test_other_values_given_to_save_pretrained_are_those_saved(tmp_path):
     m = stir(injected("llama"))
     average = {n: t * 0.5 for n, t in m.state_dict().items()}  # as of weights averaged over steps
@@ -352,7 +371,7 @@ def test_what_push_to_hub_uploads_is_refused_by_from_pretrained_or_never_written
     monkeypatch.setattr(type(m), "_upload_modified_files", lambda self, folder, *_, **__: uploads.append(
         shutil.copytree(folder, tmp_path / "uploaded")), raising=False)
     if change == "merged":
-        with pytest.raises(ValueError, match="read h0"):
+        with pytest.raises(ValueError, match="at random"):
             sibo.merge(m).push_to_hub("somebody/something")
         assert not uploads
         return
