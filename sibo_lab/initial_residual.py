@@ -1,7 +1,7 @@
 """How h0 reaches the modules: what a stack's first block reads, kept for one pass of the stack.
 
-Source: METHOD's h0 is the *initial token representation* (the paper's Section 3.2), whatever made it: scaled or
-replaced embeddings, positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
+Source: the *initial token representation* of the paper's Section 3.2, whatever made it: scaled or replaced embeddings,
+positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
 import threading
 from contextlib import suppress
