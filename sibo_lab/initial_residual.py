@@ -159,17 +159,17 @@ class InitialResidual:
 
 
 class Turning(TorchDispatchMode):
-    """Notes that a tensor of these first two sizes, which are equal, had the two exchanged: no shape tells that."""
+    """Notes that a tensor of h0's shape, of as many sequences as tokens, had the two exchanged: no shape tells that."""
 
     turned = False
 
     def __init__(self, shape: torch.Size):
         super().__init__()
-        self.shape = shape[:2]
+        self.shape = shape
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        if func in (aten.transpose.int, aten.permute.default) and args[0].dim() > 2 and args[0].shape[:2] == self.shape:
+        if func in (aten.transpose.int, aten.permute.default) and args[0].shape == self.shape:
             order = list(range(args[0].dim()))
             if func is aten.transpose.int:
                 order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
