@@ -119,7 +119,7 @@ def wrap(m: nn.Module, placed: Placement) -> nn.Module:
         for head in find(modules, name):
             modules[head].requires_grad_(True)
     hugging_face.guard(m)
-    m.sibo_before.hooks.append(m.register_load_state_dict_pre_hook(hugging_face.drop_empty))
+    m.sibo_before.hooks.append(m.register_load_state_dict_pre_hook(hugging_face.adopt))
     return m
 
 

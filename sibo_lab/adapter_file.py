@@ -17,7 +17,7 @@ from sibo_lab.placement import place
 from sibo_lab.settings import Settings
 from sibo_lab.stacks import is_embedding
 
-SAMPLE = ".frozen."  # no parameter's name begins so
+SAMPLE, FORMAT = ".frozen.", 2  # no parameter's name begins so; since 2, h0= names the module that reads h0
 
 
 def saved(m: nn.Module) -> dict[str, Tensor]:
@@ -41,9 +41,9 @@ def write(file: Path, m: nn.Module, given: dict[str, Tensor] | None = None) -> d
         raise ValueError(f"{type(m).__name__}: expected the method to be on, got it disabled; save after sibo.disabled")
     if frozen := [x.name for x in before.layers if not x.down.requires_grad] if before else []:
         raise ValueError(f"{frozen[0]}: expected to be trained, got frozen, as peft's get_peft_model does")
-    spec = _spec(getattr(m, "sibo", None)) | {"backbone": fingerprint.config_of(m)}
-    if parallel.rank() == 0:  # h0: the input of the module that h0= names
-        files.write_tensors(file, trained | samples, {"sibo": json.dumps(spec), "h0": "input"})
+    spec = _spec(getattr(m, "sibo", None)) | {"backbone": fingerprint.config_of(m), "format": FORMAT}
+    if parallel.rank() == 0:
+        files.write_tensors(file, trained | samples, {"sibo": json.dumps(spec)})
     return trained
 
 
@@ -51,17 +51,19 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     """The settings (None: all of `m` was trained) and the tensors. ValueError where they do not fit `m`."""
     stored, metadata = files.read_tensors(file)
     spec = files.parse_json(metadata.get("sibo", "{}"), f"{file}, its settings")
-    if not isinstance(spec, dict) or not spec.keys() <= {"backbone", *Settings.__dataclass_fields__}:
+    if not isinstance(spec, dict) or not spec.keys() <= {"backbone", "format", *Settings.__dataclass_fields__}:
         raise ValueError(f"{file}: expected settings of sibo.inject, got {quoted(spec)}")
     samples = {n.removeprefix(SAMPLE): stored.pop(n) for n in list(stored) if n.startswith(SAMPLE)}
     try:
-        config = spec.pop("backbone", {})
+        config, known = spec.pop("backbone", {}), spec.pop("format", 1)
+        if known not in (1, FORMAT):
+            raise ValueError(f"expected a file of format 1 or {FORMAT}, got {quoted(known)}; a newer version wrote it")
         if "values" in config:  # as files held them until November 2026
             dtype, old = getattr(torch, str(config["dtype"]).removeprefix("torch."), None), config["values"]
             samples, config = {n: torch.tensor(v, dtype=dtype) for n, v in old.items()}, config["config"]
-        if spec.get("h0") and "h0" not in metadata and not is_embedding(m.get_submodule(spec["h0"])):
+        if spec.get("h0") and known < 2 and not is_embedding(m.get_submodule(spec["h0"])):
             raise ValueError(f"expected an h0 that a module reads, got what {quoted(spec['h0'])} writes, as h0= meant "
-                             "until November 2026; train it again")
+                             "in format 1; train it again")
         settings, widths = getattr(m, "sibo", None), {}
         if not settings and spec.get("method") != "full":
             settings, widths, _ = place(m, Settings(**spec))
@@ -74,8 +76,7 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
             expected = (settings.rank if settings.method == "lora" else settings.bottleneck, d_in)
             if (shape := shapes.get(plain(f"{name}.down"), "none")) != expected:
                 raise ValueError(f"tensor '{name}.down': expected {expected}, got {shape}")
-        tells = settings and "h0" in metadata  # as files since then do
-        fingerprint.require_same(m, config, samples, set(shapes) if tells else None)
+        fingerprint.require_same(m, config, samples, set(shapes) if settings and known > 1 else None)
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as e:
         raise ValueError(f"{file}: malformed ({files.one_line(e)})") from e
     except ValueError as e:

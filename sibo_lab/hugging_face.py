@@ -5,6 +5,7 @@ Left alone it writes the wrapped weights under names that `from_pretrained` does
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from sibo_lab import adapter_file, files
 from sibo_lab.wrapping import Wrapper
+
+SETTINGS = ".sibo"  # no parameter's name begins so
 
 
 def guard(m: nn.Module) -> None:
@@ -50,13 +53,22 @@ def save_adapter(m: nn.Module, save_directory: str | Path, is_main_process: bool
         config = json.loads(m.config.to_json_string()) | {"transformers_weights": "none here: use sibo.load"}
         files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
         frozen = next(n for n, p in m.named_parameters() if not p.requires_grad).replace(".base.", ".")
-        files.write_tensors(folder / "model.safetensors", trained | {frozen: torch.empty(0)}, {"format": "pt"})
+        settings = torch.tensor(list(json.dumps(asdict(m.sibo)).encode()), dtype=torch.uint8)
+        files.write_tensors(folder / "model.safetensors", trained | {frozen: torch.empty(0), SETTINGS: settings},
+                            {"format": "pt"})
 
 
-def drop_empty(m: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
-    """What save_adapter wrote loads into the adapted model without the weight of no size."""
-    for name in [n for n, t in state_dict.items() if isinstance(t, Tensor) and not t.numel()]:
+def adopt(m: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
+    """Completes what save_adapter wrote with the frozen weights that `m` has. ValueError if other settings made it."""
+    if SETTINGS not in state_dict:
+        return
+    theirs, ours = json.loads(bytes(state_dict.pop(SETTINGS).tolist())), json.loads(json.dumps(asdict(m.sibo)))
+    if wrong := [k for k in ours if ours[k] != theirs.get(k)]:
+        raise ValueError(f"model.safetensors: expected {wrong[0]}={ours[wrong[0]]!r}, got {theirs.get(wrong[0])!r}")
+    for name in [n for n, t in state_dict.items() if not t.numel()]:
         del state_dict[name]
+    mine = adapter_file.saved(m)
+    state_dict |= {n: t for n, t in m.state_dict().items() if n not in mine}
 
 
 def refuse(m: nn.Module, *_, **__) -> None:

@@ -1,7 +1,7 @@
 """How h0 reaches the modules: what a stack's first block reads, kept for one pass of the stack.
 
-Source: METHOD's h0 is the *initial token representation* (the paper's Section 3.2), whatever made it: scaled or
-replaced embeddings, positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
+Source: the *initial token representation* of the paper's Section 3.2, whatever made it: scaled or replaced embeddings,
+positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
 import threading
 from contextlib import suppress
@@ -24,12 +24,12 @@ class InitialResidual:
     down, rank = None, 0  # down: in a merged model all A of the stack's modules, as one
 
     def __init__(self):
-        self.live, self.order = threading.local(), []
+        self.live, self.order, self.repeats = threading.local(), [], 1
 
     def hook(self, m: nn.Module, stack: Stack) -> None:
         """Has every pass of the stack through `m` filled in, and forgotten at its end, also if an exception ends it."""
         owner, sources = m.get_submodule(stack.owner), [m.get_submodule(name) for name in stack.sources]
-        first, mine = sources[0]._forward_pre_hooks, type(self).capture
+        first, mine, self.repeats = sources[0]._forward_pre_hooks, type(self).capture, stack.repeats
         m.sibo_before.hooks += [
             owner.register_forward_pre_hook(self.begin),
             *(x.register_forward_hook(self.capture_output) if is_embedding(x) else
@@ -91,9 +91,11 @@ class InitialResidual:
         if self.live.first is None:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 raise RuntimeError(f"h0: expected the first block to read a floating-point tensor, got a {type(x)}")
-            self.live.first = block
+            self.live.first, self.live.calls = block, 1
             self.take(x)
-        elif x is not self.live.last and not torch.compiler.is_compiling():
+        elif x is self.live.last or torch.compiler.is_compiling() or self.live.calls < self.repeats:
+            self.live.calls += 1
+        else:
             raise RuntimeError("h0: expected the first block to run once in a pass, or (as ALBERT's) on what the last "
                                "one wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
 

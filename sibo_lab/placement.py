@@ -57,7 +57,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     named = named_source(a, s.h0, getting) if s.h0 else None
     mixed, found = {name: named or own_stack(a, name) for name in getting}, {}
     for name in names:
-        stack, d = mixed.get(name), [x.d for x in (mixed.get(name), a.stacks.get(name)) if x and x.d]
+        stack, d = mixed.get(name), [x.d for x in (a.stacks.get(name), mixed.get(name)) if x and x.d]
         found[name] = adaptable_widths(a, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
         wrong = stack and (why_unfit(a, name) or stack.d and found[name][0] != stack.d and
                            f"that reads inputs {found[name][0]} wide, where h0 is {stack.d}")

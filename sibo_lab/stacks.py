@@ -4,6 +4,7 @@ What no name or shape tells, that a layer reshapes its tokens or reads weights p
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ CROSS = re.compile(r"cross|encdec|(enc(oder)?(_?dec(oder)?)?|src|source|mem(ory)
 EXPERT = re.compile(r"expert|moe|shared", re.I)
 UNFIT = {  # by how the class of a block, or of a part of it, begins: why no h0 of (B, T, d) fits modules of that name
     "OPTDecoderLayer": (r"fc\d", "whose layer puts all tokens in one row before it"),
-    "LongformerLayer|LEDEncoderLayer": (r"query|key|value", "whose attention turns (B, T, d) to (T, B, d)"),
-    "Swin|Donut|Segformer|Pvt|Hiera|Cvt|GLPN|Levit|FocalNet|Nat[A-Z]|Dinat|MViT|Sam[A-Z2]|Funnel|VitDet|GroupViT|"
-    "PatchTST|TimeSformer|Timesformer|PegasusX": ("", "whose layers pool, cut or add tokens"),
+    "Llama4Text|HiggsAudio": ("feed_forward|mlp", "whose layer puts all tokens in one row"),
+    "LongformerLayer|LEDEncoderLayer|MLCD": (r"query|key|value|[qkv]_proj", "whose attention turns (B, T, d)"),
+    "Swin|Donut|Segformer|Pvt|Hiera|Cvt|GLPN|Levit|FocalNet|Nat[A-Z]|Dinat|MViT|Sam[A-Z23]|Funnel|VitDet|GroupViT|"
+    "PatchTST|Time[Ss]former|PegasusX|SwiftFormer|GraniteDocling": ("", "whose layers pool, cut or add tokens"),
+    "MobileBertLayer": ("", "whose layers work on other widths than they pass on"),
     "DisentangledSelfAttention": (r"(query|key)_proj", "which reads relative positions too"),
     "LxmertXLayer": ("", "whose layers read two sequences"),
     "HrmText": ("", "whose stacks run in a loop, so that what they read is no token's representation"),
@@ -58,6 +61,8 @@ class Stack(NamedTuple):
     owner: str  # the nearest module that calls its blocks
     sources: tuple[str, ...]  # its blocks
     d: int | None  # the width of h0, where it is known
+    repeats: int = 1  # how often one block stands in it
+    nested: bool = False  # whether a block may be a model with blocks of its own
 
 
 def widths(x: nn.Module) -> tuple[int, int] | None:
@@ -102,20 +107,22 @@ def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | str | None:
     known = [d for leaf, d in linear if QKV.fullmatch(leaf) or FFN_IN.fullmatch(leaf)]
     d = (known or [d for _, d in linear] or [None])[0]
     embeds = any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules())
-    if (embeds or len(blocks) > 1) and holds_stack(first):
+    inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_container(x) or
+             isinstance(x, nn.Sequential)]
+    if (embeds or len(blocks) > 1) and any(len(xs) > 1 and all(map(is_block, xs)) for _, xs in inner):
         return "models"
+    nested = any(len(xs) > 1 and len({*map(type, xs)}) == 1 and re.fullmatch("layers?|(res)?blocks?|h", n) and
+                 any(xs[0].children()) for n, xs in inner)
     sources = tuple(called(modules, f"{parent}.{k}".lstrip(".")) for k in blocks)
-    return Stack(parent, caller(modules, parent), sources, d)
+    repeats = max(Counter(modules[parent]._modules.values()).values())
+    return Stack(parent, caller(modules, parent), sources, d, repeats, nested)
 
 
-def holds_stack(x: nn.Module) -> bool:
-    """Whether it has a list of blocks of its own: of several that hold attention and a feed-forward."""
-    def is_block(y: nn.Module) -> bool:
-        leaves = [n.rpartition(".")[2] for n, z in y.named_modules() if widths(z)]
-        return any(map(QKV.fullmatch, leaves)) and any(map(FFN_IN.fullmatch, leaves))
-
-    lists = ([*y.children()] for y in x.modules() if isinstance(y, nn.ModuleList | nn.Sequential))
-    return any(len(children) > 1 and all(map(is_block, children)) for children in lists)
+def is_block(x: nn.Module) -> bool:
+    """Whether its names tell attention and a feed-forward."""
+    names = [n for n, y in x.named_modules() if widths(y)]
+    leaves = [n.rpartition(".")[2] for n in names]
+    return any(map(QKV.fullmatch, leaves)) and any(map(FFN_IN.fullmatch, names + leaves))
 
 
 def why_unfit(a: Anatomy, name: str) -> str:
@@ -125,6 +132,8 @@ def why_unfit(a: Anatomy, name: str) -> str:
     block, _, inner = name.removeprefix(f"{stack.name}.").partition(".")
     if EXPERT.search(inner):
         return "whose rows are not one sequence's tokens in order, as an expert's"
+    if stack.nested:
+        return "in a list within a list, of which either may be the blocks; pass h0="
     if reads_another_stack(inner):
         return "which reads another stack's states, as a cross-attention's k and v do"
     kinds = {type(x).__name__ for x in a.modules[f"{stack.name}.{block}".lstrip(".")].modules()}

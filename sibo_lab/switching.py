@@ -114,8 +114,9 @@ def remove(m: nn.Module) -> nn.Module:
     swap(m, {x: x.base for x in inside})
     for hook in before.hooks:
         hook.remove()
+    trained = set(before.trained)
     for n, p in m.named_parameters():
-        p.requires_grad_(n in before.trained)
+        p.requires_grad_(n in trained)
     del m.sibo, m.sibo_before
     return m
 

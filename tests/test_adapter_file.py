@@ -30,10 +30,8 @@ def rewrite(folder, change_tensors=lambda tensors: None, change_spec=lambda spec
     """The same file with other tensors, or with other settings."""
     file = folder / "adapter.safetensors"
     tensors, (_, _, spec) = load_file(file), read(folder)
-    with safe_open(file, "pt") as f:
-        metadata = f.metadata()
     change_tensors(tensors), change_spec(spec)
-    save_file(tensors, file, metadata | {"sibo": json.dumps(spec)})
+    save_file(tensors, file, {"sibo": json.dumps(spec)})
 
 
 # ------------------------------------------------------------------------------------------------------- what is saved
@@ -62,7 +60,7 @@ def test_a_file_holds_exactly_what_was_trained_and_its_settings(tmp_path):
     assert spec.pop("backbone") == asdict(tiny().config) and spec == {
         "method": "lora", "lam": 0.3, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
         "sibo_at": ["up_proj"], "h0": None, "modules_to_save": [], "rank": 3, "alpha": 6.0, "dropout": 0.05,
-        "bottleneck": 3, "side": "out", "skip": "mixed", "learn_lam": True, "frozen_too": False}
+        "bottleneck": 3, "side": "out", "skip": "mixed", "learn_lam": True, "frozen_too": False, "format": 2}
 
 
 @pytest.mark.parametrize("family,name", CASES)
@@ -79,7 +77,6 @@ def test_beside_them_stand_a_few_values_of_the_frozen_backbone(family, name, tmp
         assert set(values.tolist()) <= set(frozen[n].flatten().tolist())
 
 
-@pytest.mark.xfail(reason="safetensors orders two entries of metadata at random", strict=True)
 def test_what_is_saved_twice_is_the_same_to_the_byte(tmp_path):
     m = inject(tiny(), "lora-sibo")
     for i in range(30):
@@ -100,7 +97,7 @@ def test_a_fully_trained_model_is_saved_whole(family, tmp_path):
     m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()})
     sibo.save(m, tmp_path)
     stored, samples, spec = read(tmp_path)
-    assert stored.keys() == m.state_dict().keys() and not samples and spec.keys() == {"method", "backbone"}
+    assert stored.keys() == m.state_dict().keys() and not samples and spec.keys() == {"method", "backbone", "format"}
     assert torch.equal(sibo.load(tiny(family), tmp_path)(ids()), m(ids()))
 
 

@@ -170,7 +170,6 @@ def test_nothing_is_measured_with_dropout_on(tiny_llama, tiny_bert):
 # ----------------------------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.xfail(reason="safetensors orders two entries of metadata at random", strict=False)
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_the_same_command_gives_the_same_adapter_and_the_same_answers(method, tmp_path, monkeypatch, tiny_llama):
     found = []

@@ -185,7 +185,6 @@ def test_each_process_scores_its_share_and_all_get_every_score_in_order(folder, 
         assert many["scores"] == (pytest.approx(one) if isinstance(one, dict) else one)
 
 
-@pytest.mark.xfail(reason="safetensors orders two entries of metadata at random", strict=False)
 @everywhere
 @whole_or_sharded
 def test_processes_stopped_by_a_signal_to_one_of_them_resume_bit_for_bit(folder, how, world):

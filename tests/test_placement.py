@@ -274,7 +274,6 @@ def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_their_sta
         placed(Mixer(), "adapter", lam=0.0, targets=("drop",))
 
 
-@pytest.mark.xfail(reason="accepted; fails at the first forward pass", strict=True)
 def test_a_sub_layer_whose_stack_is_not_as_wide_as_h0_cannot_take_it():
     with pytest.raises(ValueError, match=r"steps\.0: .* 8 wide, where h0 is 6; name others"):
         placed(Mixer(), "adapter", targets=("steps.*",), h0="patches")
