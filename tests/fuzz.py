@@ -530,6 +530,7 @@ def old_form(stored: dict[str, torch.Tensor], spec: dict) -> tuple[dict[str, tor
     """Samples of the backbone were numbers in the metadata, λ's log-odds had another name."""
     samples = {n.removeprefix(".frozen."): t.tolist() for n, t in stored.items() if n.startswith(".frozen.")}
     trained = {n.replace(".lam_logit", ".logit"): t for n, t in stored.items() if not n.startswith(".frozen.")}
+    spec = {k: v for k, v in spec.items() if k not in ("format", "modules_to_save")} | {"h0": "embed"}
     return trained, spec | {"backbone": {"config": spec["backbone"], "dtype": "torch.float32", "values": samples}}
 
 

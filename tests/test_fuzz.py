@@ -257,7 +257,7 @@ def test_an_adapter_of_impossible_settings_is_refused_before_memory_is_taken(tmp
     folder = fuzz.lay(tmp_path, "adapter")
     stored, metadata = files.read_tensors(folder / "adapter.safetensors")
     spec = json.dumps(json.loads(metadata["sibo"]) | changes)
-    (folder / "adapter.safetensors").write_bytes(save(stored, {"sibo": spec}))
+    (folder / "adapter.safetensors").write_bytes(save(stored, metadata | {"sibo": spec}))
     refused("adapter", folder, "adapter.safetensors", named)
 
 
