@@ -60,9 +60,9 @@ def places(a: Anatomy, method: str, side: str) -> tuple[dict[str, list[str]], li
         here = (lora(roles, encoder) if method == "lora" else inputs(roles, encoder) if side == "in" else
                 outputs(a.modules, inside, roles, encoder, side))
         unfit = {name for part in ("attn", "ffn") for name in here[part] if why_unfit(a, name)}
-        if method == "lora" and len(unfit) < len(here["attn"] + here["ffn"]):  # else all are refused, with the reason
+        if method != "lora" or len(unfit) < len(here["attn"] + here["ffn"]):  # else all are refused, with the reason
             here = {part: [n for n in names if n not in unfit] for part, names in here.items()}
-            here["plain"] += unfit
+            here["plain"] += unfit if method == "lora" else ()
         for part, names in here.items():
             parts[part] += names
         experts = method == "lora" and any(EXPERT.search(inner) for inner in inside.values())

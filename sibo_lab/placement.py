@@ -26,7 +26,7 @@ from sibo_lab.stacks import (
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "logits_proj",
          "sequence_summary", "regression_head", "multiple_choice_head", "reward_head", "value_head", "v_head",
          "rm_head")  # what is new for a task, by the names of transformers and trl
-ROOT_HEADS = ("projector",)  # elsewhere these are pre-trained
+NEW_POOLER = "ContextPooler"  # by its class: DeBERTa's classifiers have one that no checkpoint has
 
 
 class Placement(NamedTuple):
@@ -45,7 +45,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
         fit = patterns(a.modules, [n for n, stack in a.stacks.items() if (w := widths(a.modules[n])) and w[0] == stack.d
                                    and not why_unfit(a, n)])
         raise ValueError(f"{kind}: no known place for {s.method}, side {s.side}; expected targets=, such as "
-                         f"{' or '.join(fit) or 'linear modules in a list of blocks, of which it has none'}")
+                         f"{' or '.join(fit) or 'linear modules in a list of blocks, which h0 fits; it has none'}")
     at = s.sibo_at or own or patterns(a.modules, default)  # targets of one's own all get h0
     if at in ("attn", "ffn", "both"):
         at = [t for t in patterns(a.modules, *(parts[p] for p in ("attn", "ffn") if at in (p, "both"))) if t in targets]
@@ -67,7 +67,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     whole, holding = s.modules_to_save, {".".join(t.split(".")[:i]) for t in names for i in range(1, t.count(".") + 2)}
     if whole is None:
         whole = [t for t in HEADS if any(n not in a.stacks and n not in holding for n in find(a.modules, t))]
-        whole += [n for n in ROOT_HEADS if n in a.modules]
+        whole += [n for n, x in a.modules.items() if type(x).__name__ == NEW_POOLER or n == "projector"]  # of the root
     whole = (whole,) if isinstance(whole, str) else tuple(whole)
     if adapted := [n for n in find_all(m, whole) if n in holding]:
         raise ValueError(f"modules_to_save: expected modules without adapters, got {adapted[0]}")

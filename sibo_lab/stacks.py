@@ -74,8 +74,9 @@ def widths(x: nn.Module) -> tuple[int, int] | None:
 
 def is_embedding(x: nn.Module) -> bool:
     """It reads ids, so h0 can only be what it writes: nn.Embedding, or BERT's sum of several."""
-    return isinstance(x, nn.Embedding) or any(isinstance(child, nn.Embedding) for child in x.children()) and not any(
-        QKV.fullmatch(n.rpartition(".")[2]) for n, _ in x.named_modules())
+    several = any(isinstance(child, nn.Embedding) for child in x.children())
+    return isinstance(x, nn.Embedding) or several and ("Embedding" in type(x).__name__ or not any(
+        map(widths, x.modules())))
 
 
 def caller(modules: dict[str, nn.Module], name: str) -> str:
