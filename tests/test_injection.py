@@ -1093,7 +1093,7 @@ def hooks(m):
 
 def assert_untouched(m, before):
     """The same modules, tensors, trained flags, hooks and variables, bit for bit."""
-    kinds = [[(n, type(x).__name__) for n, x in y.named_modules()] for y in (m, before)]  # a copy may have its own class
+    kinds = [[(n, type(x).__name__) for n, x in y.named_modules()] for y in (m, before)]  # of its own
     assert kinds[0] == kinds[1]
     assert list(m.state_dict()) == list(before.state_dict())
     for (n, p), (_, q) in zip(m.named_parameters(), before.named_parameters(), strict=True):
