@@ -29,14 +29,14 @@ class InitialResidual:
     def hook(self, m: nn.Module, stack: Stack) -> None:
         """Has every pass of the stack through `m` filled in, and forgotten at its end, also if an exception ends it."""
         owner, sources = m.get_submodule(stack.owner), [m.get_submodule(name) for name in stack.sources]
-        first, mine, self.repeats = sources[0]._forward_pre_hooks, type(self).capture, stack.repeats
+        first, self.repeats = sources[0]._forward_pre_hooks, stack.repeats
         m.sibo_before.hooks += [
             owner.register_forward_pre_hook(self.begin),
             *(x.register_forward_hook(self.capture_output) if is_embedding(x) else
               x.register_forward_pre_hook(self.capture, with_kwargs=True) for x in sources),
             *(x.register_forward_hook(self.mark) for x in sources),
             owner.register_forward_hook(self.end, always_call=True)]
-        self.order += [(first, key) for key, hook in first.items() if getattr(hook, "__func__", None) is mine]
+        self.order += [(first, key) for key, hook in first.items() if hook == self.capture]
 
     def fold(self, down: Tensor, rank: int) -> nn.Module:
         """Of all A (rank, d) of the stack's modules, one product h0 A."""
@@ -47,6 +47,11 @@ class InitialResidual:
     @property
     def h0(self) -> Tensor | None:
         h0 = None if self.is_stale() else getattr(self.live, "h0", None)
+        if not torch.compiler.is_compiling():
+            self.live.read = True
+            if getattr(self.live, "twice", False):
+                raise RuntimeError("h0: expected one output of the embedding before it is mixed in, got two; run the "
+                                   "blocks on each in turn, or in a module of their own")
         if h0 is not None and h0.requires_grad and not torch.is_grad_enabled() and trains(h0):
             raise RuntimeError("h0: expected nothing trained before the first block, as reentrant checkpointing loses "
                                "the gradient through h0, got a trained tensor; pass use_reentrant=False")
@@ -76,35 +81,34 @@ class InitialResidual:
         self.keep(None, None)
         for hooks, key in self.order if not torch.compiler.is_compiling() else ():
             hooks.move_to_end(key)  # after the hooks that others put on the first block since
-        self.live.running, self.live.first, self.live.last, self.live.outer = True, None, None, outer
-        self.live.watch = None
+        self.live.running, self.live.last, self.live.outer = True, None, outer
+        self.live.watch, self.live.twice, self.live.ran = None, False, {}
 
     def capture(self, block, args, kwargs) -> None:
+        if torch.compiler.is_compiling() and getattr(self.live, "h0", None) is not None:
+            return  # so that a block, compiled alone, is one graph, in the backward pass too
         if not getattr(self.live, "running", False):
             if self.down and getattr(self.live, "task", None) is not None:
                 self.fold_h0()  # the first block, run again, does what it did
             return
-        if self.live.first not in (None, block):
-            return
         key = reads(args, kwargs)
         x = args[key] if args else kwargs.get(key)
-        if self.live.first is None:
+        runs = self.live.ran[block] = self.live.ran.get(block, 0) + 1
+        if runs > self.repeats and x is not self.live.last:
+            raise RuntimeError("h0: expected a block to run once in a pass, or (as ALBERT's) on what the last one "
+                               "wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
+        if self.live.h0 is None:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 raise RuntimeError(f"h0: expected the first block to read a floating-point tensor, got a {type(x)}")
-            self.live.first, self.live.calls = block, 1
             self.take(x)
-        elif x is self.live.last or torch.compiler.is_compiling() or self.live.calls < self.repeats:
-            self.live.calls += 1
-        else:
-            raise RuntimeError("h0: expected the first block to run once in a pass, or (as ALBERT's) on what the last "
-                               "one wrote, got another input; pass h0=, the name of an embedding, whose output is h0")
 
     def capture_output(self, embedding, args, output) -> None:
         if getattr(self.live, "running", False):
+            self.live.twice |= self.live.h0 is not None and not self.live.read
             self.take(output)
 
     def take(self, x: Tensor) -> None:
-        self.live.h0 = x.clone()  # some models go on to add to it in place
+        self.live.h0, self.live.read = x.clone(), False  # a copy, as some models go on to add to it in place
         self.fold_h0()
         if x.dim() > 2 and len(x) == x.shape[1] > 1 and not torch.compiler.is_compiling() and not self.live.watch:
             self.live.watch = Turning(x.shape)
@@ -121,7 +125,7 @@ class InitialResidual:
         finally:
             outer = self.live.outer
             self.keep(None, None)
-            self.live.running, self.live.first, self.live.last, self.live.watch = False, None, None, None
+            self.live.running, self.live.last, self.live.watch = False, None, None
             vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:

@@ -59,7 +59,7 @@ def place(m: nn.Module, s: Settings) -> Placement:
     for name in names:
         stack, d = mixed.get(name), [x.d for x in (a.stacks.get(name), mixed.get(name)) if x and x.d]
         found[name] = adaptable_widths(a, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
-        wrong = stack and (why_unfit(a, name) or stack.d and found[name][0] != stack.d and
+        wrong = stack and (why_unfit(a, name, named is not None) or stack.d and found[name][0] != stack.d and
                            f"that reads inputs {found[name][0]} wide, where h0 is {stack.d}")
         if wrong:
             raise ValueError(f"{name}: expected a module that can take h0, got one {wrong}; name others as "

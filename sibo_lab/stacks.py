@@ -126,14 +126,14 @@ def is_block(x: nn.Module) -> bool:
     return any(map(QKV.fullmatch, leaves)) and any(map(FFN_IN.fullmatch, names + leaves))
 
 
-def why_unfit(a: Anatomy, name: str) -> str:
-    """Why a module of a stack cannot take h0, by its name or its block's class, or ""."""
+def why_unfit(a: Anatomy, name: str, named: bool = False) -> str:
+    """Why a module of a stack cannot take h0 (`named`: by h0=), by its name or its block's class, or ""."""
     if not (stack := a.stacks.get(name)):
         return ""
     block, _, inner = name.removeprefix(f"{stack.name}.").partition(".")
     if EXPERT.search(inner):
         return "whose rows are not one sequence's tokens in order, as an expert's"
-    if stack.nested:
+    if stack.nested and not named:
         return "in a list within a list, of which either may be the blocks; pass h0="
     if reads_another_stack(inner):
         return "which reads another stack's states, as a cross-attention's k and v do"
@@ -158,6 +158,12 @@ def named_source(a: Anatomy, h0: str, getting: Sequence[str]) -> Stack:
         d = list(source.parameters())[-1].shape[-1]
     else:
         d = ins[0] if ins else next((p.shape[-1] for p in source.parameters() if p.dim() == 1), None)  # of a norm
+    if (own := a.stacks.get(sources[0])) and not is_embedding(source):
+        block = {n: int(n.removeprefix(f"{own.name}.").split(".")[0]) for n in (*getting, *sources)
+                 if a.stacks.get(n) == own and n.removeprefix(f"{own.name}.").split(".")[0].isdigit()}
+        if early := [n for n in block if block[n] < block[sources[0]]]:
+            raise ValueError(f"{early[0]}: expected a module that runs after {sources[0]}, which reads h0, got one of "
+                             "a block before it; leave it out of sibo_at")
     common = os.path.commonprefix([name.split(".") for name in (*sources, *getting)])
     return Stack("", caller(a.modules, ".".join(common)), tuple(sources), d)
 

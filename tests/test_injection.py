@@ -430,8 +430,7 @@ HIDDEN = ("object in an object", "slots", "function")  # no tensor of theirs can
 KINDS = ("", "non-reentrant", "reentrant")
 
 
-@pytest.mark.parametrize("returned,how", [
-    (r, how) for r in RETURNS for how in KINDS])
+@pytest.mark.parametrize("returned,how", [(r, how) for r in RETURNS for how in KINDS])
 def test_a_stacks_owner_may_return_anything(returned, how):
     wrap, unwrap = RETURNS[returned]
     _, right, trained = pair(Owner(), LINEARS, targets="blocks.*.1")
@@ -448,8 +447,8 @@ def test_a_stacks_owner_may_return_anything(returned, how):
     assert_near_gradients(trained_gradients(m), expected)
 
 
-@pytest.mark.parametrize("value", [
-    None, torch.Size([2]), 3, 0.5, "text", range(3), object()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("value", [None, torch.Size([2]), 3, 0.5, "text", range(3), object()],
+                         ids=lambda x: type(x).__name__)
 def test_a_stacks_owner_may_return_no_tensor_at_all(value):
     kept = []
     m = stir(sibo.inject(Owner(lambda h: kept.append(h) or value), "lora", 0.5, targets="blocks.*.1", **SMALL))
@@ -521,8 +520,8 @@ class Turned(nn.Module):
         return self.inner(h.contiguous() if self.contiguous else h).transpose(0, 1)
 
 
-@pytest.mark.parametrize("method,T,contiguous", [
-    (method, T, contiguous) for method in ("lora", "adapter") for T in (5, 4) for contiguous in (False, True)])
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("T,contiguous", [(5, False), (4, False), (4, True)])
 def test_another_layout_inside_a_block_is_refused_also_where_b_is_t(method, T, contiguous):
     m = sibo.inject(Owner(block=lambda: Turned(contiguous)), method, 0.5, targets="inner", **SMALL)
     with pytest.raises(RuntimeError, match="inner: expected h0"):
@@ -544,6 +543,40 @@ def test_mixing_over_tokens_is_refused_also_where_they_are_as_many_as_the_model_
     m = sibo.inject(Owner(block=TokenMixer), "lora", 0.5, targets="tokens", **SMALL)
     with pytest.raises(RuntimeError, match="tokens: expected h0"):
         m(ids(T=16))
+
+
+class Reordered(nn.Module):
+    """A block that computes on another order of its tokens, and puts them back."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.inner, self.there, self.back = nn.Linear(16, 16), there, back
+
+    def forward(self, h):
+        return self.back(self.inner(self.there(h)))
+
+
+ORDERS = {  # (B, T)-shaped as before, or by chance
+    "flipped": (lambda h: h.flip(1), lambda h: h.flip(1), 7), "rolled": (
+        lambda h: h.roll(1, 1), lambda h: h.roll(-1, 1), 7),
+    "tokens last": (lambda h: h.transpose(1, 2).contiguous(), lambda h: h.transpose(1, 2), 16),
+    "unbound": (lambda h: torch.stack(h.unbind(1)), lambda h: torch.stack(h.unbind(1)), 2)}
+
+
+@pytest.mark.xfail(strict=True, reason="no shape and no transposition of the first two dimensions tells")
+@pytest.mark.parametrize("order", ORDERS)
+def test_another_order_of_tokens_inside_a_block_is_refused(order):
+    there, back, T = ORDERS[order]
+    m = sibo.inject(Owner(block=lambda: Reordered(there, back)), "lora", 0.5, targets="inner", **SMALL)
+    with pytest.raises(RuntimeError, match="inner: expected h0"):
+        m(ids(T=T))
+
+
+@pytest.mark.xfail(strict=True, reason="while compiling, only strides are looked at")
+def test_compiled_too_another_layout_inside_a_block_is_refused_where_b_is_t():
+    m = sibo.inject(Owner(block=lambda: Turned(True)), "lora", 0.5, targets="inner", **SMALL)
+    with pytest.raises(RuntimeError, match="inner: expected h0"):
+        torch.compile(m, backend="eager")(ids(B=4, T=4))
 
 
 class TimeFirst(Owner):
@@ -705,9 +738,7 @@ def headed(kind, seed=0):
     return m
 
 
-
-
-@pytest.mark.parametrize("kind", list(HEADED))
+@pytest.mark.parametrize("kind", HEADED)
 def test_a_new_head_is_trained_saved_and_loaded_and_the_body_is_not(kind, tmp_path):
     m, heads = stir(sibo.inject(headed(kind, 1), "lora", 0.5, **SMALL)), tuple(HEADED[kind][1].split())
     trained = {n for n, p in m.named_parameters() if p.requires_grad}
@@ -722,7 +753,7 @@ def test_a_new_head_is_trained_saved_and_loaded_and_the_body_is_not(kind, tmp_pa
     assert all(h in sibo.summary(m) for h in heads)
 
 
-@pytest.mark.parametrize("kind", list(HEADED))
+@pytest.mark.parametrize("kind", HEADED)
 def test_remove_and_disabled_put_the_heads_back_bit_for_bit(kind):
     before, m = headed(kind), sibo.inject(headed(kind), "lora", 0.5, **SMALL)
     for head in HEADED[kind][1].split():
@@ -773,6 +804,22 @@ def test_an_adapter_of_another_head_or_of_none_is_an_error(there, here, tmp_path
     with pytest.raises(ValueError, match="adapter.safetensors"):
         sibo.load(m, tmp_path)
     assert_untouched(m, before)
+
+
+def test_debertas_pooler_is_new_too_and_an_adapter_of_another_is_refused_or_has_its_own(tmp_path):
+    def drawn(seed):  # as from_pretrained draws it, since microsoft's files hold none
+        m = headed("DebertaV2ForSequenceClassification", seed)
+        draw(m.pooler, seed)
+        return m
+
+    m = stir(sibo.inject(drawn(1), "lora", 0.5, modules_to_save="classifier", **SMALL))
+    sibo.save(m, tmp_path / "frozen")
+    with pytest.raises(ValueError, match="another backbone: expected other values in pooler.dense"):
+        sibo.load(drawn(2), tmp_path / "frozen")
+    m = stir(sibo.inject(drawn(1), "lora", 0.5, **SMALL))
+    assert set(m.sibo.modules_to_save) == {"classifier", "pooler"}
+    sibo.save(m, tmp_path / "own")
+    assert torch.equal(sibo.load(drawn(2), tmp_path / "own")(A).logits, m(A).logits)
 
 
 # -------------------------------------------------------------------------- a wrapped module looks like what it wraps
@@ -1093,8 +1140,8 @@ def hooks(m):
 
 def assert_untouched(m, before):
     """The same modules, tensors, trained flags, hooks and variables, bit for bit."""
-    kinds = [[(n, type(x).__name__) for n, x in y.named_modules()] for y in (m, before)]  # of its own
-    assert kinds[0] == kinds[1]
+    kinds = [[(n, type(x).__name__) for n, x in net.named_modules()] for net in (m, before)]
+    assert kinds[0] == kinds[1]  # by name: a parametrised module has a class of its own
     assert list(m.state_dict()) == list(before.state_dict())
     for (n, p), (_, q) in zip(m.named_parameters(), before.named_parameters(), strict=True):
         assert torch.equal(p, q) and p.requires_grad == q.requires_grad and p.dtype == q.dtype, n
@@ -1314,7 +1361,7 @@ def test_an_injected_model_cannot_be_injected_again():
 def test_neither_what_holds_an_injected_model_nor_a_part_of_one_can_be_injected(part):
     m = sibo.inject(llama(), **SMALL)
     trained = [n for n, p in m.named_parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="expected a model without adapters, got them at .*; sibo.remove them first"):
+    with pytest.raises(ValueError, match="expected a model without adapters, got them at '.*'; sibo.remove them first"):
         sibo.inject(part(m), targets="o_proj")
     assert trained == [n for n, p in m.named_parameters() if p.requires_grad]
 
@@ -1339,11 +1386,59 @@ def right_or_refused(got, right):
         assert_near(got, right)
 
 
-@pytest.mark.parametrize("h0", [None, "embed"])
-def test_blocks_run_on_two_inputs_in_one_pass_of_their_owner_never_see_the_others_h0(h0):
+ONCE = "h0: expected a block to run once in a pass, .*; pass h0=, the name of an embedding"
+
+
+def test_blocks_run_on_two_inputs_in_one_pass_of_their_owner_are_refused_or_right_with_the_h0_that_the_error_names():
     _, right, _ = pair(Owner(), LINEARS, targets="blocks.*.1")
-    m = stir(sibo.inject(Twice(), "lora", 0.5, targets="blocks.*.1", h0=h0, **SMALL))
+    m = stir(sibo.inject(Twice(), "lora", 0.5, targets="blocks.*.1", **SMALL))
+    with pytest.raises(RuntimeError, match=ONCE):
+        m(A, B)
+    assert h0_is_gone(m)
+    m = stir(sibo.inject(Twice(), "lora", 0.5, targets="blocks.*.1", h0="embed", **SMALL))
+    assert_near(m(A, B), right(A) + 2 * right(B))
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="while compiling, no second input is noticed")
+def test_compiled_too_blocks_run_on_two_inputs_never_see_the_others_h0():
+    right = pair(Owner(), LINEARS, targets="blocks.*.1")[1]
+    m = stir(sibo.inject(Twice(), "lora", 0.5, targets="blocks.*.1", **SMALL))
+    right_or_refused(lambda: torch.compile(m, backend="eager")(A, B), right(A) + 2 * right(B))
+
+
+class EmbedsBoth(Owner):
+    """Two inputs, embedded first, then run one after the other."""
+
+    def forward(self, a, b):
+        first, second = [*map(self.embed, (a, b))]
+        for block in self.blocks:
+            first = first + block(first)
+        for block in self.blocks:
+            second = second + block(second)
+        return first + 2 * second
+
+
+def test_a_named_embedding_that_writes_twice_before_the_blocks_gives_none_the_others_h0():
+    right = pair(Owner(), LINEARS, targets="blocks.*.1")[1]
+    m = stir(sibo.inject(EmbedsBoth(), "lora", 0.5, targets="blocks.*.1", h0="embed", **SMALL))
     right_or_refused(lambda: m(A, B), right(A) + 2 * right(B))
+
+
+class LateEntry(Owner):
+    """A second input that skips the first block."""
+
+    def forward(self, a, b):
+        first, second = super().forward(a), self.embed(b)
+        for block in self.blocks[1:]:
+            second = second + block(second)
+        return first + 2 * second
+
+
+def test_a_second_input_that_enters_at_a_later_block_never_sees_the_firsts_h0():
+    m = stir(sibo.inject(LateEntry(), "lora", 0.5, targets="blocks.*.1", **SMALL))
+    right, short = (pair(Owner(), LINEARS, targets="blocks.*.1")[1] for _ in range(2))
+    short.blocks[0].register_forward_hook(lambda _, args, out: 0 * out)  # which then adds nothing
+    right_or_refused(lambda: m(A, B), right(A) + 2 * short(B))
 
 
 class Loop(Owner):
@@ -1387,9 +1482,18 @@ class Towers(nn.Module):
         return self.towers[0](a) + 2 * self.towers[1](b)
 
 
-def test_a_list_of_towers_that_no_name_tells_from_a_list_of_blocks_is_refused():
-    with pytest.raises(ValueError, match="in a list within a list, of which either may be the blocks; pass h0="):
-        sibo.inject(Towers(), targets="layers.*.1")
+def test_a_list_of_towers_whose_names_tell_nothing_is_refused_before_anything_changes():
+    m, before = Towers(), Towers()
+    with pytest.raises(ValueError, match=r"towers\.0\.layers\.0\.1: expected .* in a list within a list"):
+        sibo.inject(m, targets="layers.*.1", **SMALL)
+    assert_untouched(m, before)
+
+
+def test_a_list_of_towers_is_right_with_the_h0_that_the_refusal_asks_for():
+    at = {"towers.1.layers.0": [f"towers.1.layers.{i}.1" for i in (0, 1)]}
+    m, right, _ = pair(Towers(), at, targets="towers.1.layers.*.1", h0="towers.1.layers.0")
+    a, b = torch.randn(2, 2, 7, 16, generator=torch.Generator().manual_seed(0))
+    assert_near(m(a, b), right(a, b))
 
 
 def test_an_ensemble_of_encoders_in_a_list_has_an_h0_for_each():
@@ -1450,8 +1554,7 @@ class InSequence(Owner):
         return h
 
 
-@pytest.mark.parametrize("how", ["called", "one by one",
-                                 "checkpoint_sequential"])
+@pytest.mark.parametrize("how", ["called", "one by one", "checkpoint_sequential"])
 def test_a_sequential_is_a_stack_however_it_is_run(how):
     _, right, trained = pair(InSequence("called"), LINEARS, targets="blocks.*.1")
     m = stir(sibo.inject(InSequence(how), "lora", 0.5, targets="blocks.*.1", **SMALL))
@@ -1461,14 +1564,17 @@ def test_a_sequential_is_a_stack_however_it_is_run(how):
     assert_near_gradients(trained_gradients(m), gradients(expected.square().mean(), trained))
 
 
-def test_a_sequential_called_twice_in_one_pass_never_sees_the_other_calls_h0():
+def test_a_sequential_called_twice_in_one_pass_is_refused_or_right_with_the_h0_that_the_error_names():
     class Both(InSequence):
         def forward(self, a, b):
             return super().forward(a) + 2 * super().forward(b)
 
     _, right, _ = pair(InSequence("called"), LINEARS, targets="blocks.*.1")
     m = stir(sibo.inject(Both("called"), "lora", 0.5, targets="blocks.*.1", **SMALL))
-    right_or_refused(lambda: m(A, B), right(A) + 2 * right(B))
+    with pytest.raises(RuntimeError, match=ONCE):
+        m(A, B)
+    m = stir(sibo.inject(Both("called"), "lora", 0.5, targets="blocks.*.1", h0="embed", **SMALL))
+    assert_near(m(A, B), right(A) + 2 * right(B))
 
 
 class Placed(nn.Module):
@@ -1502,7 +1608,7 @@ def test_h0_is_the_first_argument_of_the_block_in_whatever_order_it_is_called(ca
     at = {"blocks.0": [f"blocks.{i}.inner" for i in range(3)]}
     right = pair(WithPositions(lambda block, h, pos: block(h, pos)), at, targets="inner")[1]
     m = stir(sibo.inject(WithPositions(call), "lora", 0.5, targets="inner", **SMALL))
-    right_or_refused(lambda: m(A), right(A))
+    assert_near(m(A), right(A))
 
 
 class Biased(nn.Module):
@@ -1518,7 +1624,7 @@ class Biased(nn.Module):
         return self.inner(h).tanh()
 
 
-@pytest.mark.parametrize("targets", ["inner", ("1.inner", "2.inner")])
+@pytest.mark.parametrize("targets", ["inner", ("1.inner", "2.inner")], ids=["refused", "wrong in silence"])
 def test_a_first_block_with_a_table_of_its_own_is_the_first_block(targets):
     tables = iter([True, False, False])
     plain = Owner(block=lambda: Biased(next(tables)))
@@ -1545,9 +1651,8 @@ class Outer(nn.Module):
                           use_reentrant=self.outer)
 
 
-@pytest.mark.parametrize("outer,inner", [(False, None), (True, None), (False, False),
-                                         (False, True), (True, False),
-                                         (True, True)])
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [None, False, True])
 def test_a_checkpoint_around_the_whole_stack_keeps_its_h0(outer, inner):
     at = {f"owner.{first}": [f"owner.{n}" for n in names] for first, names in LINEARS.items()}
     _, right, trained = pair(Outer(None, None), at, targets="blocks.*.1")
