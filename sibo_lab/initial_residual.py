@@ -75,6 +75,10 @@ class InitialResidual:
         task = getattr(self.live, "task", None)
         return task is not None and task != torch._C._current_graph_task_id()
 
+    def is_block_alone(self) -> bool:
+        """Whether a block is being compiled by itself, in a pass that is not."""
+        return torch.compiler.is_compiling() and not getattr(self.live, "traced", False)
+
     def begin(self, owner, args) -> None:
         busy = getattr(self.live, "running", False) or getattr(self.live, "task", None) is not None
         outer = dict(vars(self.live)) if busy else None  # an owner that calls itself, a pass within a backward pass
@@ -83,9 +87,10 @@ class InitialResidual:
             hooks.move_to_end(key)  # after the hooks that others put on the first block since
         self.live.running, self.live.last, self.live.outer = True, None, outer
         self.live.watch, self.live.twice, self.live.ran = None, False, {}
+        self.live.traced = torch.compiler.is_compiling()  # the whole pass, not a block of it alone
 
     def capture(self, block, args, kwargs) -> None:
-        if torch.compiler.is_compiling() and getattr(self.live, "h0", None) is not None:
+        if self.is_block_alone() and getattr(self.live, "h0", None) is not None:
             return  # so that a block, compiled alone, is one graph, in the backward pass too
         if not getattr(self.live, "running", False):
             if self.down and getattr(self.live, "task", None) is not None:
@@ -125,16 +130,16 @@ class InitialResidual:
         finally:
             outer = self.live.outer
             self.keep(None, None)
-            self.live.running, self.live.last, self.live.watch = False, None, None
+            self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
             vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:
         """Checkpointed blocks run again in the backward pass: the first gradient to reach the output of the stack, or
         of a block, puts this pass's h0 back, in the thread that then runs it. (Compiled graphs hold h0 by value.)"""
-        if torch.compiler.is_compiling() or not getattr(self.live, "running", False):
+        if self.is_block_alone() or not getattr(self.live, "running", False):
             return
         self.live.last = output[0] if isinstance(output, tuple | list) and output else output
-        if not torch.is_grad_enabled() or self.live.h0 is None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.live.h0 is None:
             return
         if not isinstance(output, Tensor | tuple | list):  # a dict, or an object with tensors
             output = list(output.values() if isinstance(output, dict) else getattr(output, "__dict__", {}).values())

@@ -1399,7 +1399,6 @@ def test_blocks_run_on_two_inputs_in_one_pass_of_their_owner_are_refused_or_righ
     assert_near(m(A, B), right(A) + 2 * right(B))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="while compiling, no second input is noticed")
 def test_compiled_too_blocks_run_on_two_inputs_never_see_the_others_h0():
     right = pair(Owner(), LINEARS, targets="blocks.*.1")[1]
     m = stir(sibo.inject(Twice(), "lora", 0.5, targets="blocks.*.1", **SMALL))
