@@ -86,8 +86,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
-    kind = {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM",
-            "bert": "BertForSequenceClassification" if head else "BertModel"}[spec["model_type"]]
+    kind = "BertForSequenceClassification" if head else m.config.architecture
     spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
     if head:
         n = head.out.out_features

@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import FAMILIES, LLAMA3, assert_near, assert_same_model, padded, pair, theirs_of, words
+from twins import CAUSAL, FAMILIES, LLAMA3, assert_near, assert_same_model, padded, pair, theirs_of, words
 
 import model
 from sibo_lab.backbone import generate, locate, tokenizer
@@ -51,17 +51,34 @@ def test_minilm_has_transformers_hidden_states_on_real_sentences():
 # -------------------------------------------------------------------------------------------- the spread of configs
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.fixed_dictionaries({
-    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([None, 4, 12]),
-    "tie_word_embeddings": st.booleans(), "attention_bias": st.booleans(), "mlp_bias": st.booleans(),
-    "rms_norm_eps": st.sampled_from([1e-6, 1e-2]),
+BIASES = {"attention_bias": st.booleans()}
+SLIDES = st.sampled_from([{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+                          {"use_sliding_window": True, "sliding_window": 16, "layer_types": [
+                              "sliding_attention", "full_attention"]}])
+OWN = {  # settings that a family has and others have not
+    "llama": st.fixed_dictionaries(BIASES | {"mlp_bias": st.booleans()}),
+    "mistral": st.fixed_dictionaries({"sliding_window": st.sampled_from([None, 1, 7, 4096])}),
+    "qwen2": SLIDES,
+    "qwen3": st.builds(dict.__or__, SLIDES, st.fixed_dictionaries(BIASES)),
+    "smollm3": st.builds(dict.__or__, st.sampled_from([
+        {}, {"no_rope_layers": [0, 1]}, {"no_rope_layer_interval": 1}, {
+            "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9}]),
+        st.fixed_dictionaries(BIASES | {"mlp_bias": st.booleans()})),
+}
+SHARED = st.fixed_dictionaries({
+    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([8, 4, 12]),
+    "tie_word_embeddings": st.booleans(), "rms_norm_eps": st.sampled_from([1e-6, 1e-2]),
     "rope_parameters": st.builds(
         lambda theta, scaling: {"rope_theta": theta, **scaling}, st.sampled_from([100.0, 10000.0, 500000.0]),
-        st.sampled_from([{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3]))}),
-    st.integers(0, 5))
-def test_llamas_of_every_kind_have_transformers_numbers(tmp_path_factory, changes, seed):
-    theirs, ours = pair("llama", tmp_path_factory.mktemp("llama"), seed, **changes)
+        st.sampled_from([{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3]))})
+
+
+@pytest.mark.parametrize("family", OWN)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data(), seed=st.integers(0, 5))
+def test_llamas_of_every_kind_have_transformers_numbers(tmp_path_factory, family, data, seed):
+    changes = data.draw(SHARED) | data.draw(OWN[family])
+    theirs, ours = pair(family, tmp_path_factory.mktemp(family), seed, **changes)
     assert_same_model(ours, theirs, words(2, 40, seed=seed))
 
 
@@ -122,7 +139,7 @@ def test_the_order_of_a_batch_changes_nothing(tmp_path, family):
     assert_near(m(ids[order], mask[order]), m(ids, mask)[order], 1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("T", [1, 2])
 def test_texts_of_one_and_two_tokens_have_transformers_numbers(tmp_path, family, T):
     theirs, ours = pair(family, tmp_path)
@@ -138,7 +155,7 @@ def labelled(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, torch.where((mask.bool()) & (ids % 3 > 0), ids, -100)
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_the_loss_is_transformers_loss(tmp_path, family):
     theirs, ours = pair(family, tmp_path)
     ids, mask, labels = labelled("right")
@@ -179,7 +196,7 @@ def test_logits_exist_at_labelled_positions_only_and_never_all_at_once(tmp_path)
     assert set(rows.seen) - {m.config.hidden_size} == {256, 680 - 2 * 256}  # but for the head's transposed weight
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_rows_that_begin_alike_share_that_part_and_lose_nothing(tmp_path, family):
     """A frame common to all rows is computed once; the loss and all gradients are those of rows computed one by one."""
     _, m = pair(family, tmp_path)
@@ -225,8 +242,8 @@ def test_berts_classifier_has_transformers_logits_and_loss(tmp_path, num_labels)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient_dropout_included(tmp_path, family):
-    dropout = {"llama": {"attention_dropout": 0.1}, "gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "bert": {}}
-    _, m = pair(family, tmp_path, **dropout[family])
+    dropout = {"gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "bert": {}}.get(family, {"attention_dropout": 0.1})
+    _, m = pair(family, tmp_path, **dropout)
     ids, mask, labels = labelled("right")
 
     def gradients(on: bool) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig
-from twins import assert_near, padded, pair, words
+from twins import CAUSAL, assert_near, padded, pair, words
 
 import model
 from sibo_lab.backbone import generate, locate, tokenizer
@@ -53,7 +53,7 @@ def test_smollm2_beams_are_transformers_beams(smollm2):
     assert torch.equal(generate.generate(ours, ids, mask, **how), generated(theirs, ids, mask, **how))
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("seed", range(3))
 def test_64_greedy_tokens_are_transformers(tmp_path, family, seed):
     theirs, ours = pair(family, tmp_path, seed)
@@ -62,7 +62,7 @@ def test_64_greedy_tokens_are_transformers(tmp_path, family, seed):
                        generated(theirs, ids, mask, max_new_tokens=64))
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("extra", [0, 3])
 def test_cached_decoding_equals_running_the_whole_prefix_again(tmp_path, family, extra):
     _, m = pair(family, tmp_path)
@@ -82,7 +82,7 @@ def test_a_prefix_fed_in_pieces_has_the_logits_of_the_whole(tmp_path):
 
 @pytest.mark.parametrize("num_beams", [2, 3, 4])
 @pytest.mark.parametrize("stop", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_beams_are_transformers_beams(tmp_path, family, num_beams, stop):
     ids, mask = padded([[t % 17 for t in row] for row in ROWS], "left")
     stopped = 0
