@@ -127,7 +127,7 @@ def spec(path: Path, fields: dict, stored: dict[str, StoredTensor]) -> dict:
     head_dim = found.get("attention.key_length", d // heads if type(d) is type(heads) is int and heads else None)
     for key in found.keys() - {*READ, *INERT}:
         want = head_dim if key in ("attention.value_length", "rope.dimension_count") else OFF.get(key)
-        expect(f"{family}.{key}", "to be absent" if want is None else repr(want), found[key], found[key] == want)
+        expect(f"{family}.{key}", "to be absent" if want is None else quoted(want), found[key], found[key] == want)
     return {
         "model_type": family, **config,
         "num_key_value_heads": found.get("attention.head_count_kv"), "head_dim": head_dim,

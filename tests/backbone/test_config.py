@@ -129,8 +129,8 @@ def test_a_family_reads_its_own_default_where_a_key_is_missing(tmp_path, family,
 
 # -------------------------------------------------------------------------------------------- a BERT without model_type
 
-GOOGLES = ("attention_probs_dropout_prob hidden_act hidden_dropout_prob hidden_size initializer_range intermediate_size "
-           "max_position_embeddings num_attention_heads num_hidden_layers type_vocab_size vocab_size").split()
+GOOGLES = """attention_probs_dropout_prob hidden_act hidden_dropout_prob hidden_size initializer_range intermediate_size
+    max_position_embeddings num_attention_heads num_hidden_layers type_vocab_size vocab_size""".split()
 
 
 @pytest.mark.parametrize("keys", [GOOGLES, [*GOOGLES, "architectures"], ["architectures", *GOOGLES[3:]]])

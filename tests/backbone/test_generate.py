@@ -131,8 +131,10 @@ def test_behind_an_eos_stands_padding_and_without_a_pad_token_the_eos_again(tmp_
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_prompts_that_begin_alike_are_read_once_and_answered_alike(tmp_path, beams):
-    _, m = pair("llama", tmp_path)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_prompts_that_begin_alike_are_read_once_and_answered_alike(tmp_path, family, beams):
+    """Also through a window of 5 tokens: the padding between the common part and a row's own takes none of them."""
+    theirs, m = pair(family, tmp_path)
     m.double()
     rows = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11], [5, 6, 7, 12, 13]]
     ids, mask = padded(rows, "left")
@@ -144,6 +146,7 @@ def test_prompts_that_begin_alike_are_read_once_and_answered_alike(tmp_path, bea
     for i, row in enumerate(rows):
         alone = generate.generate(m, torch.tensor([row]), max_new_tokens=6, num_beams=beams)
         assert out[i, -6:].tolist() == alone[0, -6:].tolist()
+    assert torch.equal(out, generated(theirs.double(), ids, mask, max_new_tokens=6, num_beams=beams))
 
 
 def test_generate_refuses_a_model_in_training_mode(tmp_path):
