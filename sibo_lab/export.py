@@ -88,6 +88,8 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
     kind = "BertForSequenceClassification" if head else m.config.architecture
     spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    if hasattr(m, "head"):
+        spec["tie_word_embeddings"] = m.config.tie_word_embeddings  # false where a file had a head of its own after all
     if head:
         n = head.out.out_features
         spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
