@@ -174,7 +174,8 @@ ONLY = {  # of settings that change the result, the values that are implemented,
 }
 ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-                 "longrope": ("attention_factor",)}  # with the same factors at all lengths, as in a .gguf file
+                 "longrope": ("factor", "attention_factor")}  # with the same factors at all lengths, as in a .gguf file
+ROPE_FIXED = {"partial_rotary_factor": 1, "attention_factor": 1}
 # The largest values; for all others 2^20, so that no weight can take 2^63 bytes.
 LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(
     ("vocab_size", "max_position_embeddings", "sliding_window", "max_window_layers"), 1 << 31)
@@ -249,7 +250,7 @@ def _expected(field, value: object) -> str:
     """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
-    least = field.name != "max_window_layers"
+    least = field.name != "max_window_layers"  # 0: all layers slide
     fits, expected = {
         "int": (type(value) is int and least <= value <= most, f"a positive integer, at most {most}"),
         "rope_theta": (number and 0 < value < 1e12, "a positive number below 1e12"),
@@ -280,18 +281,16 @@ def _rope(known: dict, kind: type[LlamaStyle], wrong) -> dict:
             raise wrong(f"rope scaling {scaling!r}: {name}", "a positive number", value)
     if scaling == "llama3" and (low := rope["low_freq_factor"]) >= (high := rope["high_freq_factor"]):
         raise wrong("low_freq_factor", f"less than high_freq_factor {high}", low)
-    usual = {"rope_type", "type", "rope_theta", trained, *ROPE_SCALINGS[scaling]}
     if scaling == "longrope":
-        usual |= {"factor", "short_factor", "long_factor"}
-        factors = rope.get("long_factor")
+        factors = rope.pop("long_factor", None)
         if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x <= 1e12 for x in factors):
             raise wrong("rope scaling 'longrope': long_factor", "positive numbers", factors)
-        if rope.get("short_factor") != factors or rope["attention_factor"] != 1:
-            raise wrong("rope scaling 'longrope'", "short_factor like long_factor and attention_factor 1", rope)
-    if (part := rope.pop("partial_rotary_factor", None)) not in (None, 1):
-        raise wrong("rope scaling: partial_rotary_factor", "1", part)
-    for name in rope.keys() - usual:
-        if rope[name] is not None:
-            raise wrong(f"rope scaling {scaling!r}: {name}", "no such setting", rope[name])
+        if (short := rope.pop("short_factor", None)) != factors:
+            raise wrong("rope scaling 'longrope': short_factor", "the same as long_factor", short)
+    for name in rope.keys() - {"rope_type", "type", "rope_theta", trained, *ROPE_SCALINGS[scaling]} | ROPE_FIXED.keys():
+        if (value := rope.get(name)) not in (None, (fixed := ROPE_FIXED.get(name))):
+            raise wrong(f"rope scaling {scaling!r}: {name}", fixed and str(fixed) or "no such setting", value)
+    if scaling == "longrope":
+        rope |= {"long_factor": factors}
     return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", kind.rope_theta)),
             "rope_scaling": rope | {"rope_type": scaling} if rope else None}

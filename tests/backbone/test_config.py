@@ -85,9 +85,15 @@ def test_a_config_without_key_value_heads_has_as_many_as_heads(tmp_path):
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
      "rope scaling 'default': full_attention: expected no such setting, got {'rope_type': 'default'}"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}},
-     "rope scaling 'linear': attention_factor: expected no such setting, got 2.0"),
-    ("llama", {"rope_parameters": {"rope_type": "longrope", "attention_factor": 1.0, "short_factor": [1.0] * 4,
-                                   "long_factor": [2.0] * 4}}, "rope scaling 'longrope': expected short_factor like"),
+     "rope scaling 'linear': attention_factor: expected 1, got 2.0"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "of_tomorrow": 3}},
+     "rope scaling 'llama3': of_tomorrow: expected no such setting, got 3"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
+                                   "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+     "rope scaling 'longrope': short_factor: expected the same as long_factor, got [1.0, 1.0, 1.0, 1.0]"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "attention_factor": 1.2,
+                                   "short_factor": [2.0] * 4, "long_factor": [2.0] * 4}},
+     "rope scaling 'longrope': attention_factor: expected 1, got 1.2"),
     ("qwen2", {"is_causal": False}, "is_causal: expected None or True, got False"),
     ("qwen3", {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config: expected None, got {'0'"),
     ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads: expected None or {}, got {'0': [1]}"),
@@ -108,10 +114,11 @@ def test_the_old_spelling_of_rope_settings_counts_where_both_stand_as_in_transfo
     assert_same_model(model.from_pretrained(tmp_path), theirs, words(2, 40))
 
 
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"original_max_position_embeddings": 16}])
-def test_llama3s_scaling_takes_the_trained_context_from_beside_it(tmp_path, changes):
+def test_llama3s_scaling_takes_the_trained_context_from_beside_it(tmp_path, changes, inside):
     theirs_of("llama", max_position_embeddings=64).save_pretrained(tmp_path)
-    scaling = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    scaling = {k: v for k, v in LLAMA3.items() if inside or k != "original_max_position_embeddings"}
     edit_config(tmp_path, rope_parameters=None, rope_scaling=scaling, rope_theta=100.0, **changes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert_same_model(model.from_pretrained(tmp_path), theirs, words(2, 40))
