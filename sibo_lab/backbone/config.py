@@ -162,9 +162,11 @@ CONFIGS = {"bert": BertConfig, "gptj": GPTJConfig} | LLAMAS
 ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
            "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
            "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
+NOT_GPTJS = "intermediate_size", "hidden_act", "layer_norm_eps"  # which transformers reads in that spelling alone
 ONLY = {  # of settings that change the result, the values that are implemented, the default first
     Config: {"quantization_config": [None], "compression_config": [None], "per_layer_config": [None],
-             "is_encoder_decoder": [False, None], "tie_last_hidden_states": [None, True]},
+             "transformers_weights": [None], "is_encoder_decoder": [False, None],
+             "tie_last_hidden_states": [None, True]},
     BertConfig: {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
                  "add_cross_attention": [None, False], "is_causal": [None, False], "pruned_heads": [None, {}]},
     GPTJConfig: {"is_causal": [None, True]},
@@ -210,7 +212,9 @@ def parse(spec: dict, path: object) -> Config:
     if family not in list(CONFIGS):  # it may be unhashable
         raise wrong("model_type", f"one of {', '.join(CONFIGS)}", family)
     kind = CONFIGS[family]
-    known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in spec.items()}
+    known = dict(spec)
+    if family == "gptj":
+        known = {ALIASES.get(k, k): v for k, v in spec.items() if k not in NOT_GPTJS}
     if issubclass(kind, LlamaStyle):
         known |= _rope(known, kind, wrong)
     for name, allowed in ChainMap(*(ONLY.get(base, {}) for base in kind.__mro__)).items():
