@@ -113,7 +113,7 @@ class SmolLM3Config(LlamaStyle):
     use_sliding_window: bool = False
     sliding_window: int | None = None
     layer_types: list | None = None
-    no_rope_layers: list | None = None  # 0 where there are no positions; None: in each layer of the interval
+    no_rope_layers: list | None = None  # 0: a layer without positions; None: each 4th, as below
     no_rope_layer_interval: int = 4
 
     architecture = "SmolLM3ForCausalLM"
@@ -297,4 +297,4 @@ def _rope(known: dict, kind: type[LlamaStyle], wrong) -> dict:
     if scaling == "longrope":
         rope |= {"long_factor": factors}
     return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", kind.rope_theta)),
-            "rope_scaling": rope | {"rope_type": scaling} if rope else None}
+            "rope_scaling": rope or None}
