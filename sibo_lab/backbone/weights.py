@@ -18,7 +18,7 @@ def tensors(path: Path) -> files.Tensors:
     """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
     if path.suffix == ".gguf":
         return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
-    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", _pickled_tensors)):
+    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", pickled_tensors)):
         if shards := _shards(path, file):
             return chain.from_iterable(map(read, shards))
     raise FileNotFoundError(f"{path}: expected model.safetensors, pytorch_model.bin or their index.json, got none")
@@ -35,7 +35,7 @@ def _shards(path: Path, file: str) -> list[Path]:
     return [path / n for n in names]
 
 
-def _pickled_tensors(file: Path) -> files.Tensors:
+def pickled_tensors(file: Path) -> files.Tensors:
     try:
         with open(file, "rb") as f:
             zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped
