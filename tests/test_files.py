@@ -45,8 +45,9 @@ def test_write_makes_the_folder_and_replaces_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-@pytest.mark.parametrize("fill", ["text", lambda draft: draft.write_bytes(b"bytes"),
-                                  lambda draft: save_file({"a": torch.ones(2)}, draft)], ids=["text", "bytes", "tensors"])
+@pytest.mark.parametrize("fill", [
+    "text", lambda draft: draft.write_bytes(b"bytes"), lambda draft: save_file({"a": torch.ones(2)}, draft)],
+    ids=["text", "bytes", "tensors"])
 def test_others_may_read_a_file_as_the_umask_says(tmp_path, umask, fill):
     before = os.umask(umask)
     try:
