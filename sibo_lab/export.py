@@ -201,11 +201,10 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
-    if "lm_head.weight" in tensors:  # adapted or trained whole, it is no longer the embedding
-        spec["tie_word_embeddings"] = False
-    kind = {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM",
-            "bert": "BertForSequenceClassification" if head else "BertModel"}[spec["model_type"]]
+    kind = "BertForSequenceClassification" if head else m.config.architecture
     spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    if hasattr(m, "head"):  # one that was adapted or trained whole is no longer the embedding
+        spec["tie_word_embeddings"] = "lm_head.weight" not in tensors
     if head:
         n = head.out.out_features
         spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},

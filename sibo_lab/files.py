@@ -65,7 +65,15 @@ class Reader:
         return self.data[self.at - size:self.at]
 
 
+def refuse_pointer(file: Path) -> None:
+    """ValueError if Git left a pointer where a large file should be."""
+    with open(file, "rb") as f:
+        if f.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{file}: expected the file itself, got a Git-LFS pointer to it; run `git lfs pull` there")
+
+
 def read_safetensors(file: Path) -> Tensors:
+    refuse_pointer(file)
     try:
         with safe_open(file, "pt") as f:
             names = list(f.offset_keys())
@@ -141,6 +149,7 @@ def read_json(file: Path) -> dict:
     """The JSON object in `file`; ValueError names the file and line if there is none."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
+    refuse_pointer(file)
     if not isinstance(found := parse_json(file.read_bytes(), file), dict):
         raise ValueError(f"{file}: expected an object, got a JSON {type(found).__name__}")
     return found

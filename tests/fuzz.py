@@ -150,6 +150,12 @@ LLAMA = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_l
 GPTJ = {"model_type": "gptj", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_inner": None,
         "n_positions": 16, "rotary_dim": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False}
+QWEN = LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
+                "layer_types": ["sliding_attention"], "rope_scaling": None, "rope_parameters": {
+                    "rope_type": "longrope", "rope_theta": 100.0, "attention_factor": 1.0, "short_factor": [1.0, 2.0],
+                    "long_factor": [1.0, 2.0]}}
+SMOLLM3 = LLAMA | {"model_type": "smollm3", "no_rope_layers": [0], "no_rope_layer_interval": 4, "sliding_window": None,
+                   "use_sliding_window": False, "layer_types": None}
 BERT = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 8, "max_position_embeddings": 16, "type_vocab_size": 2, "hidden_act": "gelu",
         "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
@@ -198,13 +204,15 @@ def a_gguf(fields: dict, tensors: list) -> bytes:
     return out + bytes(min(max((t[3] + 4 * math.prod(t[1]) for t in tensors), default=0), 1 << 15))
 
 
-def gguf_parts() -> tuple[dict, list]:
+def gguf_parts(family: str = "llama") -> tuple[dict, list]:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab"]
-    spec = LLAMA | {"vocab_size": len(pieces), "rope_scaling": None}
-    fields = {"general.architecture": "llama", "general.alignment": 32, "llama.embedding_length": 8,
-              "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1, "llama.block_count": 1,
-              "llama.feed_forward_length": 8, "llama.attention.layer_norm_rms_epsilon": 1e-6,
-              "llama.context_length": 16, "llama.rope.freq_base": 10000.0, "llama.attention.key_length": 4,
+    spec = LLAMA | {"model_type": family, "vocab_size": len(pieces), "rope_scaling": None}
+    own = {"embedding_length": 8, "attention.head_count": 2, "attention.head_count_kv": 1, "block_count": 1,
+           "feed_forward_length": 8, "attention.layer_norm_rms_epsilon": 1e-6, "context_length": 16,
+           "rope.freq_base": 10000.0, "attention.key_length": 4, "attention.value_length": 4,
+           "rope.scaling.type": "linear", "rope.scaling.factor": 2.0, "expert_count": 0}
+    fields = {"general.architecture": family, "general.alignment": 32,
+              **{f"{family}.{key}": value for key, value in own.items()},
               "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
               "tokenizer.ggml.scores": [float(-i) for i in range(len(pieces))],
               "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5], "tokenizer.ggml.bos_token_id": 1,
@@ -212,7 +220,8 @@ def gguf_parts() -> tuple[dict, list]:
     shapes = {re.sub(r"^model\.", "", name): list(t.shape) for name, t in weights(spec).items()}
     tensors, offset = [], 0
     for theirs, ours in gguf.NAMES.items():
-        shape = shapes[re.sub(r"^model\.", "", ours).replace("{}", "0")]
+        if not (shape := shapes.get(re.sub(r"^model\.", "", ours).replace("{}", "0"))):
+            continue  # a bias, or another family's
         tensors.append([theirs.replace("{}", "0"), shape[::-1], 0, offset])
         offset += -(-4 * int(np.prod(shape)) // 32) * 32
     return fields, tensors
@@ -364,7 +373,7 @@ def safetensors_file(draw: Random, valid: bytes) -> bytes:
 
 def config_cases() -> list[Case]:
     return [Case({"config.json": written(spec), "model.safetensors": save(weights(spec))},
-                 {"config.json": partial(json_file, valid=spec)}) for spec in (LLAMA, GPTJ, BERT)]
+                 {"config.json": partial(json_file, valid=spec)}) for spec in (LLAMA, GPTJ, BERT, QWEN, SMOLLM3)]
 
 
 def tokenizer_json_cases() -> list[Case]:
@@ -508,9 +517,11 @@ def gguf_of(draw: Random, fields: dict, tensors: list) -> bytes:
 
 
 def gguf_cases() -> list[Case]:
-    parts, whole = gguf_parts(), a_gguf(*gguf_parts())
-    return [Case({"m.gguf": whole}, {"m.gguf": lambda draw: gguf_of(draw, *parts) if draw.randrange(3) else
-                                     bytes_of(draw, whole)})]
+    def spoilt(draw: Random, parts: tuple) -> bytes:
+        return gguf_of(draw, *parts) if draw.randrange(3) else bytes_of(draw, a_gguf(*parts))
+
+    return [Case({"m.gguf": a_gguf(*parts)}, {"m.gguf": partial(spoilt, parts=parts)})
+            for parts in map(gguf_parts, ("llama", "qwen3"))]
 
 
 def adapter_cases() -> list[Case]:

@@ -25,17 +25,21 @@ def tensors(path: Path) -> files.Tensors:
 
 
 def _shards(path: Path, file: str) -> list[Path]:
+    """The files to read; one whole file goes before an index, which may be older, as in transformers."""
     index = path / f"{file}.index.json"
-    if not index.is_file():
+    if (path / file).is_file() or not index.is_file():
         return [path / file] if (path / file).is_file() else []
     shards = files.read_json(index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
         raise ValueError(f"{index}: expected the names of files beside it, got {quoted(names[:3])}")
+    if missing := [n for n in names if not (path / n).is_file()]:
+        raise FileNotFoundError(f"{index}: expected {missing[0]} beside it, got none; fetch it too")
     return [path / n for n in names]
 
 
 def pickled_tensors(file: Path) -> files.Tensors:
+    files.refuse_pointer(file)
     try:
         with open(file, "rb") as f:
             zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped
@@ -82,7 +86,14 @@ def _check_pickle(stream) -> None:
             last = op.name
 
 
-def names(modules: dict, block: str, inside: dict, unused: Iterable[str]) -> dict[str, str | None]:
+# Old files' buffers, which models compute now.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|token_type_ids)")
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+QUANTIZED = re.compile(r".*\.(qweight|qzeros|g_idx|scales|SCB|weight_format|weight_scale\w*|input_scale|"
+                       r"weight\.(absmax|quant_\w+|nested_\w+|bitsandbytes\w*))(\..*)?")
+
+
+def names(modules: dict, block: str, inside: dict, unused: Iterable[str] = ()) -> dict[str, str | None]:
     """Hugging Face's names of weights and biases, and ours (None: not needed), from those of `modules` and of those
     `inside` a `block` ({} is its number)."""
     modules = modules | {f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}
@@ -92,10 +103,16 @@ def names(modules: dict, block: str, inside: dict, unused: Iterable[str]) -> dic
 
 def rename(name: str, names: dict, path: Path, prefix: str = "") -> str | None:
     """Our name of a tensor, from what `names` returned; ValueError if it is unknown."""
-    name = name.removeprefix(prefix)
+    # DataParallel's and torch.compile's prefixes, then the base model's
+    name = re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")).removeprefix(prefix)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # old BERTs
+    if BUFFERS.fullmatch(name):
+        return None
     number = re.search(r"\.(\d+)\.", name)
     template = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+    if template not in names and QUANTIZED.fullmatch(name):
+        raise ValueError(f"{path}: expected weights as they were trained, got quantized ones ({quoted(name)}); fetch "
+                         "the model that is not quantized")
     if template not in names:
         raise ValueError(f"{path}: unexpected tensor {quoted(name)} in this kind of model")
     ours = names[template]

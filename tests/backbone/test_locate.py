@@ -151,7 +151,7 @@ def test_of_a_hub_checkpoint_the_bin_files_are_fetched_only_where_there_are_no_o
                                                                                     has_safetensors):
     asked = []
 
-    def snapshot_download(repo, allow_patterns, local_files_only):
+    def snapshot_download(repo, allow_patterns, ignore_patterns, local_files_only):
         asked.append(allow_patterns)
         if has_safetensors:
             (tmp_path / "model.safetensors").touch()
