@@ -21,7 +21,7 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import cli, files
-from sibo_lab.backbone import config, locate, tokenizer
+from sibo_lab.backbone import chat_template, config, locate, tokenizer
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
@@ -62,10 +62,12 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     """Trains, scores and writes one run, and returns its result."""
     out = Path(run.out)
     estimate.reset_peak(run.device)
-    m = backbone.load(run)
-    t = tokenizer.for_model(backbone.path, m.config.vocab_size, "pad" if d.task.num_labels else "eos")
+    t = tokenizer.for_model(backbone.path, backbone.skeleton.config.vocab_size, "pad" if d.task.num_labels else "eos")
+    if run.protocol == "chat":
+        t = chat_template.Chat(backbone.path, t)
     rows, valid = encode(d.train, t, run), encode(d.valid, t, run)
     cut = count_cut(rows, valid, run)
+    m = backbone.load(run)
     if not backbone.baseline:
         if run.shard:
             wrap(m, run.device, True)
@@ -146,7 +148,12 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
     for one in choices:
         options.check_options(one)
     d = read_data(args, dry)
+    protocol = batch.protocol_for(args.protocol, [row for rows in (d.train, *(t for _, t in d.tests)) for row in rows])
+    for one in choices:
+        one.protocol = protocol
     backbone = find_backbone(args, d.task, dry)
+    if protocol == "chat" and not dry:
+        chat_template.read(backbone.path)  # refused before weights are read
     runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], d.task, len(d.train)), args, several)
             for one in choices]
     if dry:
@@ -176,13 +183,15 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
 
 def read_data(args: Namespace, dry: bool) -> Data:
     """The (first) task to learn, the training examples (word problems alone are made for each run), and the tests'."""
-    learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
+    folder, parse = tasks.data_dir(args.data_dir), partial(tasks.parse, ignore_columns=args.ignore_columns)
+    learned = parse(args.task)
     task = learned[0]
-    tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
+    tests = tasks.scored_whole(parse(*args.test), learned) if args.test else learned
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
-    if task.num_labels and args.protocol == "paper":
-        raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
+    if task.num_labels and args.protocol in ("paper", "chat"):
+        raise ValueError(f"--protocol {args.protocol}: expected a text-to-text task, with a prompt and beams, got "
+                         f"{args.task}")
     absent = any(not (folder / file).is_file() for t in learned for file in t.train)
     unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
     train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
