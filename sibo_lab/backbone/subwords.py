@@ -45,10 +45,10 @@ class Tokenizer:
         self.added = {token["content"]: token for token in added if not token.get("normalized")}
         self.added_normalized = {self._normalize(token["content"]): token for token in added if token.get("normalized")}
 
-    def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
         """The ids of a text or a pair, with special tokens, whole. ValueError for half a surrogate pair."""
         parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
-        return [i for step in self.templates[pair is not None] for i in parts.get(step, [step] * add_special_tokens)]
+        return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text without special tokens. Broken UTF-8 and ids without a token, which models with padded embeddings
