@@ -27,7 +27,8 @@ CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700
 class Tokenizer:
     """What the families share. bos_id, eos_id, pad_id and unk_id may be None; vocab_size is 1 + the largest id.
 
-    templates: of a text and of a pair, ids, and "A" and "B" for the texts."""
+    templates: of a text and of a pair, ids, and "A" and "B" for the texts. tokens: each id's as the vocabulary has it,
+    which for special ones is their text."""
 
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: tuple):
         for token in added:
@@ -35,8 +36,9 @@ class Tokenizer:
                 raise ValueError(f"unsupported added token {quoted(token['content'])}: single_word, or another id than "
                                  "the vocabulary's")
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
-        self.vocab_size = 1 + max(self.vocab.values(), default=0)
-        if min(self.vocab.values(), default=-1) < 0 or self.vocab_size > 1 << 31:
+        self.tokens = {i: token for token, i in self.vocab.items()}
+        self.vocab_size = 1 + max(self.tokens, default=0)
+        if min(self.tokens, default=-1) < 0 or self.vocab_size > 1 << 31:
             raise ValueError("expected a vocabulary with non-negative integers below 2^31 as ids")
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
         self.templates = templates
@@ -45,10 +47,12 @@ class Tokenizer:
         self.added = {token["content"]: token for token in added if not token.get("normalized")}
         self.added_normalized = {self._normalize(token["content"]): token for token in added if token.get("normalized")}
 
-    def encode(self, text: str, pair: str | None = None) -> list[int]:
-        """The ids of a text or a pair, with special tokens, whole. ValueError for half a surrogate pair."""
+    def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text or a pair, whole, with the template's special tokens unless `add_special_tokens` is False;
+        those that stand in the text are found either way. ValueError for half a surrogate pair."""
         parts = {"A": list(self._encode(text)), "B": list(self._encode(pair or ""))}
-        return [i for step in self.templates[pair is not None] for i in parts.get(step, [step])]
+        template = self.templates[pair is not None] if add_special_tokens else ["A", "B"]
+        return [i for step in template for i in parts.get(step, [step])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text without special tokens. Broken UTF-8 and ids without a token, which models with padded embeddings
@@ -74,7 +78,7 @@ class WordPiece(Tokenizer):
         super().__init__(*shared)
         if self.unk_id is None:
             raise ValueError("expected an unknown token such as [UNK] in the vocabulary, got none")
-        self.spelled = {i: piece for piece, i in self.vocab.items()}
+        self.spelled = self.tokens
         self.longest = max(map(len, self.vocab))
 
     def _normalize(self, text: str) -> str:
