@@ -97,14 +97,19 @@ class Chat:
                   "the day", file=sys.stderr)
         self.template = _compiled(text, self.place)
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
-        self.special = {i: token for token, i in t.vocab.items() if i in t.special}
+        self.special = {i: t.tokens[i] for i in t.special}
         self.tokens = {f"{role}_token": self.special[i] for role in ("bos", "eos", "pad", "unk")
                        if (i := getattr(t, f"{role}_id")) in self.special}
         # What ends the assistant's turn: up to the first special token, or all there is
-        self.end = _unmarked(self._render([("user", "a"), ("assistant", SAID)])).partition(SAID)[2]
+        written = _unmarked(self._render([("user", "a"), ("assistant", SAID)]))
+        self.end = written.partition(SAID)[2]
         ends = [(self.end.find(token), -len(token), i) for i, token in self.special.items() if token in self.end]
         at, size, self.eos_id = min(ends, default=(len(self.end), 0, t.eos_id))
         self.end = self.end[:at - size]
+        for i, token in self.special.items():
+            if token in written and self.encode(token) != [i]:  # as tokenizer.model has it: no text spells its own end
+                raise ValueError(f"{path}: expected a tokenizer that finds {token} in a text, where its chat template "
+                                 "writes it, got one that spells it in letters; bring its tokenizer.json instead")
 
     def prompt(self, turns: Turns) -> str:
         """What the assistant is given to answer the turns; ValueError if the template refuses or leaves out one."""

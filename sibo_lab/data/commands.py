@@ -68,12 +68,12 @@ def overlaps(train: tasks.Task, tests: list[tasks.Task], data_dir: Path) -> str:
 
 def spelled(t, ids: list[int]) -> str:
     """The text of ids, special tokens too."""
-    names, found, end = {i: token for token, i in t.vocab.items() if i in t.special}, "", 0
-    for special, some in groupby(ids, names.__contains__):
+    found, end = "", 0
+    for special, some in groupby(ids, t.special.__contains__):
         some = list(some)
         start, end = end, end + len(some)
         # after what came before: a SentencePiece text loses its first space when it is decoded on its own
-        found += "".join(map(names.get, some)) if special else t.decode(ids[:end])[len(t.decode(ids[:start])):]
+        found += "".join(map(t.tokens.get, some)) if special else t.decode(ids[:end])[len(t.decode(ids[:start])):]
     return found
 
 

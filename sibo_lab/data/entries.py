@@ -46,7 +46,7 @@ def read(path: Path) -> Iterator[Entry]:
 
 def in_json(path: Path, text: str) -> Iterator[Entry]:
     """The objects of a JSON list, or of JSON lines, which some call .json too."""
-    if ".jsonl" in path.name[-9:] or _begins_with_an_object(text):
+    if path.name.removesuffix(".gz").endswith(".jsonl") or _begins_with_an_object(text):
         entries = [(f"{path}, line {i}", parse_json(line, path, i)) for i, line in lines(text) if line.strip()]
     elif isinstance(content := parse_json(text, path), list):
         entries = [(f"{path}, entry {i}", entry) for i, entry in enumerate(content, 1)]
