@@ -19,7 +19,7 @@ from sibo_lab.backbone import generate, subwords
 from sibo_lab.data import batch, tasks
 from sibo_lab.evaluation import answers, metrics
 
-BEAMS = {"clean": 1, "paper": 4}  # by protocol
+BEAMS = {"clean": 1, "paper": 4, "chat": 1}  # by protocol
 
 
 @dataclass
@@ -129,7 +129,7 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
                    batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
     """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, in total and per token,
     where examples offer any. num_beams None: the protocol's."""
-    prompts = [batch.prompt(e.instruction, protocol) for e in examples]
+    prompts = [batch.prompt_of(e, t, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
     if all(e.choices for e in examples):
