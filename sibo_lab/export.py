@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import sibo
 from sibo_lab import files
-from sibo_lab.backbone import config, weights
+from sibo_lab.backbone import config, tokenizer_out, weights
 from sibo_lab.stacks import Anatomy
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "generation_config.json")
+                   "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
+                   "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 HONOURED = {  # of the keys of peft's adapter_config.json, by the types of their values
     "r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
     "rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "target_modules": (list, str),
@@ -112,11 +113,16 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
 def _put(m: nn.Module, dropout: float, loras: dict[str, tuple], whole: dict[str, Tensor], path: Path) -> nn.Module:
     """`loras`: rank, scale, A (r, d_in), B (d_out, r) by our module; `whole`: what was trained whole."""
     rank = max(r for r, *_ in loras.values())
+    if rank > (most := max(A.shape[1] + len(B) for _, _, A, B in loras.values())):
+        raise ValueError(f"{path}: expected ranks up to {most}, as wide as the modules, got {rank}")
     scale = Counter(s for _, s, *_ in loras.values()).most_common(1)[0][0] or 1.0
     if whole.keys() & {"embed.weight", "head.weight"} and m.head.weight is m.embed.weight:  # peft trains a copy
         m.head.weight = nn.Parameter(m.head.weight.detach().clone())
-    sibo.inject(m, "lora", 0.0, targets=tuple(loras), rank=rank, alpha=scale * rank, dropout=dropout,
-                modules_to_save=tuple({n.rpartition(".")[0] for n in whole}))
+    try:
+        sibo.inject(m, "lora", 0.0, targets=tuple(loras), rank=rank, alpha=scale * rank, dropout=dropout,
+                    modules_to_save=tuple({n.rpartition(".")[0] for n in whole}))
+    except ValueError as e:
+        raise ValueError(f"{path.with_name('adapter_config.json')}: {e}") from None
     for n, (r, s, A, B) in loras.items():
         whole |= {f"{n}.down": F.pad(A, (0, 0, 0, rank - r)),
                   f"{n}.up": F.pad(B if s == scale else B.float() * (s / scale), (0, rank - r))}
@@ -154,7 +160,7 @@ def _is_target(name: str, spec: dict) -> bool:
     """Whether peft adapts the module of this name: its check_target_module_exists."""
     def named(names: list | str | None) -> bool:
         if isinstance(names, str):
-            return bool(regex.fullmatch(names, name, timeout=1))
+            return bool(regex.fullmatch(names, name, timeout=0.5))
         return any(name == n or name.endswith(f".{n}") for n in names or ())
 
     if not named(spec["target_modules"]) or named(spec["exclude_modules"]) or _is_kept(name, spec):
@@ -162,7 +168,7 @@ def _is_target(name: str, spec: dict) -> bool:
     layers, lists = spec["layers_to_transform"], spec["layers_pattern"] or "[^.]*"
     if layers in (None, []):
         return True
-    found = (regex.match(rf"(?:^|.*?\.){x}\.(\d+)\.", name, timeout=1)
+    found = (regex.match(rf"(?:^|.*?\.){x}\.(\d+)\.", name, timeout=0.5)
              for x in ([lists] if isinstance(lists, str) else lists))
     number = next((int(match[1]) for match in found if match), None)
     return number in (layers if isinstance(layers, list) else [layers])
@@ -180,7 +186,7 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
                 for key in ("rank_pattern", "alpha_pattern")}
     found = {}
     for name in names:
-        r, alpha = (next((value for pattern, value in patterns[key] if pattern.match(name, timeout=1)), spec[default])
+        r, alpha = (next((value for pattern, value in patterns[key] if pattern.match(name, timeout=0.5)), spec[default])
                     for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
         if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise TypeError(f"{name}: rank {files.quoted(r)}, alpha {files.quoted(alpha)}")
@@ -198,6 +204,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
     if s and s.lam and s.h0 not in (None, "blocks.0", "embed", "embeddings"):  # older adapter files name the last two
         raise ValueError(f"--export hf: expected an h0 that the first block reads, got h0={s.h0!r}")
+    made = tokenizer_out.from_gguf(source) if source.suffix == ".gguf" else {}
     sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
@@ -209,9 +216,10 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         n = head.out.out_features
         spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
                  "problem_type": "regression" if n == 1 else "single_label_classification"}
-    for file in TOKENIZER_FILES:
-        if (source / file).is_file():  # never in a .gguf file
-            files.write(folder / file, lambda draft, file=file: shutil.copyfile(source / file, draft))
+    for name, content in made.items():
+        files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
+        files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
     if branch:
         files.write_tensors(folder / "h0_branch.safetensors", branch, {})
     files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
