@@ -39,7 +39,7 @@ ONLY = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM", "SEQ_CLS", "FEA
             "trainable_token_indices", "target_parameters", "arrow_config", "velora_config", "monteclora_config",
             "use_bdlora", "kasa_config", "ensure_weight_tying", "enable_lora"), (None, False))
 MERGE = "if peft's merge_and_unload can fold it, load the folder that save_pretrained then writes"
-PEFT = "base_model.model."  # begins all of peft's names
+PEFT, CONFIG = "base_model.model.", "adapter_config.json"  # begins all of peft's names
 
 
 def their_name(m: nn.Module, ours: str) -> str:
@@ -68,7 +68,7 @@ def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     tensors = {f"{PEFT}{their_name(m, n)}.lora_{letter}.weight": p for n, x in loras.items()
                for letter, p in (("A", x.down), ("B", x.up))} | {PEFT + n: p for n, p in whole.items()}
     files.write_tensors(folder / "adapter_model.safetensors", tensors, {})
-    files.write(folder / "adapter_config.json", json.dumps({
+    files.write(folder / CONFIG, json.dumps({
         "peft_type": "LORA", "base_model_name_or_path": backbone, "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if not hasattr(m, "classifier") else "SEQ_CLS" if m.classifier else
         "FEATURE_EXTRACTION",
@@ -83,8 +83,7 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
     Where ranks differ, lower ones are filled up with zeros in both A and B, which then have no gradient; where scales
     differ, B takes the ratio to the most common one. ValueError names the key or tensor that is more than a plain LoRA,
     or does not fit, before `m` is touched."""
-    file, state = folder / "adapter_config.json", m.state_dict()
-    spec, (path, stored) = _peft_spec(file), _peft_tensors(folder)
+    file, state, spec, (path, stored) = folder / CONFIG, m.state_dict(), peft_spec(folder), _peft_tensors(folder)
     linear = {their_name(m, n): n for n, x in m.named_modules() if isinstance(x, nn.Linear)}
     ours = {PEFT + their_name(m, n): n for n in state}
     try:
@@ -122,7 +121,7 @@ def _put(m: nn.Module, dropout: float, loras: dict[str, tuple], whole: dict[str,
         sibo.inject(m, "lora", 0.0, targets=tuple(loras), rank=rank, alpha=scale * rank, dropout=dropout,
                     modules_to_save=tuple({n.rpartition(".")[0] for n in whole}))
     except ValueError as e:
-        raise ValueError(f"{path.with_name('adapter_config.json')}: {e}") from None
+        raise ValueError(f"{path.with_name(CONFIG)}: {e}") from None
     for n, (r, s, A, B) in loras.items():
         whole |= {f"{n}.down": F.pad(A, (0, 0, 0, rank - r)),
                   f"{n}.up": F.pad(B if s == scale else B.float() * (s / scale), (0, rank - r))}
@@ -130,8 +129,10 @@ def _put(m: nn.Module, dropout: float, loras: dict[str, tuple], whole: dict[str,
     return m
 
 
-def _peft_spec(file: Path) -> dict:
-    """adapter_config.json, with peft's defaults; ValueError names a key that is unknown, or not so in a plain LoRA."""
+def peft_spec(folder: Path) -> dict:
+    """A folder's adapter_config.json, with peft's defaults. ValueError names a key that is unknown, or not so in a
+    plain LoRA."""
+    file = folder / CONFIG
     spec = {key: None for key in (*HONOURED, *ONLY)} | {
         "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none", "init_lora_weights": True}
     for key, value in (spec := spec | files.read_json(file)).items():
@@ -188,7 +189,7 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
     for name in names:
         r, alpha = (next((value for pattern, value in patterns[key] if pattern.match(name, timeout=0.5)), spec[default])
                     for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
-        if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e9:
+        if type(r) is not int or not 1 <= r <= 1 << 20 or type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise TypeError(f"{name}: rank {files.quoted(r)}, alpha {files.quoted(alpha)}")
         found[name] = r, alpha / (math.sqrt(r) if spec["use_rslora"] else r)
     if not found:

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model
 import sibo
-from sibo_lab import files
+from sibo_lab import export, files
 from sibo_lab.backbone import gguf, tokenizer
 from sibo_lab.data import download, readers, tasks
 from sibo_lab.evaluation import answers
@@ -340,6 +340,10 @@ def read_adapter(folder: Path) -> None:
     sibo.load(blank(), folder)(torch.tensor([[1, 2, 3]]))
 
 
+def read_peft(folder: Path) -> None:
+    export.from_peft(blank(), folder)(torch.tensor([[1, 2, 3]]))
+
+
 def read_data(folder: Path) -> None:
     for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.json*"))]:
         for split, names in (("train", task.train), ("test", task.test)):
@@ -556,6 +560,28 @@ def adapter_case(stored: dict[str, torch.Tensor], spec: dict) -> Case:
     return Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt})
 
 
+def peft_cases() -> list[Case]:
+    """With what peft writes of every key, and what its oldest versions wrote."""
+    name, d = "base_model.model.model.layers.0.self_attn.q_proj", LLAMA["hidden_size"]
+    stored = {f"{name}.lora_A.weight": torch.ones(2, d), f"{name}.lora_B.weight": torch.ones(d, 2),
+              "base_model.model.model.norm.weight": torch.ones(d)}
+    spec = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+            "target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*v_proj", "modules_to_save": ["model.norm"],
+            "rank_pattern": {r"layers\.\d+.self_attn.(q|k)_proj": 2}, "alpha_pattern": {"q_proj": 16},
+            "layers_to_transform": [0], "layers_pattern": ["layers"], "use_rslora": True, "bias": "none",
+            "use_dora": False, "init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+
+    def spoilt(draw: Random) -> bytes:
+        name = draw.choice([*stored, "base_model.model.lm_head.base_layer.weight"])
+        return saved(stored | {name: draw.choice([torch.ones(2, d), torch.ones(1), torch.ones(2, d).expand(99, 2, d)])})
+
+    files = {"adapter_config.json": written(spec)}
+    return [Case(files | {"adapter_model.safetensors": save(stored)}, {
+                "adapter_config.json": partial(json_file, valid=spec),
+                "adapter_model.safetensors": partial(safetensors_file, valid=save(stored))}),
+            Case(files | {"adapter_model.bin": saved(stored)}, {"adapter_model.bin": spoilt})]
+
+
 def data_json_cases() -> list[Case]:
     question = "Please choose: what?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2/answer3/answer4"
     files = {
@@ -654,8 +680,9 @@ FORMATS: dict[str, tuple[Callable[[], list[Case]], Callable[[Path], None]]] = {
     "index": (index_cases, read_model), "bin": (bin_cases, read_model), "gguf": (gguf_cases, read_gguf),
     "tokenizer.json": (tokenizer_json_cases, read_tokenizer), "vocab.txt": (vocab_cases, read_tokenizer),
     "merges.txt": (merges_cases, read_tokenizer), "tokenizer.model": (tokenizer_model_cases, read_tokenizer),
-    "adapter": (adapter_cases, read_adapter), "data.json": (data_json_cases, read_data),
-    "data.jsonl": (data_jsonl_cases, read_data), "data.tsv": (data_tsv_cases, read_data), "zip": (zip_cases, read_zip),
+    "adapter": (adapter_cases, read_adapter), "peft": (peft_cases, read_peft),
+    "data.json": (data_json_cases, read_data), "data.jsonl": (data_jsonl_cases, read_data),
+    "data.tsv": (data_tsv_cases, read_data), "zip": (zip_cases, read_zip),
 }
 
 

@@ -7,11 +7,13 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 import twins
 from safetensors.torch import load_file, save_file
 from small_models import output
 from twins import refused, words
 
+import eval as evaluation
 import model
 import sibo
 from sibo_lab import export
@@ -229,3 +231,35 @@ def test_no_adapter_at_all_is_named(tmp_path):
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     with refused("expected adapter_model.safetensors or adapter_model.bin, got neither", by=FileNotFoundError):
         export.from_peft(ours, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_a_classifier_that_peft_trained_is_scored_and_nothing_without_one(task_type, tiny_bert, tmp_path, capsys):
+    draw = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    spec = peft.LoraConfig(r=2, target_modules=["query"], task_type=task_type)
+    loaded = stir(peft.get_peft_model(theirs, spec)).eval()
+    loaded.save_pretrained(tmp_path / "peft")
+    pairs = [("A red house.", f"It is a house of {n} rooms.") for n in range(20)]
+    with torch.no_grad():
+        right = loaded(**draw(*zip(*pairs, strict=True), return_tensors="pt", padding=True)).logits.argmax(-1).tolist()
+    labels = [int(x) ^ (i % 4 == 0) for i, x in enumerate(right)]  # a quarter is wrong
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    (tmp_path / "glue/RTE/dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(
+        f"{i}\t{a}\t{b}\t{'not_entailment' if y else 'entailment'}\n"
+        for i, ((a, b), y) in enumerate(zip(pairs, labels, strict=True))))
+    args = evaluation.parser().parse_args(["--backbone", str(tiny_bert), "--peft", str(tmp_path / "peft"), "--task",
+                                           "rte", "--data-dir", str(tmp_path)])
+    if task_type:
+        evaluation.main(args)
+        assert capsys.readouterr().out.startswith("accuracy 0.7500 (n 20")
+    else:
+        with refused("expected a trained classifier head, got none", "or a --peft with a classifier"):
+            evaluation.main(args)
+
+
+def test_a_key_is_refused_before_the_backbone_is_looked_for(tmp_path):
+    spec = {"peft_type": "LORA", "target_modules": [], "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(spec))
+    with refused("expected use_dora None or False"):
+        evaluation.main(evaluation.parser().parse_args(["--backbone", "no-such", "--peft", str(tmp_path)]))
