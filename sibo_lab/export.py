@@ -152,8 +152,9 @@ def _peft_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """In the order in which peft looks for them."""
     for name, read in (("adapter_model.safetensors", files.read_safetensors),
                        ("adapter_model.bin", weights.pickled_tensors)):
-        if (folder / name).is_file():
-            return folder / name, dict(read(folder / name))
+        if (file := folder / name).is_file():
+            files.refuse_pointer(file)
+            return file, dict(read(file))
     raise FileNotFoundError(f"{folder}: expected adapter_model.safetensors or adapter_model.bin, got neither")
 
 

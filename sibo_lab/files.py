@@ -73,7 +73,6 @@ def refuse_pointer(file: Path) -> None:
 
 
 def read_safetensors(file: Path) -> Tensors:
-    refuse_pointer(file)
     try:
         with safe_open(file, "pt") as f:
             names = list(f.offset_keys())

@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
+from transformers import AutoModelForCausalLM
+from twins import pair
 
 import eval as evaluation
 import model
@@ -64,6 +66,16 @@ def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, t
     torch.testing.assert_close(output(loaded, ids()), expected, rtol=0, atol=2e-5)
     again = model.from_pretrained(tmp_path / "hf", num_labels=3 if head else None)
     torch.testing.assert_close(output(again, ids()), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, tmp_path):
+    theirs, ours = pair(family, tmp_path / "base")
+    expected = stir(inject(ours, "lora"))(ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(loaded) is type(theirs)
+    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lora-sibo", "lora, learned λ"])
@@ -136,7 +148,6 @@ def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_
 
 def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_path, tiny_llama, capsys):
     import peft
-    from transformers import AutoModelForCausalLM
 
     def run(module, *args):
         cli.run(module.main, module.parser(), list(map(str, args)))

@@ -176,7 +176,8 @@ ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
                  "longrope": ("attention_factor",)}  # with the same factors at all lengths, as in a .gguf file
 # The largest values; for all others 2^20, so that no weight can take 2^63 bytes.
-LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}
+LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(
+    ("vocab_size", "max_position_embeddings", "sliding_window", "max_window_layers"), 1 << 31)
 
 
 # In each of Google's config.json of BERT, which name no model_type.

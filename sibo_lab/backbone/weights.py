@@ -3,7 +3,7 @@
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -18,28 +18,34 @@ def tensors(path: Path) -> files.Tensors:
     """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
     if path.suffix == ".gguf":
         return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
+    return chain.from_iterable(map(*chosen(path)))
+
+
+def chosen(path: Path) -> tuple[Callable[[Path], files.Tensors], list[Path]]:
+    """What reads a folder's weights, and the files: as in transformers, one whole file goes before an index, which may
+    be older. ValueError or FileNotFoundError names one that is not there, or a pointer to it."""
     for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", pickled_tensors)):
-        if shards := _shards(path, file):
-            return chain.from_iterable(map(read, shards))
+        shards = [path / file] if (path / file).is_file() else _shards(path / f"{file}.index.json")
+        for shard in shards:
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard}: no such file, and {file}.index.json names it; fetch it too")
+            files.refuse_pointer(shard)
+        if shards:
+            return read, shards
     raise FileNotFoundError(f"{path}: expected model.safetensors, pytorch_model.bin or their index.json, got none")
 
 
-def _shards(path: Path, file: str) -> list[Path]:
-    """The files to read; one whole file goes before an index, which may be older, as in transformers."""
-    index = path / f"{file}.index.json"
-    if (path / file).is_file() or not index.is_file():
-        return [path / file] if (path / file).is_file() else []
+def _shards(index: Path) -> list[Path]:
+    if not index.is_file():
+        return []
     shards = files.read_json(index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
         raise ValueError(f"{index}: expected the names of files beside it, got {quoted(names[:3])}")
-    if missing := [n for n in names if not (path / n).is_file()]:
-        raise FileNotFoundError(f"{index}: expected {missing[0]} beside it, got none; fetch it too")
-    return [path / n for n in names]
+    return [index.parent / n for n in names]
 
 
 def pickled_tensors(file: Path) -> files.Tensors:
-    files.refuse_pointer(file)
     try:
         with open(file, "rb") as f:
             zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped

@@ -72,7 +72,7 @@ def test_a_config_without_key_value_heads_has_as_many_as_heads(tmp_path):
     ("bert", {"num_attention_heads": 5}, "hidden_size: expected a multiple of the 5 heads, got 32"),
     ("llama", {"sliding_window": 4096}, "sliding_window: expected None, got 4096"),
     ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types: expected None, got ['full_attention', "),
-    ("mistral", {"sliding_window": 0}, "sliding_window: expected a positive integer, at most 1048576, got 0"),
+    ("mistral", {"sliding_window": 0}, "sliding_window: expected a positive integer, at most 2147483648, got 0"),
     ("qwen2", {"layer_types": ["full_attention"]},
      "layer_types: expected 'full_attention' or 'sliding_attention' for each of 2 layers, got ['full_attention']"),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types: expected 'full_attention' or"),
