@@ -97,7 +97,8 @@ class Chat:
                   "the day", file=sys.stderr)
         self.template = _compiled(text, self.place)
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
-        self.special = {i: t.tokens[i] for i in t.special}
+        added = [*t.added.values(), *t.added_normalized.values()]
+        self.special = {token["id"]: token["content"] for token in added} | {i: t.tokens[i] for i in t.special}
         self.tokens = {f"{role}_token": self.special[i] for role in ("bos", "eos", "pad", "unk")
                        if (i := getattr(t, f"{role}_id")) in self.special}
         # What ends the assistant's turn: up to the first special token, or all there is

@@ -132,7 +132,7 @@ def test_the_loss_is_on_what_the_assistant_says_and_what_ends_it_and_on_nothing_
         parts = [labelled[start:end] for start, end in zip([0, *(i + 1 for i in ends)], ends, strict=False)]
         assert [ours.decode(part) for part in parts] == said
         assert labelled[-1] == ours.eos_id and len(ends) == len(pairs)
-    given = ours.encode(ours.prompt(turns[:-1]))
+    row, given = encoded(ours, turns[:2]), ours.encode(ours.prompt(turns[:1]))
     assert row.ids[:len(given)] == given and row.labels[len(given) - 1] == -100  # as at generation
 
 
