@@ -224,6 +224,18 @@ def test_what_a_template_cannot_show_is_refused_in_one_line(folder, template, sa
     assert "\n" not in str(error.value) and "chat_template" in str(error.value)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_turn_that_is_left_out_is_missed_however_short_it_is(folder, role):
+    path = folder("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] != '" + role + "' %}{{ m['content'] }}"
+                  "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    chat = chat_template.Chat(path, tokenizer_files.read(path))
+    with pytest.raises(ValueError, match="leaves out, or rewrites, a part of the turn 's'"):
+        chat.pieces(conversation([("s", "s")], "s"))
+    if role != "assistant":
+        with pytest.raises(ValueError, match="leaves out, or rewrites, a part of the turn 's'"):
+            chat.prompt([("system", "s"), ("user", "s")])
+
+
 def test_reasoning_that_qwen3_drops_from_earlier_turns_is_refused_and_kept_in_the_last(twins):
     _, ours = twins(TEMPLATES["qwen3"])
     thought = "<think>\nhm\n</think>\n\none"
