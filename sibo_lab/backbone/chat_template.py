@@ -27,7 +27,10 @@ def read(path: Path) -> tuple[str, str]:
     if path.suffix == ".gguf":
         place, found = f"{path}: tokenizer.chat_template", gguf.read(path)[0].get("tokenizer.chat_template")
     elif (file := path / "chat_template.jinja").is_file():
-        place, found = str(file), file.read_text("utf-8")
+        try:
+            place, found = str(file), file.read_text("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file}: expected UTF-8 text, got byte 0x{e.object[e.start]:02x}") from None
     else:
         file = path / "tokenizer_config.json"
         place, found = f"{file}: chat_template", read_json(file).get("chat_template") if file.is_file() else None
@@ -97,7 +100,8 @@ class Chat:
                   "the day", file=sys.stderr)
         self.template = _compiled(text, self.place)
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
-        self.special = {i: t.tokens[i] for i in t.special}
+        added = [*t.added.values(), *t.added_normalized.values()]
+        self.special = {token["id"]: token["content"] for token in added} | {i: t.tokens[i] for i in t.special}
         self.tokens = {f"{role}_token": self.special[i] for role in ("bos", "eos", "pad", "unk")
                        if (i := getattr(t, f"{role}_id")) in self.special}
         # What ends the assistant's turn: up to the first special token, or all there is
@@ -114,7 +118,7 @@ class Chat:
     def prompt(self, turns: Turns) -> str:
         """What the assistant is given to answer the turns; ValueError if the template refuses or leaves out one."""
         text = _unmarked(self._render(turns, True))
-        self._require([content for role, content in turns if role != "assistant"], text)
+        self._require(turns, text, answer=True)
         return text
 
     def pieces(self, turns: Turns) -> list[tuple[str, bool]]:
@@ -122,7 +126,7 @@ class Chat:
 
         ValueError if the template refuses the conversation, leaves out part of it, or does not show what is whose."""
         marked = self._render(turns)
-        self._require([content for _, content in turns], marked)
+        self._require(turns, marked)
         pieces = [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"[{BEGIN}{END}]", marked))]
         return [piece for piece in (pieces if len(pieces) > 1 else self._cut(turns, marked)) if piece[0]]
 
@@ -143,7 +147,8 @@ class Chat:
             if not said or not self.end or not chunk.endswith(after) or not after.startswith(self.end):
                 raise self._error("shows no end of", turns[k][1])
             stop = starts[j + 1] - len(after) + len(self.end)
-            self._require([turns[k][1]], text[starts[j]:stop])
+            if _bare(turns[k][1]) not in _bare(text[starts[j]:stop]):
+                raise self._error("rewrites", turns[k][1])
             pieces += [(text[end:starts[j]], False), (text[starts[j]:stop], True)]
             end = stop
         return [*pieces, (text[end:], False)]
@@ -154,10 +159,15 @@ class Chat:
             raise self._error("gives something else to be answered than what it writes before", turns[k][1])
         return len(given)
 
-    def _require(self, contents: Sequence[str], text: str) -> None:
+    def _require(self, turns: Turns, text: str, answer: bool = False) -> None:
+        """Every turn stands in the text, whole, but for what the assistant said before a prompt: Qwen3 is not shown its
+        earlier thoughts."""
+        names = [f"{SAID}{k}{SAID}" for k in range(len(turns))]
+        outline = self._render([(role, name) for (role, _), name in zip(turns, names, strict=True)], answer)
         bare = _bare(text)
-        for content in contents:
-            if _bare(content) not in bare or re.search(f"[{BEGIN}{END}{SAID}]", content):
+        for (role, content), name in zip(turns, names, strict=True):
+            whole = answer and role == "assistant" or _bare(content) in bare
+            if name not in outline or not whole or re.search(f"[{BEGIN}{END}{SAID}]", content):
                 raise self._error("leaves out, or rewrites, a part of", content)
 
     def _error(self, what: str, content: str) -> ValueError:

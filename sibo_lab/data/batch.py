@@ -3,7 +3,7 @@ the protocol "paper"; "clean" is the default; "chat" is the backbone's own chat 
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,9 @@ def prompt(instruction: str, protocol: str = "clean") -> str:
 def prompt_of(example: tasks.Example, tokenizer, protocol: str = "clean") -> str:
     """What the model is given to answer an example: with "chat" (and a chat_template.Chat as tokenizer) all turns but
     the last."""
-    return tokenizer.prompt(example.turns[:-1]) if protocol == "chat" else prompt(example.instruction, protocol)
+    if protocol == "chat":
+        return tokenizer.prompt(example.turns[:-1])
+    return prompt(example.instruction, protocol_for(protocol, [example]))
 
 
 def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int]]:
@@ -76,19 +78,34 @@ def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool
 
     Cut to `cutoff` tokens from the right. A cut example has no EOS, which would teach the model to stop mid-sentence,
     and no label left if its prompt fills the cutoff. Raises what continuation and Chat.pieces raise."""
-    chat = protocol == "chat"
-    pieces = tokenizer.pieces(example.turns) if chat else [(prompt(example.instruction, protocol), False),
-                                                           (example.output, True)]
-    text, ids, labels = "", [], []
-    for piece, said in pieces:
-        written = continuation(text, piece, tokenizer)[1] if text else tokenizer.encode(piece)
-        ids += written
-        labels += written if said or train_on_inputs else [-100] * len(written)
-        text += piece
-    if not chat:
-        ids.append(tokenizer.eos_id)
-        labels.append(tokenizer.eos_id)
+    if protocol == "chat":
+        texts, said = zip(*tokenizer.pieces(example.turns), strict=True)
+        spelled = _spelled(texts, tokenizer)
+    else:
+        given, written = continuation(prompt_of(example, tokenizer, protocol), example.output, tokenizer)
+        spelled, said = (given, [*written, tokenizer.eos_id]), (False, True)
+    ids = [i for some in spelled for i in some]
+    labels = [i if ours or train_on_inputs else -100 for some, ours in zip(spelled, said, strict=True) for i in some]
     return Row(ids[:cutoff], labels[:cutoff], cut=len(ids) > cutoff)
+
+
+def _spelled(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    """The ids of each of the texts, as in all of them together; where a token would join two, each as it continues
+    those before it."""
+    whole, found, before = tokenizer.encode("".join(texts)), [], ""
+    at = 0
+    for text in texts:
+        before += text
+        end = at + len(alone := tokenizer.encode(text))
+        if whole[at:end] != alone:  # a tokenizer may look at what comes before
+            end = len(given := tokenizer.encode(before))
+            if whole[:end] != given:
+                starts = ("".join(texts[:i]) for i in range(1, len(texts)))
+                return [tokenizer.encode(texts[0]), *(continuation(start, text, tokenizer)[1]
+                                                      for start, text in zip(starts, texts[1:], strict=True))]
+        found.append(whole[at:end])
+        at = end
+    return found
 
 
 def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:

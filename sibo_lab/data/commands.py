@@ -102,6 +102,8 @@ def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
     name = args.backbone or ("minilm" if glue else "smollm2-135m")
     path = locate.locate(name)
     t = tokenizer.from_pretrained(path)
+    if not glue and t.eos_id is None:
+        raise ValueError(f"--backbone {name}: expected an LLM, whose tokenizer ends a text, got one without eos")
     speaker = chat_template.Chat(path, t) if protocol == "chat" else t
     chosen, blocks = args.train_on_inputs, []
     on_inputs = protocol != "chat" and task.kind != "word-problems" if chosen is None else chosen  # as train.py

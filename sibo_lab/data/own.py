@@ -87,7 +87,8 @@ def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> lis
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{here}: expected what was asked and answered, got {quoted(pair)}")
         both = dict(zip(("asked", "answered"), pair, strict=True))
-        turns += [(role, entries.field(here, both, key)) for role, key in zip(("user", "assistant"), both, strict=True)]
+        turns += [("user", entries.field(here, both, "asked")),
+                  ("assistant", entries.field(here, both, "answered", TEXT))]
     instruction = entries.field(place, row, asks)
     if asks != "input" and "input" in given:
         instruction += "\n\n" + entries.field(place, row, "input")
@@ -113,5 +114,6 @@ def _turns(place: str, row: dict, key: str, ignored: tuple) -> list[tuple[str, s
         if not role:
             raise ValueError(f"{here}: {who!r}: expected one of {', '.join(ROLES)}, got {quoted(message[who])}")
         empty = i == len(row[key]) and role == "assistant" and what in message and _missing(message[what])
-        turns.append((role, "" if empty else entries.field(here, message, what)))
+        types = TEXT if role == "assistant" else (str,)
+        turns.append((role, "" if empty else entries.field(here, message, what, types)))
     return turns

@@ -132,7 +132,7 @@ def test_the_loss_is_on_what_the_assistant_says_and_what_ends_it_and_on_nothing_
         parts = [labelled[start:end] for start, end in zip([0, *(i + 1 for i in ends)], ends, strict=False)]
         assert [ours.decode(part) for part in parts] == said
         assert labelled[-1] == ours.eos_id and len(ends) == len(pairs)
-    given = ours.encode(ours.prompt(turns[:-1]))
+    row, given = encoded(ours, turns[:2]), ours.encode(ours.prompt(turns[:1]))
     assert row.ids[:len(given)] == given and row.labels[len(given) - 1] == -100  # as at generation
 
 
@@ -222,6 +222,18 @@ def test_what_a_template_cannot_show_is_refused_in_one_line(folder, template, sa
         chat_template.Chat(path, tokenizer_files.read(path)).pieces(
             conversation([("1?", "<think>hm</think>one"), ("2?", "two")], "Be brief."))
     assert "\n" not in str(error.value) and "chat_template" in str(error.value)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_turn_that_is_left_out_is_missed_however_short_it_is(folder, role):
+    path = folder("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] != '" + role + "' %}{{ m['content'] }}"
+                  "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    chat = chat_template.Chat(path, tokenizer_files.read(path))
+    with pytest.raises(ValueError, match="leaves out, or rewrites, a part of the turn 's'"):
+        chat.pieces(conversation([("s", "s")], "s"))
+    if role != "assistant":
+        with pytest.raises(ValueError, match="leaves out, or rewrites, a part of the turn 's'"):
+            chat.prompt([("system", "s"), ("user", "s")])
 
 
 def test_reasoning_that_qwen3_drops_from_earlier_turns_is_refused_and_kept_in_the_last(twins):

@@ -81,6 +81,7 @@ def test_what_is_scored_may_stand_beside_the_output(tmp_path):
                                              (10**30, "1" + "0" * 30), (False, "false")])
 def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, text):
     assert read(tmp_path, {"question": "q", "answer": value}).output == text
+    assert read(tmp_path, {"messages": [MESSAGES[0], {"role": "assistant", "content": value}]}).output == text
 
 
 @pytest.mark.parametrize(("row", "says"), [
