@@ -97,6 +97,19 @@ def test_beams_are_transformers_beams(tmp_path, family, num_beams, stop):
     assert not stop or 0 < stopped < 4 * len(ROWS), "some rows stop early and some do not"
 
 
+@pytest.mark.parametrize("num_beams", [1, 2, 3])
+def test_any_of_several_ends_stops_as_in_transformers(tmp_path, num_beams):
+    ids, mask = padded([[t % 17 for t in row] for row in ROWS], "left")
+    for seed in range(3):
+        theirs, ours = pair("llama", tmp_path / str(seed), seed, vocab_size=17)
+        how = {"max_new_tokens": 16, "num_beams": num_beams, "pad_token_id": 2}
+        free = generate.generate(ours, ids, mask, **how)[:, ids.shape[1]:]
+        how["eos_token_id"] = sorted({int(free[0, 3]), int(free[1, 5]), int(free[2, 7])})
+        written = generate.generate(ours, ids, mask, **how)
+        assert torch.equal(written, generated(theirs, ids, mask, **how))
+        assert written.shape != (len(ids), ids.shape[1] + 16) or (written[:, -1] == 2).any()
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_row_of_a_batch_ends_as_it_does_alone_whichever_others_are_dropped(tmp_path, num_beams):
     _, m = pair("llama", tmp_path, vocab_size=17)
