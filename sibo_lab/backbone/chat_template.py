@@ -100,7 +100,7 @@ class Chat:
                   "the day", file=sys.stderr)
         self.template = _compiled(text, self.place)
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
-        added = [*t.added.values(), *t.added_normalized.values()]
+        added = [token for token in (*t.added.values(), *t.added_normalized.values()) if token["content"].strip()]
         self.special = {token["id"]: token["content"] for token in added} | {i: t.tokens[i] for i in t.special}
         self.tokens = {f"{role}_token": self.special[i] for role in ("bos", "eos", "pad", "unk")
                        if (i := getattr(t, f"{role}_id")) in self.special}
@@ -110,6 +110,7 @@ class Chat:
         ends = [(self.end.find(token), -len(token), i) for i, token in self.special.items() if token in self.end]
         at, size, self.eos_id = min(ends, default=(len(self.end), 0, t.eos_id))
         self.end = self.end[:at - size]
+        self.eos_ids = list(dict.fromkeys([self.eos_id, *getattr(t, "eos_ids", [t.eos_id])]))
         for i, token in self.special.items():
             if token in written and self.encode(token) != [i]:  # as tokenizer.model has it: no text spells its own end
                 raise ValueError(f"{path}: expected a tokenizer that finds {token} in a text, where its chat template "

@@ -74,12 +74,14 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
 
 def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
               num_beams: int = 1, bar: str = "answers") -> list[str]:
-    """What the model writes after each prompt."""
+    """What the model writes after each prompt, up to any token that ends a text."""
+    ends = getattr(t, "eos_ids", [t.eos_id])
+
     def work(some):
         b = batch.to_device(batch.collate(list(map(batch.Row, some)), side="left"), m)
-        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, t.eos_id)
+        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, ends)
         written = out[:, b["input_ids"].shape[1]:].tolist()
-        return [t.decode(list(takewhile(lambda i: i != t.eos_id, ids))) for ids in written]
+        return [t.decode(list(takewhile(lambda i: i not in ends, ids))) for ids in written]
 
     return _in_batches(m, list(map(t.encode, prompts)), len, batch_size, work, bar)
 

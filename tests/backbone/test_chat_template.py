@@ -41,14 +41,16 @@ TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A function that writes a byte-level BPE, trained on a few words, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    engine.train_from_iterator(TEMPLATES.values(), trainers.BpeTrainer(
+    engine.train_from_iterator([*TEMPLATES.values(), *["of the"] * 99], trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
+    # a text of its own begins with <s>; one that a template wrote has its own
+    engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made = {}
 
     def write(template):
@@ -148,10 +150,13 @@ def test_a_template_that_marks_the_assistants_turns_is_masked_as_transformers_ma
     assert [int(label != -100) for label in row.labels] == expected["assistant_masks"]
 
 
-def test_leading_line_feeds_of_an_answer_are_its_own_and_not_merged_with_the_prompts(twins):
-    _, ours = twins(TEMPLATES["smollm2"])
-    labelled = [i for i in encoded(ours, conversation([("q", "\n\nA")])).labels if i != -100]
-    assert ours.decode(labelled) == "\n\nA" and labelled[-1] == ours.eos_id
+def test_an_answer_is_not_merged_with_the_blank_that_ends_its_prompt(twins):
+    theirs, ours = twins("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+                         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    turns = conversation([("q", "the end")])
+    row, given = encoded(ours, turns), ours.encode(ours.prompt(turns[:1]))
+    assert theirs.apply_chat_template(messages(turns), return_dict=False)[len(given) - 1] != given[-1]  # "Ġthe"
+    assert row.ids[:len(given)] == given and ours.decode([i for i in row.labels if i != -100]) == "the end"
 
 
 # ------------------------------------------------------------------------------------------------------ where it stands
@@ -207,6 +212,7 @@ ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     (LOOP.replace("m['content']", "m['content'].split('</think>')[-1]") + ASKED,
      "leaves out, or rewrites, a part of the turn '<think>hm</think>one'"),
     (LOOP.replace("m['content']", "(m['content'] if loop.last else '')") + ASKED, "leaves out"),
+    (LOOP.replace("eos_token", "(eos_token if m['content'] != 'two' else '')") + ASKED, "no end of the turn 'two'"),
     (LOOP.replace("eos_token", "''") + ASKED, "shows no end of the turn '<think>hm</think>one'"),
     ("{{ messages | length }}" + LOOP + ASKED, "gives something else to be answered than what it writes before"),
     ("{{ raise_exception('No system role') }}", r"refuses a conversation of user, assistant \(No system role\)"),
