@@ -82,9 +82,7 @@ def _example(place: str, row: dict, ignored: tuple) -> Example:
 def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> list[tuple[str, str]]:
     """The turns of a row of texts, its history first."""
     turns, history = [], row["history"] if "history" in given else []
-    if not isinstance(history, list):
-        raise ValueError(f"{place}: 'history': expected a list of pairs, got {quoted(history)}")
-    for i, pair in enumerate(history, 1):
+    for i, pair in enumerate(history if isinstance(history, list) else [history], 1):
         here = f"{place}: 'history', pair {i}"
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{here}: expected what was asked and answered, got {quoted(pair)}")
