@@ -11,7 +11,6 @@ from sibo_lab.backbone.subwords import SPACE, WORDS, WORDS_DIGITS_APART, Tokeniz
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-PRE = getattr(tokenizer_files, "GGUF", {"gpt-2": {"words": WORDS}, "smollm": {"words": WORDS_DIGITS_APART}})
 ROLES = ("bos", "eos", "pad", "unk")
 
 
@@ -29,18 +28,18 @@ def from_gguf(file: Path) -> dict[str, dict]:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "model_max_length": fields.get(f"{fields['general.architecture']}.context_length"),
               "added_tokens_decoder": {str(x["id"]): {k: v for k, v in x.items() if k != "id"} for x in added}}
-    config |= {f"{role}_token": t.tokens[i] for role, i in named.items()}
+    config |= {f"{role}_token": t.tokens.get(named.get(role)) for role in ROLES}  # null, or classes bring their own
     if isinstance(chat := fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = chat
     generation = {f"{role}_token_id": i for role, i in named.items() if role != "unk"}
-    if len(ends := getattr(t, "eos_ids", ())) > 1:
-        generation["eos_token_id"] = ends
+    if len(t.eos_ids) > 1:
+        generation["eos_token_id"] = t.eos_ids
     return {"tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added} | parts | {
         "post_processor": _template(t)}, "tokenizer_config.json": config, "generation_config.json": generation}
 
 
 def _byte_level(spec: dict) -> dict:
-    how = PRE[spec["pre"]]
+    how = tokenizer_files.GGUF[spec["pre"]]
     split = {WORDS: [BYTES], WORDS_DIGITS_APART: [DIGITS, BYTES]}.get(how["words"]) or [
         {"type": "Split", "pattern": {"Regex": how["words"]}, "behavior": "Isolated", "invert": False},
         BYTES | {"use_regex": False}]

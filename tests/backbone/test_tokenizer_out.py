@@ -23,11 +23,11 @@ def texts(n=300, seed=0):
         yield "".join(chars)
 
 
-def write(folder, source):
+def write(folder, source, model_type="llama"):
     folder.mkdir(exist_ok=True)
     for name, content in tokenizer_out.from_gguf(source).items():
         (folder / name).write_text(json.dumps(content), "utf-8")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return tokenizer.from_pretrained(source), transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -76,6 +76,28 @@ def a_gguf(file, tokens, kinds, model, scores=None, merges=None, pre=None, **mor
     return file
 
 
+@pytest.mark.parametrize(("pre", "model_type"), [
+    ("gpt-2", "llama"), ("smollm", "llama"), ("llama-bpe", "llama"), ("qwen2", "qwen2"), ("qwen2", "qwen3"),
+    ("llama-bpe", "smollm3"), ("tekken", "mistral")])
+def test_a_byte_level_vocabulary_of_each_kind_is_the_same_in_transformers(pre, model_type, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.train_from_iterator([*texts(200, 1), "it's 12345 o'clock, the cat's hat\r\n"] * 3, trainers.BpeTrainer(
+        vocab_size=420, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    model = json.loads(t.to_str())["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "Ġwholly", "<|begin|>", "<|eot|>", "<think>"]
+    last = len(tokens) - 1
+    source = a_gguf(tmp_path / "m.gguf", tokens, [*[1] * (last - 2), 3, 3, 4], "gpt2", None,
+                    [" ".join(pair) for pair in model["merges"]], pre, bos_token_id=last - 2, eos_token_id=last - 1)
+    ours, theirs = write(tmp_path / "hf", source, model_type)
+    assert_same(ours, theirs, tmp_path / "hf")
+    spelled = "a <think> b<|eot|> wholly\n<|begin|>"
+    assert ours.encode(spelled) == theirs(spelled)["input_ids"]
+    assert ours.decode(ours.encode(spelled)) == theirs.decode(ours.encode(spelled), skip_special_tokens=True)
+
+
 def llama_gguf(folder, pieces=(), **more):
     """A vocabulary that SentencePiece trained, as llama.cpp's converter writes it."""
     if not (model := folder / "t.model").exists():
@@ -109,10 +131,6 @@ def test_a_llama_vocabulary_is_the_same_in_transformers(more, tmp_path):
     ("thecat", 1, -3.0, "pieces of one score"), ("ÿþ", 1, -900.0, "pieces whose characters are none")])
 def test_what_tokenizer_json_cannot_say_is_refused(piece, kind, score, says, tmp_path):
     source = llama_gguf(tmp_path, [(piece, kind, score)])
-    try:
-        tokenizer.from_pretrained(source)
-    except ValueError:
-        pytest.skip("read by no tokenizer here")
     with refused("m.gguf", says, "export from the folder"):
         tokenizer_out.from_gguf(source)
 
