@@ -33,7 +33,7 @@ def saved(tmp_path, family="llama", head=None, changes=(), safe=True, **spec):
     """(transformers' model of the backbone, ours), and the folder of a LoRA that peft put on a third."""
     kind = "BertForSequenceClassification" if head else None
     theirs, ours = twins.pair(family, tmp_path / "base", kind=kind, num_labels=head, **dict(changes))
-    spec = {"r": 3, "lora_alpha": 7, "target_modules": QV[family]} | copy.deepcopy(spec)  # peft adds to its lists
+    spec = {"r": 3, "lora_alpha": 7, "target_modules": QV.get(family)} | copy.deepcopy(spec)  # peft adds to its lists
     third = type(theirs).from_pretrained(tmp_path / "base", **({"num_labels": head} if head else {}))
     loaded = stir(peft.get_peft_model(third, peft.LoraConfig(**spec)))
     loaded.save_pretrained(tmp_path / "peft", safe_serialization=safe)
@@ -90,6 +90,17 @@ def test_heads_embeddings_and_norms_come_along_also_where_the_backbones_are_tied
     assert_as_reloaded(theirs, ours, tmp_path / "peft")
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_small_modern_model_takes_its_lora_and_goes_to_transformers(family, tmp_path):
+    theirs, ours = saved(tmp_path, family, target_modules=["q_proj", "down_proj"])
+    assert_as_reloaded(theirs, ours, tmp_path / "peft")
+    right = output(ours, words(2, 20))
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [type(loaded).__name__]
+    torch.testing.assert_close(output(loaded, words(2, 20)), right, rtol=0, atol=2e-5 * float(right.abs().max()))
+
+
 @pytest.mark.parametrize("spec", HEADS, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_came_from_peft_goes_back_and_to_transformers(spec, tied, tmp_path):
@@ -97,6 +108,8 @@ def test_what_came_from_peft_goes_back_and_to_transformers(spec, tied, tmp_path)
     right = output(export.from_peft(ours, tmp_path / "peft"), words(2, 20))
     export.to_peft(ours, tmp_path / "back", "base")
     export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    own_head = "lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] != own_head
     for loaded in (type(theirs).from_pretrained(tmp_path / "hf"), model.from_pretrained(tmp_path / "hf"),
                    peft.PeftModel.from_pretrained(theirs, tmp_path / "back").eval()):
         torch.testing.assert_close(output(loaded, words(2, 20)), right, rtol=0, atol=2e-5 * float(right.abs().max()))
