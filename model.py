@@ -24,7 +24,7 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | Non
     transformers' modeling_rope_utils.py, stretches only wavelengths beyond the trained context."""
     # first the power, then the inverse, as in training: else logits differ by 1e-4 after 30 layers
     frequency = 1 / theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    kind = scaling and scaling["rope_type"]
+    kind = scaling and scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "longrope":
@@ -369,7 +369,7 @@ class Bert(Transformer):
             if not attention_mask[:, 0].all():  # padding on the left takes no position
                 positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        if self.config.type_vocab_size == 1 and types.any():
+        if self.config.type_vocab_size == 1 and token_type_ids is not None and types.any():
             raise ValueError("token_type_ids: expected 0 throughout, this BERT has one type (type_vocab_size 1), got "
                              "others, as of pairs of sentences; use another BERT")
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
@@ -418,7 +418,7 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base
         if new not in expected:
             raise ValueError(f"{path}: unexpected tensor {files.quoted(name)} for this config.json")
         if tensor.shape != expected[new].shape or tensor.dtype not in weights.DTYPES:
-            raise ValueError(f"{path}: tensor {name!r}: expected floating-point numbers of shape "
+            raise ValueError(f"{path}: tensor {name!r}: expected float16 to float64 numbers of shape "
                              f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
         if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
             name = new.removesuffix(".weight")

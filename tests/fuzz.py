@@ -154,8 +154,8 @@ GPTJ = {"model_type": "gptj", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_hea
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False}
 QWEN = LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
                 "layer_types": ["sliding_attention"], "rope_scaling": None, "rope_parameters": {
-                    "rope_type": "longrope", "rope_theta": 100.0, "attention_factor": 1.0, "short_factor": [1.0, 2.0],
-                    "long_factor": [1.0, 2.0]}}
+                    "rope_type": "longrope", "rope_theta": 100.0, "factor": 1.0, "attention_factor": 1.0,
+                    "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}}
 SMOLLM3 = LLAMA | {"model_type": "smollm3", "no_rope_layers": [0], "no_rope_layer_interval": 4, "sliding_window": None,
                    "use_sliding_window": False, "layer_types": None}
 BERT = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,

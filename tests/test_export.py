@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
 from transformers import AutoModelForCausalLM
-from twins import pair
+from twins import edit_tensors, pair
 
 import eval as evaluation
 import model
@@ -75,6 +75,18 @@ def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, 
     export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert type(loaded) is type(theirs)
+    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_its_config_calls_tied_but_is_not_leaves_as_its_own(tmp_path):
+    pair("qwen2", tmp_path / "base", tie_word_embeddings=True)
+    edit_tensors(tmp_path / "base", lambda stored: stored.update(
+        {"lm_head.weight": stored["model.embed_tokens.weight"] + 1}))
+    ours = model.from_pretrained(tmp_path / "base")
+    expected = ours(ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 

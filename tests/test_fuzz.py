@@ -168,7 +168,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path):
     stored = fuzz.weights(fuzz.LLAMA)
     stored["model.norm.weight"] = torch.ones(8, dtype=torch.int8)
     refused("config", fuzz.lay(tmp_path, "config", model__safetensors=save(stored)),
-            "expected floating-point numbers of shape [8], got torch.int8")
+            "expected float16 to float64 numbers of shape [8], got torch.int8")
 
 
 @pytest.mark.parametrize("shards, named", [

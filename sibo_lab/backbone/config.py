@@ -113,7 +113,7 @@ class SmolLM3Config(LlamaStyle):
     use_sliding_window: bool = False
     sliding_window: int | None = None
     layer_types: list | None = None
-    no_rope_layers: list | None = None  # 0 where there are no positions; None: in each layer of the interval
+    no_rope_layers: list | None = None  # 0: a layer without positions; None: each 4th, as below
     no_rope_layer_interval: int = 4
 
     architecture = "SmolLM3ForCausalLM"
@@ -162,9 +162,11 @@ CONFIGS = {"bert": BertConfig, "gptj": GPTJConfig} | LLAMAS
 ALIASES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
            "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
            "activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}  # GPT-J's spelling
+NOT_GPTJS = "intermediate_size", "hidden_act", "layer_norm_eps"  # which transformers reads in that spelling alone
 ONLY = {  # of settings that change the result, the values that are implemented, the default first
     Config: {"quantization_config": [None], "compression_config": [None], "per_layer_config": [None],
-             "is_encoder_decoder": [False, None], "tie_last_hidden_states": [None, True]},
+             "transformers_weights": [None], "is_encoder_decoder": [False, None],
+             "tie_last_hidden_states": [None, True]},
     BertConfig: {"position_embedding_type": [None, "absolute"], "is_decoder": [None, False],
                  "add_cross_attention": [None, False], "is_causal": [None, False], "pruned_heads": [None, {}]},
     GPTJConfig: {"is_causal": [None, True]},
@@ -174,7 +176,8 @@ ONLY = {  # of settings that change the result, the values that are implemented,
 }
 ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-                 "longrope": ("attention_factor",)}  # with the same factors at all lengths, as in a .gguf file
+                 "longrope": ("factor", "attention_factor")}  # with the same factors at all lengths, as in a .gguf file
+ROPE_FIXED = {"partial_rotary_factor": 1, "attention_factor": 1}
 # The largest values; for all others 2^20, so that no weight can take 2^63 bytes.
 LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(
     ("vocab_size", "max_position_embeddings", "sliding_window", "max_window_layers"), 1 << 31)
@@ -209,7 +212,9 @@ def parse(spec: dict, path: object) -> Config:
     if family not in list(CONFIGS):  # it may be unhashable
         raise wrong("model_type", f"one of {', '.join(CONFIGS)}", family)
     kind = CONFIGS[family]
-    known = {ALIASES.get(k, k) if family == "gptj" else k: v for k, v in spec.items()}
+    known = dict(spec)
+    if family == "gptj":
+        known = {ALIASES.get(k, k): v for k, v in spec.items() if k not in NOT_GPTJS}
     if issubclass(kind, LlamaStyle):
         known |= _rope(known, kind, wrong)
     for name, allowed in ChainMap(*(ONLY.get(base, {}) for base in kind.__mro__)).items():
@@ -249,7 +254,7 @@ def _expected(field, value: object) -> str:
     """What a Config's field expects, or "" if `value` is that."""
     kind, *optional = field.type.split(" | ")
     number, most = type(value) in (int, float), LARGEST.get(field.name, 1 << 20)
-    least = field.name != "max_window_layers"
+    least = field.name != "max_window_layers"  # 0: all layers slide
     fits, expected = {
         "int": (type(value) is int and least <= value <= most, f"a positive integer, at most {most}"),
         "rope_theta": (number and 0 < value < 1e12, "a positive number below 1e12"),
@@ -280,18 +285,16 @@ def _rope(known: dict, kind: type[LlamaStyle], wrong) -> dict:
             raise wrong(f"rope scaling {scaling!r}: {name}", "a positive number", value)
     if scaling == "llama3" and (low := rope["low_freq_factor"]) >= (high := rope["high_freq_factor"]):
         raise wrong("low_freq_factor", f"less than high_freq_factor {high}", low)
-    usual = {"rope_type", "type", "rope_theta", trained, *ROPE_SCALINGS[scaling]}
     if scaling == "longrope":
-        usual |= {"factor", "short_factor", "long_factor"}
-        factors = rope.get("long_factor")
+        factors = rope.pop("long_factor", None)
         if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x <= 1e12 for x in factors):
             raise wrong("rope scaling 'longrope': long_factor", "positive numbers", factors)
-        if rope.get("short_factor") != factors or rope["attention_factor"] != 1:
-            raise wrong("rope scaling 'longrope'", "short_factor like long_factor and attention_factor 1", rope)
-    if (part := rope.pop("partial_rotary_factor", None)) not in (None, 1):
-        raise wrong("rope scaling: partial_rotary_factor", "1", part)
-    for name in rope.keys() - usual:
-        if rope[name] is not None:
-            raise wrong(f"rope scaling {scaling!r}: {name}", "no such setting", rope[name])
+        if (short := rope.pop("short_factor", None)) != factors:
+            raise wrong("rope scaling 'longrope': short_factor", "the same as long_factor", short)
+    for name in rope.keys() - {"rope_type", "type", "rope_theta", trained, *ROPE_SCALINGS[scaling]} | ROPE_FIXED.keys():
+        if (value := rope.get(name)) not in (None, (fixed := ROPE_FIXED.get(name))):
+            raise wrong(f"rope scaling {scaling!r}: {name}", fixed and str(fixed) or "no such setting", value)
+    if scaling == "longrope":
+        rope |= {"long_factor": factors}
     return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", kind.rope_theta)),
-            "rope_scaling": rope | {"rope_type": scaling} if rope else None}
+            "rope_scaling": rope or None}

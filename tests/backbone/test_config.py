@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 import transformers
 from twins import FAMILIES, LLAMA3, LLAMAS, assert_same_model, edit_config, pair, refused, theirs_of, words
 
@@ -34,6 +35,43 @@ def test_what_a_config_leaves_out_has_transformers_default(family):
             assert f.default == theirs.get(f.name), f.name
     if family in LLAMAS:
         assert config.CONFIGS[family].rope_theta == FAMILIES[family][0]().rope_parameters["rope_theta"]
+
+
+ODD = {  # other families' settings, and some that people write; none at its default
+    "attention_bias": True, "mlp_bias": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0,
+    "layer_types": ["sliding_attention"] * 2, "no_rope_layers": [0, 1], "no_rope_layer_interval": 1, "rotary_dim": 2,
+    "hidden_act": "gelu", "activation_function": "relu", "is_decoder": True, "add_cross_attention": True,
+    "is_causal": False, "is_encoder_decoder": True, "partial_rotary_factor": 0.5, "rotary_pct": 0.5, "qkv_bias": True,
+    "rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "original_max_position_embeddings": 7,
+    "tie_word_embeddings": True, "pretraining_tp": 2, "chunk_size_feed_forward": 4, "rms_norm_eps": 0.5,
+    "layer_norm_eps": 0.5, "layer_norm_epsilon": 0.5, "position_embedding_type": "relative_key", "qk_norm": True,
+    "pruned_heads": {"0": [1]}, "torch_dtype": "bfloat16", "attn_logit_softcapping": 5.0, "logits_scaling": 3.0,
+    "embedding_multiplier": 3.0, "residual_multiplier": 2.0, "attention_multiplier": 1.0, "attention_chunk_size": 3,
+    "final_logit_softcapping": 5.0, "num_local_experts": 4, "clip_qkv": 0.1, "initializer_range": 0.5, "norm_eps": 0.5,
+    "per_layer_config": {"0": {"rms_norm_eps": 0.5}}, "transformers_weights": "other.safetensors", "use_bias": True,
+    "tie_last_hidden_states": False, "quantization_config": {"quant_method": "gptq"}, "use_cache": False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_setting_of_another_family_is_refused_or_means_what_it_means_to_transformers(tmp_path, family):
+    theirs_of(family).save_pretrained(tmp_path)
+
+    def accepted(key: str) -> bool:
+        try:
+            return bool(config.parse(config.read_spec(tmp_path) | {key: ODD[key]}, tmp_path))
+        except ValueError:
+            return False
+
+    changes = {key: ODD[key] for key in ODD if accepted(key)}
+    if family in ("llama", "qwen3", "smollm3"):
+        del changes["attention_bias"]  # it needs tensors
+    if family in ("llama", "smollm3"):
+        del changes["mlp_bias"]
+    assert 15 < len(changes) < len(ODD)
+    edit_config(tmp_path, **changes)
+    kind = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_model(model.from_pretrained(tmp_path), theirs)
 
 
 @pytest.mark.parametrize("old, new", [
@@ -85,9 +123,15 @@ def test_a_config_without_key_value_heads_has_as_many_as_heads(tmp_path):
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
      "rope scaling 'default': full_attention: expected no such setting, got {'rope_type': 'default'}"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}},
-     "rope scaling 'linear': attention_factor: expected no such setting, got 2.0"),
-    ("llama", {"rope_parameters": {"rope_type": "longrope", "attention_factor": 1.0, "short_factor": [1.0] * 4,
-                                   "long_factor": [2.0] * 4}}, "rope scaling 'longrope': expected short_factor like"),
+     "rope scaling 'linear': attention_factor: expected 1, got 2.0"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "of_tomorrow": 3}},
+     "rope scaling 'llama3': of_tomorrow: expected no such setting, got 3"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
+                                   "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+     "rope scaling 'longrope': short_factor: expected the same as long_factor, got [1.0, 1.0, 1.0, 1.0]"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "attention_factor": 1.2,
+                                   "short_factor": [2.0] * 4, "long_factor": [2.0] * 4}},
+     "rope scaling 'longrope': attention_factor: expected 1, got 1.2"),
     ("qwen2", {"is_causal": False}, "is_causal: expected None or True, got False"),
     ("qwen3", {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config: expected None, got {'0'"),
     ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads: expected None or {}, got {'0': [1]}"),
@@ -108,10 +152,11 @@ def test_the_old_spelling_of_rope_settings_counts_where_both_stand_as_in_transfo
     assert_same_model(model.from_pretrained(tmp_path), theirs, words(2, 40))
 
 
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"original_max_position_embeddings": 16}])
-def test_llama3s_scaling_takes_the_trained_context_from_beside_it(tmp_path, changes):
+def test_llama3s_scaling_takes_the_trained_context_from_beside_it(tmp_path, changes, inside):
     theirs_of("llama", max_position_embeddings=64).save_pretrained(tmp_path)
-    scaling = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    scaling = {k: v for k, v in LLAMA3.items() if inside or k != "original_max_position_embeddings"}
     edit_config(tmp_path, rope_parameters=None, rope_scaling=scaling, rope_theta=100.0, **changes)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert_same_model(model.from_pretrained(tmp_path), theirs, words(2, 40))

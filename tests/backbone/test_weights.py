@@ -229,7 +229,7 @@ def test_quantized_weights_are_refused_by_name_where_no_config_says_so(tmp_path,
 def test_weights_of_8_bits_are_refused(tmp_path, dtype):
     theirs_of("llama").save_pretrained(tmp_path)
     edit_tensors(tmp_path, lambda stored: stored.update({Q: stored[Q].to(dtype)}))
-    with refused(Q, f"expected floating-point numbers of shape [32, 32], got {dtype}"):
+    with refused(Q, f"expected float16 to float64 numbers of shape [32, 32], got {dtype}"):
         model.from_pretrained(tmp_path)
 
 
