@@ -254,7 +254,7 @@ def sentencepiece_parts() -> list:
     return [*listed, [2, trainer], [3, [[1, "identity"], [3, 1], [4, 0], [5, 1]]]]
 
 
-ADDED = {"id": 4, "content": "<x>", "special": True, "single_word": False, "lstrip": True, "rstrip": True,
+ADDED = {"id": 5, "content": "<x>", "special": True, "single_word": False, "lstrip": True, "rstrip": True,
          "normalized": False}
 WORDPIECE = {
     "added_tokens": [ADDED], "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
@@ -267,13 +267,13 @@ WORDPIECE = {
         "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]},
                            "[SEP]": {"id": "[SEP]", "ids": [2], "tokens": ["[SEP]"]}}},
     "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-              "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "##b": 5}}}
+              "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "##b": 4}}}
 BYTE_LEVEL = {
     "added_tokens": [ADDED], "normalizer": None, "post_processor": {"type": "ByteLevel"},
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
-    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "Ġab": 5}, "merges": ["a b", ["Ġ", "ab"]],
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "Ġab": 4}, "merges": ["a b", ["Ġ", "ab"]],
               "dropout": None, "ignore_merges": False}}
 BYTE_TOKENS = {f"<0x{b:02X}>": b + 3 for b in range(256)}
 FALLBACK = {

@@ -49,8 +49,10 @@ def test_without_special_tokens_those_in_the_text_are_still_found(
         assert ours.encode(only_known(text), pair, add_special_tokens=False) == ids
 
 
-def test_llama_without_special_tokens_is_sentencepiece_alone(llama, llama_oracle):
-    assert llama.encode(" a </s>b", add_special_tokens=False) == llama_oracle.encode(" a </s>b")
+def test_llama_without_special_tokens_is_sentencepiece_between_control_tokens_of_a_chat_template(llama, llama_oracle):
+    a, b = llama_oracle.encode(" a "), llama_oracle.encode("b")
+    assert llama.encode(" a </s>b", add_special_tokens=False) == [*a, 2, *b]
+    assert llama.encode(" a </s>b") == [1, *llama_oracle.encode(" a </s>b")]
     assert (llama.tokens[llama.bos_id], llama.tokens[llama.eos_id]) == ("<s>", "</s>")
 
 
