@@ -159,6 +159,28 @@ def test_an_answer_is_not_merged_with_the_blank_that_ends_its_prompt(twins):
     assert row.ids[:len(given)] == given and ours.decode([i for i in row.labels if i != -100]) == "the end"
 
 
+REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "llama" / "tokenizer.model"
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="LLaMA's vocabulary is not here")
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llamas_sentencepiece_finds_the_special_tokens_that_a_template_writes(tmp_path, legacy):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(REAL.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "legacy": legacy, "chat_template": TEMPLATES["mistral"]}))
+    chat = chat_template.Chat(tmp_path, tokenizer_files.read(tmp_path))
+    turns = conversation([("Hi", "Ho ho."), ("1", "2")])
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    row = encoded(chat, turns)
+    assert row.ids == theirs.apply_chat_template(messages(turns), return_dict=False)
+    assert row.ids.count(1) == 1 and [i for i in row.labels if i in (1, 2)] == [2, 2]
+    assert theirs.decode([i for i in row.labels if i != -100]).replace(" ", "") == "Hoho.</s>2</s>"
+
+
 # ------------------------------------------------------------------------------------------------------ where it stands
 CHATML = TEMPLATES["smollm2"]
 
