@@ -53,8 +53,7 @@ class InitialResidual:
                 raise RuntimeError("h0: expected one output of the embedding before it is mixed in, got two; run the "
                                    "blocks on each in turn, or in a module of their own")
         if h0 is not None and h0.requires_grad and not torch.is_grad_enabled() and trains(h0):
-            raise RuntimeError("h0: expected nothing trained before the first block, as reentrant checkpointing loses "
-                               "the gradient through h0, got a trained tensor; pass use_reentrant=False")
+            raise lost_gradient()
         return h0
 
     @property
@@ -87,6 +86,7 @@ class InitialResidual:
             hooks.move_to_end(key)  # after the hooks that others put on the first block since
         self.live.running, self.live.last, self.live.outer = True, None, outer
         self.live.watch, self.live.twice, self.live.ran = None, False, {}
+        self.live.lost = False
         self.live.traced = torch.compiler.is_compiling()  # the whole pass, not a block of it alone
 
     def capture(self, block, args, kwargs) -> None:
@@ -114,6 +114,8 @@ class InitialResidual:
 
     def take(self, x: Tensor) -> None:
         self.live.h0, self.live.read = x.clone(), False  # a copy, as some models go on to add to it in place
+        if not torch.compiler.is_compiling():  # in a reentrant checkpoint: the copy hangs on nothing
+            self.live.lost = x.requires_grad and not self.live.h0.requires_grad and trains(x)
         self.fold_h0()
         if x.dim() > 2 and len(x) == x.shape[1] > 1 and not torch.compiler.is_compiling() and not self.live.watch:
             self.live.watch = Turning(x.shape)
@@ -141,6 +143,8 @@ class InitialResidual:
         self.live.last = output[0] if isinstance(output, tuple | list) and output else output
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.live.h0 is None:
             return
+        if self.live.lost:
+            raise lost_gradient()
         if not isinstance(output, Tensor | tuple | list):  # a dict, or an object with tensors
             output = list(output.values() if isinstance(output, dict) else getattr(output, "__dict__", {}).values())
         for t in torch.utils._pytree.tree_leaves(output):
@@ -191,6 +195,11 @@ class Turning(TorchDispatchMode):
 def is_turned(x: Tensor) -> bool:
     """Whether two of its dimensions, of one size by chance, stand in another order than in memory: (T, B, d), B = T."""
     return any(x.shape[i] == x.shape[i + 1] > 1 and x.stride(i) < x.stride(i + 1) for i in range(x.dim() - 1))
+
+
+def lost_gradient() -> RuntimeError:
+    return RuntimeError("h0: expected nothing trained before the first block, as reentrant checkpointing loses the "
+                        "gradient through h0, got a trained tensor; pass use_reentrant=False")
 
 
 def trains(x: Tensor) -> bool:

@@ -172,8 +172,8 @@ def own_stack(a: Anatomy, name: str) -> Stack:
     """The stack that a module stands in, or the only one beside it, in the module that runs both."""
     beside = {stack for stack in a.stacks.values() if name.startswith(f"{stack.owner}." if stack.owner else "")}
     if name not in a.stacks and len(beside) != 1:
-        raise ValueError(f"{name}: expected a module in a stack of blocks, whose first one reads h0, got it beside "
-                         f"{len(beside)}; pass h0=, the name of a module that reads h0, or leave it out of sibo_at")
+        raise ValueError(f"{name}: expected a module in a list of blocks, whose first one reads h0, got one outside of "
+                         "them; pass h0=, the name of a module that reads h0, leave it out of sibo_at, or pass lam=0")
     return a.stacks.get(name) or beside.pop()
 
 
@@ -192,7 +192,7 @@ def adaptable_widths(a: Anatomy, name: str, side: str, d: int | None) -> tuple[i
         return {"out": (d_out, d_out), "in": (d_in, d_in)}.get(side, linear)
     if d and side in ("out", "parallel") and not is_container(x):
         return d, d  # a sub-layer, as wide as h0 at both ends
-    raise ValueError(f"{name}: expected a nn.Linear, or a sub-layer beside a known h0, got a {type(x).__name__}")
+    raise ValueError(f"{name}: expected an nn.Linear, or a sub-layer beside a known h0, got a {type(x).__name__}")
 
 
 def find(names: Iterable[str] | nn.Module, target: str) -> list[str]:

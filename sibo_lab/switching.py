@@ -37,14 +37,20 @@ class Before:
 
 
 def named_tensors(m: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from chain(m.named_parameters(), m.named_buffers())
+    yield from chain(uncompiled(m).named_parameters(), uncompiled(m).named_buffers())
+
+
+def uncompiled(m: nn.Module) -> nn.Module:
+    """What torch.compile wrapped: it hands attributes through, but not names."""
+    return getattr(m, "_orig_mod", m)
 
 
 def require_whole(m: nn.Module) -> None:
     """ValueError for a model that cannot be adapted: it is already, or its weights are elsewhere."""
     name, modules = type(m).__name__, dict(m.named_modules())
     if hasattr(m, "sibo"):
-        raise ValueError(f"{name}: expected a model not injected yet, got {m.sibo}; sibo.remove it first")
+        raise ValueError(f"{name}: expected a model not injected yet, got " + (
+            f"one with {m.sibo.method}; sibo.remove it first" if m.sibo_before else "a merged one; load it again"))
     for n, x in modules.items():
         if hasattr(x, "sibo") or isinstance(x, Wrapper):
             raise ValueError(f"{name}: expected a model without adapters, got them at {n!r}; sibo.remove them first")
@@ -115,21 +121,21 @@ def remove(m: nn.Module) -> nn.Module:
     for hook in before.hooks:
         hook.remove()
     trained = set(before.trained)
-    for n, p in m.named_parameters():
+    for n, p in uncompiled(m).named_parameters():
         p.requires_grad_(n in trained)
-    del m.sibo, m.sibo_before
+    del uncompiled(m).sibo, uncompiled(m).sibo_before
     return m
 
 
 def summary(m: nn.Module) -> str:
     """Which modules are adapted, which of them get h0, what else is trained, and how many parameters. For printing."""
-    inside, s, modules = layers(m), m.sibo, dict(m.named_modules())
+    inside, s, modules = layers(m), m.sibo, dict(uncompiled(m).named_modules())
     named = lambda found: ", ".join(patterns(modules, [x.name for x in found])) or "none"  # noqa: E731
     trained, total = (sum(p.numel() for p in m.parameters() if p.requires_grad or every) for every in (False, True))
     size = f"rank {s.rank}, alpha {s.alpha:g}" if s.method == "lora" else f"bottleneck {s.bottleneck}, side {s.side}"
     mixing = [x for x in inside if x.residual]
     return "\n".join([
-        f"{type(m).__name__}: {s.method}, {size}, λ = {s.lam:g}{', learned' * s.learn_lam}",
+        f"{type(uncompiled(m)).__name__}: {s.method}, {size}, λ = {s.lam:g}{', learned' * s.learn_lam}",
         f"adapted: {len(inside)} modules ({named(inside)})", f"get h0:  {len(mixing)} modules ({named(mixing)})",
         f"whole:   {', '.join(s.modules_to_save) or 'none'}",
         f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})"])

@@ -337,6 +337,17 @@ def test_a_trained_embedding_gets_the_gradient_through_h0_or_checkpointing_is_re
     assert_near_gradients(trained_gradients(m), gradients(expected, trained))
 
 
+def test_a_loop_of_reentrant_checkpoints_is_refused_only_where_something_before_it_is_trained():
+    m = stir(sibo.inject(Owner(use_reentrant=True), "lora", 0.5, targets="blocks.*.1", modules_to_save="embed"))
+    with pytest.raises(RuntimeError, match="nothing trained before the first block, .*use_reentrant=False"):
+        m.train()(A)
+    with torch.no_grad():
+        assert m(A).isfinite().all()
+    m = stir(sibo.inject(Owner(use_reentrant=True), "lora", 0.5, targets="blocks.*.1", **SMALL)).train()
+    m(A).square().mean().backward()
+    assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
+
+
 def test_a_backward_pass_may_be_repeated_on_a_retained_graph():
     m, right, trained = pair(llama())
     switch_on(m, False)
@@ -980,7 +991,7 @@ def encoder():
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_inside_pytorchs_fused_encoder_layer_nothing_is_adapted_in_silence(target, method):
     m = encoder()
-    with pytest.raises(ValueError, match="expected a module that is called|expected a nn.Linear"):
+    with pytest.raises(ValueError, match="expected a module that is called|expected an nn.Linear"):
         sibo.inject(m, method, 0.5, targets=target)
 
 
@@ -1339,7 +1350,7 @@ def test_a_named_h0_is_the_modules_input_and_an_embeddings_output(h0, source):
     (llama, {"targets": "q_porj"}, "did you mean .*q_proj"),
     (llama, {"targets": "down_proj"}, "down_proj: expected a module that can take h0, .*24 wide, where h0 is 16"),
     (llama, {"targets": "lm_head", "h0": "no_such"}, "h0 'no_such': expected one module"),
-    (llama, {"targets": "norm"}, "expected a nn.Linear, or a sub-layer beside a known h0, got a LlamaRMSNorm"),
+    (llama, {"targets": "norm"}, "expected an nn.Linear, or a sub-layer beside a known h0, got a LlamaRMSNorm"),
     (llama, {"targets": "layers", "method": "adapter"}, "layers: expected"),
     (bert, {"method": "adapter", "side": "in"}, "BertModel: no known place for adapter, side in; .*query")])
 def test_what_cannot_run_is_refused_in_one_line_before_anything_changes(make, asked, names):

@@ -218,7 +218,7 @@ def test_a_list_of_which_a_part_matches_is_an_error_too(settings):
 
 @pytest.mark.parametrize("target", ["norm", "embed", "mlp", "0"])
 def test_lora_goes_on_linears_only(target):
-    with pytest.raises(ValueError, match=r"expected a nn\.Linear.* got a (RMSNorm|Embedding|SwiGLU|LlamaBlock)$"):
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear.* got a (RMSNorm|Embedding|SwiGLU|LlamaBlock)$"):
         placed(ours("llama"), targets=(target,), lam=0.0)
 
 
@@ -270,7 +270,7 @@ def test_a_linear_of_its_own_width_is_read_and_written_where_the_method_says(met
 def test_adapters_on_outputs_that_are_no_linears_take_their_width_from_their_stack(lam):
     found = place(Mixer(), sibo.Settings("adapter", lam, targets=("steps.*",)))
     assert found.widths == {"steps.0": (8, 8), "steps.1": (8, 8)}
-    with pytest.raises(ValueError, match=r"drop: expected a nn\.Linear, or .* h0, got a Dropout"):
+    with pytest.raises(ValueError, match=r"drop: expected an nn\.Linear, or .* h0, got a Dropout"):
         placed(Mixer(), "adapter", lam=0.0, targets=("drop",))
 
 
@@ -288,7 +288,7 @@ def test_without_known_names_targets_have_to_be_given_and_the_refusal_says_which
 
 
 def test_without_a_stack_h0_has_to_be_given():
-    with pytest.raises(ValueError, match="sub: expected a module in a stack of blocks, .* got it beside 0; pass h0="):
+    with pytest.raises(ValueError, match="sub: expected a module in a list of blocks, .* outside of them; pass h0="):
         placed(Toy(), targets="sub")
     assert placed(Toy(), targets="sub", h0="first") == ({"sub"}, {"sub"}, {("first",)})
 

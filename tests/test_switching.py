@@ -206,3 +206,21 @@ def test_a_second_backward_pass_finds_its_own_h0_within_a_gradient_hook():
     found = torch.autograd.grad(output(m, ids()).square().mean(), [p for p in m.parameters() if p.requires_grad])
     handle.remove()
     assert ran and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_torch_compile_wraps_is_switched_and_removed_by_its_own_names():
+    plain = Normed().eval()
+    m = sibo.inject(copy.deepcopy(plain), "lora", 0.3, targets="blocks.*.0", rank=2)
+    told, wrapped = sibo.summary(m), torch.compile(m, backend="eager")
+    assert sibo.summary(wrapped) == told
+    trained(m.train()).eval()
+    with sibo.disabled(wrapped):
+        assert torch.equal(m(X), plain(X))
+    sibo.remove(wrapped)
+    assert not hasattr(m, "sibo") and torch.equal(m(X), plain(X))
+
+
+def test_a_merged_model_is_not_to_be_removed_but_loaded_again():
+    m = sibo.merge(sibo.inject(Normed(), "lora", 0.3, targets="blocks.*.0", rank=2))
+    with pytest.raises(ValueError, match="Normed: expected a model not injected yet, got a merged one; load it again"):
+        sibo.inject(m)

@@ -1,5 +1,6 @@
 """Greedy and beam search with a cache of keys and values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,19 +40,21 @@ def require_eval(m: nn.Module) -> None:
 
 @torch.no_grad()
 def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128,
-             num_beams: int = 1, eos_token_id: int | None = None, pad_token_id: int | None = None) -> Tensor:
+             num_beams: int = 1, eos_token_id: int | Sequence[int] | None = None,
+             pad_token_id: int | None = None) -> Tensor:
     """Greedy search, or with `num_beams` > 1 transformers' beam search (length_penalty 1, early_stopping False).
 
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. Returns prompts and new ids, (B, T + at most
-    max_new_tokens), with pad_token_id (else eos_token_id) after an EOS."""
+    max_new_tokens), with pad_token_id (else the first eos_token_id) after an EOS, any of eos_token_id."""
     require_eval(m)
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"generate: expected 1 or more new tokens and beams, got {max_new_tokens} and {num_beams}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not mask[:, -1].all():
         raise ValueError("generate: expected padding on the left, got a prompt with padding at its end")
-    pad = pad_token_id if pad_token_id is not None else eos_token_id or 0
-    eos = -1 if eos_token_id is None else eos_token_id
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    pad = pad_token_id if pad_token_id is not None else (eos or [0])[0]
+    eos = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
     with fast.prepacked_weights(m):
         if num_beams > 1:
             return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad)
@@ -76,7 +79,7 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: in
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int, pad: int) -> Tensor:
+def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int) -> Tensor:
     B, T = prompts.shape
     out = F.pad(prompts, (0, max_new), value=pad)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
@@ -84,7 +87,7 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int,
     for end in range(T, T + max_new):
         new = logits[:, -1].max(-1, keepdim=True).indices  # (rows, 1); argmax takes four times as long on a CPU
         out[rows[unfinished], end] = new[unfinished, 0]
-        unfinished &= new[:, 0] != eos
+        unfinished &= ~torch.isin(new[:, 0], eos)
         if end + 1 == T + max_new or not unfinished.any():
             return out[:, : end + 1]
         if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them
@@ -94,7 +97,7 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: int,
         logits = m(new, mask, cache=cache)
 
 
-def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: int, pad: int) -> Tensor:
+def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int) -> Tensor:
     """Keeps each prompt's K likeliest continuations; a finished one scores log p / its new tokens. A prompt is done
     when its K finished ones all score better than an open one could at its present length."""
     (B, T), device = prompts.shape, prompts.device
@@ -107,12 +110,13 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     rows = each.expand(B, K).flatten() // K  # read once, continued by K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
+    most = min(max(2, 1 + len(eos)) * K, K * logits.shape[-1])  # however many end here, K go on
     for n in range(1, max_new + 1):
         logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
-        top, index = logp.flatten(1).topk(2 * K)  # (B, 2K): if K end here, K go on
+        top, index = logp.flatten(1).topk(most)
         parent, token = torch.unravel_index(index, logp.shape[1:])
         grown = torch.cat((running.take_along_dim(parent[..., None], 1), token[..., None]), -1)
-        ends = (token == eos) | (n == max_new)
+        ends = torch.isin(token, eos) | (n == max_new)
 
         finished = torch.where(ends & improving, top / n, -1e9)[:, :K]  # only the K best may finish
         pool = torch.cat((done, F.pad(grown[:, :K], (0, max_new - n), value=pad)), 1)
@@ -128,6 +132,6 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
         cache = [kv.select(rows) for kv in cache]
         mask = F.pad(mask, (0, 1), value=1)
         logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
-    ended = done[:, 0, T:T + n] == eos
+    ended = torch.isin(done[:, 0, T:T + n], eos)
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
     return done[:, 0, :T + int(longest)]
