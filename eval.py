@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import model
 import sibo
 from sibo_lab import cli, export
-from sibo_lab.backbone import generate, subwords, tokenizer
+from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
@@ -53,10 +53,11 @@ def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0,
 def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: int = 64,
                     protocol: str = "clean") -> list[batch.Row]:
     """The first texts of a test set as Eq. (3) sees them: an LLM's prompts, BERT's sentences."""
-    texts = [tasks.Sentence(x.instruction, None, 0) if isinstance(x, tasks.Example) else x for x in test[:most]]
     if isinstance(m, model.Bert):
+        texts = [tasks.Sentence(x.instruction, None, 0) if isinstance(x, tasks.Example) else x for x in test[:most]]
         return [batch.encode_sentence(s, t, m.config.max_position_embeddings) for s in texts]
-    return [batch.Row(t.encode(batch.prompt(s.text, protocol))) for s in texts]
+    texts = [x if isinstance(x, tasks.Example) else tasks.Example(x.text) for x in test[:most]]
+    return [batch.Row(t.encode(batch.prompt_of(x, t, protocol))) for x in texts]
 
 
 def main(args: Namespace) -> None:
@@ -77,9 +78,11 @@ def table(args: Namespace) -> None:
     print(f"\n{out}")
 
 
-def load(args: Namespace) -> tuple[nn.Module, subwords.Tokenizer]:
+def load(args: Namespace) -> tuple[nn.Module, subwords.Tokenizer | chat_template.Chat]:
     m = model.build(args.spec, args.path, args.head or None)
     t = tokenizer.for_model(args.path, m.config.vocab_size, "pad" if isinstance(m, model.Bert) else "eos")
+    if args.protocol == "chat":
+        t = chat_template.Chat(args.path, t)
     return model.load_weights(m, args.path, args.dtype, args.device, args.config.get("base_bits")), t
 
 
@@ -104,6 +107,7 @@ def export_run(args: Namespace) -> None:
 def draw_similarity(args: Namespace) -> None:
     task, out = args.tests[0], args.out or Path(args.run or ".", "similarity.png")
     test = readers.load(task, "test", args.data_dir, args.limit)
+    args.protocol = batch.protocol_for(args.protocol, test)
     m, t = load(args)
     rows = similarity_rows(m, t, test, protocol=args.protocol)
     curves = {args.backbone: layer_similarities(m, rows)}
@@ -116,18 +120,22 @@ def draw_similarity(args: Namespace) -> None:
 
 
 def ask(args: Namespace) -> None:
+    args.protocol = args.protocol or "clean"
     m, t = load(args)
-    prompt, beams = batch.prompt(args.ask, args.protocol), args.num_beams or scoring.BEAMS[args.protocol]
+    prompt = batch.prompt_of(tasks.Example(args.ask), t, args.protocol)
+    beams = args.num_beams or scoring.BEAMS[args.protocol]
     print(scoring.responses(adapt(m, args), t, [prompt], 256, 1, beams)[0])
 
 
 def score(args: Namespace) -> None:
     tests = readers.load_tests(args.tests, args.data_dir, args.limit)
+    args.protocol = batch.protocol_for(args.protocol, [row for _, test in tests for row in test])
     m, t = load(args)
     adapt(m, args)
     for task, test in tests:
         if task.num_labels:
-            rows = [batch.encode_sentence(s, t, args.config["cutoff"]) for s in test]
+            rows = [batch.encode_sentence(s, t, args.config.get("cutoff", m.config.max_position_embeddings))
+                    for s in test]
             found = scoring.score_sentences(m, t, task, rows, args.batch_size)
         else:
             found = scoring.score_examples(m, t, task, test, args.batch_size, args.num_beams, args.protocol)

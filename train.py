@@ -21,7 +21,7 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import cli, files
-from sibo_lab.backbone import config, locate, tokenizer, weights
+from sibo_lab.backbone import chat_template, config, locate, tokenizer, weights
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
@@ -40,15 +40,19 @@ class Data:
     train: Sequence
     tests: Sequence[tuple[tasks.Task, Sequence]]
     valid: Sequence = ()
+    rows: tuple[Sequence[batch.Row], Sequence[batch.Row]] = ((), ())  # train and valid, encoded
+    cut: dict[str, int] | None = None  # what the cutoff took from them
 
 
 @dataclass
 class Backbone:
-    """Where it is, its config.json, the model without weights, which each run fills, and, once measured, its score."""
+    """Where it is, its config.json, the model without weights, which each run fills, its tokenizer (in its chat
+    template, where that is the protocol; None in a dry run), and, once measured, its score."""
 
     path: Path
     spec: dict
     skeleton: nn.Module
+    t: Tokenizer | chat_template.Chat | None
     baseline: run_folder.Measured | None = None
 
     def load(self, run: Run) -> nn.Module:
@@ -60,12 +64,9 @@ class Backbone:
 
 def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resuming: bool) -> dict:
     """Trains, scores and writes one run, and returns its result."""
-    out = Path(run.out)
+    out, t, (rows, valid) = Path(run.out), backbone.t, d.rows
     estimate.reset_peak(run.device)
     m = backbone.load(run)
-    t = tokenizer.for_model(backbone.path, m.config.vocab_size, "pad" if d.task.num_labels else "eos")
-    rows, valid = encode(d.train, t, run), encode(d.valid, t, run)
-    cut = count_cut(rows, valid, run)
     if not backbone.baseline:
         if run.shard:
             wrap(m, run.device, True)
@@ -81,7 +82,7 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     measured = measure(m, t, d, run)
     digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
         task.name: batch.digest(test) for task, test in d.tests}
-    result = run_folder.result(m, run, measured, backbone.baseline, cut, trained, digests)
+    result = run_folder.result(m, run, measured, backbone.baseline, d.cut, trained, digests)
     if not rank():
         files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in measured[0].records))
         files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -146,7 +147,12 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
     for one in choices:
         options.check_options(one)
     d = read_data(args, dry)
-    backbone = find_backbone(args, d.task, dry)
+    protocol = batch.protocol_for(args.protocol, [row for rows in (d.train, *(t for _, t in d.tests)) for row in rows])
+    for one in choices:
+        one.protocol = protocol
+    backbone = find_backbone(args, d.task, protocol, dry)
+    for e in (e for _, test in d.tests for e in test if protocol == "chat" and not dry):
+        batch.prompt_of(e, backbone.t, protocol)  # or refused, before weights are read
     runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], d.task, len(d.train)), args, several)
             for one in choices]
     if dry:
@@ -176,13 +182,15 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
 
 def read_data(args: Namespace, dry: bool) -> Data:
     """The (first) task to learn, the training examples (word problems alone are made for each run), and the tests'."""
-    learned, folder = tasks.parse(args.task), tasks.data_dir(args.data_dir)
+    folder, parse = tasks.data_dir(args.data_dir), partial(tasks.parse, ignore_columns=args.ignore_columns)
+    learned = parse(args.task)
     task = learned[0]
-    tests = tasks.scored_whole(tasks.parse(*args.test), learned) if args.test else learned
+    tests = tasks.scored_whole(parse(*args.test), learned) if args.test else learned
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
-    if task.num_labels and args.protocol == "paper":
-        raise ValueError(f"--protocol paper: expected a text-to-text task, with a prompt and beams, got {args.task}")
+    if task.num_labels and args.protocol in ("paper", "chat"):
+        raise ValueError(f"--protocol {args.protocol}: expected a text-to-text task, with a prompt and beams, got "
+                         f"{args.task}")
     absent = any(not (folder / file).is_file() for t in learned for file in t.train)
     unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
     train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
@@ -194,7 +202,7 @@ def read_data(args: Namespace, dry: bool) -> Data:
     return Data(task, train, tests)
 
 
-def find_backbone(args: Namespace, task: tasks.Task, dry: bool) -> Backbone:
+def find_backbone(args: Namespace, task: tasks.Task, protocol: str, dry: bool) -> Backbone:
     """Located once, built once. A dry run of a large model reads its shape from a table and fetches nothing."""
     spec, path = dry and locate.SHAPES.get(args.backbone), Path(args.backbone)
     if not spec:
@@ -209,7 +217,9 @@ def find_backbone(args: Namespace, task: tasks.Task, dry: bool) -> Backbone:
                          f"{args.backbone}, with type_vocab_size 1")
     if not dry and path.suffix != ".gguf":
         weights.chosen(path)  # what is missing is said before anything is written
-    return Backbone(path, spec, model.build(spec, args.backbone, task.num_labels or None))
+    m = model.build(spec, args.backbone, task.num_labels or None)
+    t = None if dry else tokenizer.for_model(path, m.config.vocab_size, "pad" if task.num_labels else "eos")
+    return Backbone(path, spec, m, chat_template.Chat(path, t) if t and protocol == "chat" else t)
 
 
 def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone) -> list[dict]:
@@ -223,7 +233,9 @@ def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone)
             continue
         rows = d.train or readers.load(d.task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
         rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
-        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid)])
+        encoded = encode(rows, backbone.t, run), encode(valid, backbone.t, run)  # or refused: no folder is made yet
+        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid)], rows=encoded,
+                       cut=count_cut(*encoded, run))
         with one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
             results[i] = execute(run, mine, backbone, args.save_every, args.resume)
             if not rank():

@@ -13,6 +13,8 @@ hypothesis draws instead of a seed."""
 import argparse
 import contextlib
 import copy
+import gzip
+import importlib.util
 import io
 import json
 import math
@@ -42,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model
 import sibo
-from sibo_lab import files
-from sibo_lab.backbone import gguf, tokenizer
+from sibo_lab import export, files
+from sibo_lab.backbone import chat_template, gguf, tokenizer
 from sibo_lab.data import download, readers, tasks
 from sibo_lab.evaluation import answers
 
@@ -263,7 +265,7 @@ def sentencepiece_parts() -> list:
     return [*listed, [2, trainer], [3, [[1, "identity"], [3, 1], [4, 0], [5, 1]]]]
 
 
-ADDED = {"id": 4, "content": "<x>", "special": True, "single_word": False, "lstrip": True, "rstrip": True,
+ADDED = {"id": 5, "content": "<x>", "special": True, "single_word": False, "lstrip": True, "rstrip": True,
          "normalized": False}
 WORDPIECE = {
     "added_tokens": [ADDED], "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
@@ -276,13 +278,13 @@ WORDPIECE = {
         "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]},
                            "[SEP]": {"id": "[SEP]", "ids": [2], "tokens": ["[SEP]"]}}},
     "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-              "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "##b": 5}}}
+              "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "##b": 4}}}
 BYTE_LEVEL = {
     "added_tokens": [ADDED], "normalizer": None, "post_processor": {"type": "ByteLevel"},
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
-    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "Ġab": 5}, "merges": ["a b", ["Ġ", "ab"]],
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "Ġab": 4}, "merges": ["a b", ["Ġ", "ab"]],
               "dropout": None, "ignore_merges": False}}
 BYTE_TOKENS = {f"<0x{b:02X}>": b + 3 for b in range(256)}
 FALLBACK = {
@@ -340,8 +342,19 @@ def read_adapter(folder: Path) -> None:
     sibo.load(blank(), folder)(torch.tensor([[1, 2, 3]]))
 
 
+def read_peft(folder: Path) -> None:
+    export.from_peft(blank(), folder)(torch.tensor([[1, 2, 3]]))
+
+
+def read_chat(folder: Path) -> None:
+    chat = chat_template.Chat(folder, tokenizer.from_pretrained(folder))
+    turns = [("system", "s"), ("user", "ab"), ("assistant", "b a"), ("user", "a"), ("assistant", "ab")]
+    for some in (turns, turns[1:3]):
+        chat.encode(chat.prompt(some[:-1]) + "".join(text for text, _ in chat.pieces(some)))
+
+
 def read_data(folder: Path) -> None:
-    for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.json*"))]:
+    for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.*"))]:
         for split, names in (("train", task.train), ("test", task.test)):
             if names and all((folder / file).is_file() for file in names):
                 for row in readers.load(task, split, folder):
@@ -556,6 +569,28 @@ def adapter_case(stored: dict[str, torch.Tensor], spec: dict) -> Case:
     return Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt})
 
 
+def peft_cases() -> list[Case]:
+    """With what peft writes of every key, and what its oldest versions wrote."""
+    name, d = "base_model.model.model.layers.0.self_attn.q_proj", LLAMA["hidden_size"]
+    stored = {f"{name}.lora_A.weight": torch.ones(2, d), f"{name}.lora_B.weight": torch.ones(d, 2),
+              "base_model.model.model.norm.weight": torch.ones(d)}
+    spec = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+            "target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*v_proj", "modules_to_save": ["model.norm"],
+            "rank_pattern": {r"layers\.\d+.self_attn.(q|k)_proj": 2}, "alpha_pattern": {"q_proj": 16},
+            "layers_to_transform": [0], "layers_pattern": ["layers"], "use_rslora": True, "bias": "none",
+            "use_dora": False, "init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+
+    def spoilt(draw: Random) -> bytes:
+        name = draw.choice([*stored, "base_model.model.lm_head.base_layer.weight"])
+        return saved(stored | {name: draw.choice([torch.ones(2, d), torch.ones(1), torch.ones(2, d).expand(99, 2, d)])})
+
+    files = {"adapter_config.json": written(spec)}
+    return [Case(files | {"adapter_model.safetensors": save(stored)}, {
+                "adapter_config.json": partial(json_file, valid=spec),
+                "adapter_model.safetensors": partial(safetensors_file, valid=save(stored))}),
+            Case(files | {"adapter_model.bin": saved(stored)}, {"adapter_model.bin": spoilt})]
+
+
 def data_json_cases() -> list[Case]:
     question = "Please choose: what?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2/answer3/answer4"
     files = {
@@ -572,18 +607,99 @@ def data_jsonl_cases() -> list[Case]:
     files = {"own.jsonl": [{"instruction": f"Say {i}.", "output": "ab"} for i in range(3)],
              "raw/gsm8k/train.jsonl": [{"question": "How?", "answer": "48/2 = <<48/2=24>>24\n#### 1,024"}] * 2}
 
+    return [Case({name: b"\n".join(map(written, rows))}, {name: partial(lines_of, rows=rows)})
+            for name, rows in files.items()]
+
+
+CHATML = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m.content | trim }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+SPELLS = [
+    "{{ messages.__class__.__mro__ }}", "{{ ''.__class__ }}", "{{ cycler.__init__.__globals__ }}", "{% for m in x %}",
+    "{{ messages | attr('__class__') }}", "{{ '%s'.format(messages) }}", "{{ '{0.__class__}'.format(1) }}", "{{ 1/0 }}",
+    "{{ messages.append(1) }}", "{% include 'a' %}", "{% import 'os' as os %}", "{{ raise_exception('no\n\nno') }}",
+    "{{ messages[9] }}", "{{ messages[9].content }}", "{{ lipsum() }}", "{% for i in range(10 ** 9) %}a{% endfor %}",
+    "{{ namespace(a=1).__init__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ bos_token }}", "{# ",
+    "{{ strftime_now('%Y') }}", "{% generation %}", "{% endgeneration %}", "{{ messages | tojson }}", "{{ messages }}",
+    "{{ dict(a=1).__class__ }}", "{% break %}", "{{ (1).__class__ }}", "\ufdd0", "{{ joiner.__call__ }}"]
+
+
+def template_of(draw: Random) -> str:
+    """A spell put in, at a border between tags more often than elsewhere; or a piece of the template gone or twice."""
+    text = CHATML
+    for _ in range(draw.choice((1, 1, 2))):
+        at = draw.choice([m.start() for m in re.finditer(r"\{[%{]|$", text)]) if draw.random() < 0.7 else draw.randint(
+            0, len(text))
+        text = text[:at] + draw.choice([draw.choice(SPELLS), "", text[at:at + 20]]) + text[at + draw.choice((0, 0, 9)):]
+    return text
+
+
+def chat_cases() -> list[Case]:
+    def spoilt(draw: Random) -> bytes:
+        return template_of(draw).encode() if draw.random() < 0.8 else bytes_of(draw, CHATML.encode())
+
+    fixed = {"config.json": b"{}", "tokenizer.json": written(FALLBACK)}
+    return [Case(fixed | {"chat_template.jinja": CHATML.encode()}, {"chat_template.jinja": spoilt}),
+            Case(fixed | {"tokenizer_config.json": written({"chat_template": CHATML})}, {
+                "tokenizer_config.json": partial(json_file, valid={"chat_template": [
+                    {"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]})})]
+
+
+MESSAGES = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": f"Say {i}."},
+                          {"role": "assistant", "content": "ab"}], "answer": "b"} for i in range(3)]
+ROWS = [{"prompt": f"Say {i}.", "completion": i, "system": "s", "history": [["a", "b"]]} for i in range(3)]
+SHAREGPT = [{"conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": "ab"}]}
+            for i in range(3)]
+
+
+def a_parquet(rows: object) -> bytes:
+    """ValueError, TypeError or ArrowException for rows that Parquet does not hold."""
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def rows_cases() -> list[Case]:
+    """A user's own rows, in other forms than data.json's."""
+    def a_csv(rows: list[dict]) -> bytes:
+        lines = [",".join(rows[0]), *(",".join(f'"{x}"' for x in row.values()) for row in rows)]
+        return "\n".join(lines).encode()
+
+    def packed(draw: Random) -> bytes:
+        spoilt = gzip.compress(written(json_of(draw, SHAREGPT)), 1, mtime=0)
+        return spoilt if draw.randrange(2) else bytes_of(draw, gzip.compress(written(SHAREGPT), 1, mtime=0))
+
+    def table(draw: Random) -> bytes:
+        whole = a_csv(asked)
+        return bytes_of(draw, whole) if draw.randrange(2) else table_of(draw, whole.decode().split("\n"), ",")
+
+    def columns(draw: Random) -> bytes:
+        with contextlib.suppress(Exception):  # what Parquet does not hold
+            return a_parquet(json_of(draw, draw.choice([MESSAGES, ROWS])))
+        return bytes_of(draw, a_parquet(MESSAGES))
+
+    asked = [{"question": f"Say {i}, now?", "answer": "ab"} for i in range(3)]
+    cases = [Case({"own.json": written(MESSAGES)}, {"own.json": partial(json_file, valid=MESSAGES)}),
+             Case({"own.jsonl": b"\n".join(map(written, ROWS))}, {"own.jsonl": partial(lines_of, rows=ROWS)}),
+             Case({"own.json.gz": gzip.compress(written(SHAREGPT))}, {"own.json.gz": packed}),
+             Case({"own.csv": a_csv(asked)}, {"own.csv": table})]
+    if importlib.util.find_spec("pyarrow"):
+        cases.append(Case({"own.parquet": a_parquet(MESSAGES)}, {"own.parquet": columns}))
+    return cases
+
+
+def lines_of(draw: Random, rows: list) -> bytes:
+    """JSON lines."""
     def lines(found: object) -> bytes:
         return b"\n".join(map(written, found)) if isinstance(found, list) else written(found)
 
-    def spoilt(draw: Random, rows: list) -> bytes:
-        return lines(json_of(draw, rows)) if draw.randrange(3) else bytes_of(draw, lines(rows))
-
-    return [Case({name: lines(rows)}, {name: partial(spoilt, rows=rows)}) for name, rows in files.items()]
+    return lines(json_of(draw, rows)) if draw.randrange(3) else bytes_of(draw, lines(rows))
 
 
-def table_of(draw: Random, lines: list[str]) -> bytes:
+def table_of(draw: Random, lines: list[str], between: str = "\t") -> bytes:
     """A cell becomes something else, or columns and lines come and go."""
-    rows = [line.split("\t") for line in lines]
+    rows = [line.split(between) for line in lines]
     for _ in range(draw.choice((1, 1, 2, 3))):
         row = draw.choice(rows)
         match draw.randint(0, 3):
@@ -597,7 +713,7 @@ def table_of(draw: Random, lines: list[str]) -> bytes:
                 row.pop()
             case _:
                 rows.append(list(row))
-    return "\n".join("\t".join(row) for row in rows).encode()
+    return "\n".join(between.join(row) for row in rows).encode()
 
 
 def data_tsv_cases() -> list[Case]:
@@ -654,7 +770,8 @@ FORMATS: dict[str, tuple[Callable[[], list[Case]], Callable[[Path], None]]] = {
     "index": (index_cases, read_model), "bin": (bin_cases, read_model), "gguf": (gguf_cases, read_gguf),
     "tokenizer.json": (tokenizer_json_cases, read_tokenizer), "vocab.txt": (vocab_cases, read_tokenizer),
     "merges.txt": (merges_cases, read_tokenizer), "tokenizer.model": (tokenizer_model_cases, read_tokenizer),
-    "adapter": (adapter_cases, read_adapter), "data.json": (data_json_cases, read_data),
+    "chat": (chat_cases, read_chat), "adapter": (adapter_cases, read_adapter), "peft": (peft_cases, read_peft),
+    "rows": (rows_cases, read_data), "data.json": (data_json_cases, read_data),
     "data.jsonl": (data_jsonl_cases, read_data), "data.tsv": (data_tsv_cases, read_data), "zip": (zip_cases, read_zip),
 }
 

@@ -1,59 +1,144 @@
 """Tokenizers from tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, or GGUF."""
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from sibo_lab.backbone import gguf
-from sibo_lab.backbone.subwords import BPE, SPACE, WORDS, WORDS_DIGITS_APART, Tokenizer, WordPiece
+from sibo_lab.backbone.subwords import (
+    BPE,
+    GPT4O,
+    LLAMA3,
+    QWEN2,
+    SPACE,
+    TEKKEN,
+    WORDS,
+    WORDS_DIGITS_APART,
+    Tokenizer,
+    WordPiece,
+)
 from sibo_lab.files import Reader, one_line, quoted, read_json
 
-SUPPORTED = {  # of settings that change the ids, the values that are implemented
-    "WordPiece": {"continuing_subword_prefix": ("##",)},
-    "BPE": {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
-            "ignore_merges": (None, False)},
-    "BertNormalizer": {"clean_text": (True,)},
-    "ByteLevel": {"add_prefix_space": (False,), "use_regex": (None, True)},
+FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ANY = type("Any", (tuple,), {"__contains__": lambda self, value: True})()  # read elsewhere, or nothing depends on it
+SUPPORTED = {  # every known key, with the values that are implemented: what is not listed may change the ids
+    "tokenizer.json": dict.fromkeys(("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+                                     "post_processor", "decoder", "model"), ANY),
+    "WordPiece": {"vocab": ANY, "unk_token": ANY, "continuing_subword_prefix": ("##",),
+                  "max_input_chars_per_word": ANY},
+    "BPE": {"dropout": (None, 0), "unk_token": ANY, "continuing_subword_prefix": (None, ""), "fuse_unk": ANY,
+            "end_of_word_suffix": (None, ""), "byte_fallback": ANY, "ignore_merges": (None, False, True),
+            "vocab": ANY, "merges": ANY},
+    "BertNormalizer": {"clean_text": (True,), "handle_chinese_chars": ANY, "strip_accents": ANY, "lowercase": ANY},
+    "BertPreTokenizer": {},
+    "NFC": {},
+    "ByteLevel": {"add_prefix_space": (False, True), "trim_offsets": ANY, "use_regex": (None, True, False)},
     "Digits": {"individual_digits": (True,)},
+    "Split": {"pattern": tuple({"Regex": pattern} for pattern in (LLAMA3, QWEN2, TEKKEN, GPT4O)),
+              "behavior": ("Isolated",), "invert": (False,)},
     "Prepend": {"prepend": (SPACE,)},
     "Replace": {"pattern": ({"String": " "},), "content": (SPACE,)},
-    "Metaspace": {"replacement": (SPACE,), "split": (None, True, False),
-                  "prepend_scheme": (None, "always", "first", "never")},
-    "vocab.txt": {"never_split": (None, []), "do_basic_tokenize": (None, True)},
-    "merges.txt": {"add_prefix_space": (None, False)},
+    "Metaspace": {"replacement": (SPACE,), "split": (None, True, False), "str_rep": ANY,
+                  "add_prefix_space": (None, True), "prepend_scheme": (None, "always", "first", "never")},
+    "tokenizer_config.json": {
+        **dict.fromkeys((
+            # read below
+            "tokenizer_class", "legacy", "add_prefix_space", "add_bos_token", "add_eos_token", "added_tokens_decoder",
+            "extra_special_tokens", "additional_special_tokens", "do_lower_case", "strip_accents",
+            "tokenize_chinese_chars", "clean_up_tokenization_spaces", *(f"{role}_token" for role in ROLES),
+            # no id and no text depends on them
+            "auto_map", "backend", "chat_control_tokens", "chat_template", "device_map", "from_slow", "init_inputs",
+            "is_local", "local_files_only", "max_len", "max_length", "merges_file", "model_input_names",
+            "model_max_length", "name_or_path", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side",
+            "processor_class", "response_schema", "response_template", "special_tokens_map_file",
+            "spaces_between_special_tokens", "stride", "tokenizer_file", "transformers_version", "trim_offsets",
+            "truncation", "truncation_side", "truncation_strategy", "use_default_system_prompt", "use_fast",
+            "verbose", "vocab_file"), ANY),
+        "do_basic_tokenize": (None, True), "errors": (None, "replace"), "fix_mistral_regex": (None, False),
+        "never_split": (None, []), "sp_model_kwargs": (None, {}), "split_special_tokens": (None, False)},
+    "tokenizer.model": {"legacy": (None, True), "add_prefix_space": (None, True)},  # as sentencepiece reads it
 }
+# The classes of transformers that build their own steps, by tokenizer_class or model_type; the others run the file's.
+CLASSES = {"BertTokenizer": "BertTokenizer", "GPT2Tokenizer": "GPT2Tokenizer", "LlamaTokenizer": "LlamaTokenizer",
+           "Qwen2Tokenizer": "Qwen2Tokenizer", "PreTrainedTokenizer": None, "TokenizersBackend": None,
+           "bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "gptj": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer",
+           "qwen3": "Qwen2Tokenizer"}
+BERT = {"do_lower_case": ("lowercase", True), "strip_accents": ("strip_accents", None),
+        "tokenize_chinese_chars": ("handle_chinese_chars", True)}  # its flags: their names in tokenizer.json, defaults
+DEFAULTS = {  # the special tokens of each class, as far as its vocabulary has them
+    "BertTokenizer": {role: f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")},
+    "GPT2Tokenizer": dict.fromkeys(("bos", "eos"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos", "pad"), "<|endoftext|>"),
+    "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+GGUF = {  # by "pre" of a gpt2 vocabulary; "default" is llama.cpp's own split
+    "gpt-2": {"words": WORDS}, "smollm": {"words": WORDS_DIGITS_APART}, "qwen2": {"words": QWEN2, "nfc": True},
+    "llama-bpe": {"words": LLAMA3, "ignore_merges": True}, "tekken": {"words": TEKKEN, "ignore_merges": True}}
 
 
 def read(path: Path) -> Tokenizer:
-    """The tokenizer of a folder or a .gguf file, as tokenizer.from_pretrained says."""
-    # tokenizer.model first: the weights were trained with it, and a converted tokenizer.json takes a "</s>" typed in a
-    # text for its end.
-    readers = {"tokenizer.model": _from_sentencepiece, "tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab,
-               "vocab.json": _from_merges, "encoder.json": _from_merges}
-    file = path if path.suffix == ".gguf" else next((path / n for n in readers if (path / n).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: expected a tokenizer, one of {', '.join(readers)}, got none")
+    """The tokenizer of a folder or a .gguf file, as tokenizer.from_pretrained says.
+
+    Where tokenizer_config.json names a class, the ids are those of transformers 5: its flags win over tokenizer.json's
+    steps. Without one tokenizer.model comes first, read as by sentencepiece, which never takes a "</s>" typed in a text
+    for its end. Departs from transformers 5.23, to split as the weights were trained: tokenizer.model's pieces are
+    merged by their scores, not their ids (other runs of blanks, in LLaMA's), with bos unless add_bos_token is false; a
+    tokenizer.json's Digits and Split stay where GPT2Tokenizer or Qwen2Tokenizer has others."""
+    readers = {"tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab, "vocab.json": _from_merges,
+               "encoder.json": _from_merges}
     try:
-        return readers.get(file.name, _from_gguf)(file)
+        if path.suffix == ".gguf":
+            return _from_gguf(path)
+        config = _config(path)
+        first = {"tokenizer.model": _from_sentencepiece}
+        readers = readers | first if config.get("tokenizer_class") else first | readers
+        file = next((path / name for name in readers if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path}: expected a tokenizer, one of {', '.join(readers)}, got none")
+        path = file
+        return readers[file.name](file, config)
     except ValueError as e:
-        raise ValueError(f"{file}: {one_line(e).removeprefix(f'{file}: ')}") from e
+        raise ValueError(f"{path}: {one_line(e).removeprefix(f'{path}: ')}") from e
 
 
-def _byte_level(shared: tuple, merges: list, digits_apart: bool = False) -> BPE:
+def _config(folder: Path) -> dict:
+    """tokenizer_config.json, and over it special_tokens_map.json where transformers reads that; "class" as in CLASSES,
+    "stops" the ids that end generation."""
+    config, model = _json(folder / "tokenizer_config.json"), _json(folder / "config.json")
+    _require("tokenizer_config.json", config)
+    if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
+        config["extra_special_tokens"] = config.pop("additional_special_tokens")
+    if "added_tokens_decoder" not in config:
+        config |= _json(folder / "special_tokens_map.json")
+        _require("tokenizer_config.json", config)
+    kind = model.get("model_type")
+    name = config.get("tokenizer_class") or model.get("tokenizer_class") or (kind if kind in CLASSES else None)
+    if name is not None and str(name).removesuffix("Fast") not in CLASSES:
+        raise ValueError(f"unsupported tokenizer_class: expected one of {', '.join(CLASSES)}, got {quoted(name)}")
+    generation = _json(folder / "generation_config.json")
+    ids = {role: [c.get(f"{role}_token_id") for c in (generation, model)] for role in ROLES}
+    return config | {"class": CLASSES.get(str(name).removesuffix("Fast")), "ids": ids, "model_type": kind}
+
+
+def _byte_level(shared: tuple, merges: list, words: str, ignore_merges: bool = False, **how) -> BPE:
     # GPT-2 writes a byte as a letter: itself if printable, else the next from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
-    vocab, merged = shared[0], _merged(merges, shared[0])
+    vocab, merged, added = shared[0], dict.fromkeys(_merged(merges, shared[0])), {t["content"] for t in shared[1]}
     spelled = {token: bytes(map(byte.get, token)) for token in vocab if set(token) <= byte.keys()}
     if strange := next((token for token in merged if token not in spelled), None):
         raise ValueError(f"malformed merge: expected letters that stand for bytes, got {quoted(strange)}")
     ranks = {bytes([b]): [vocab[letter]] if letter in vocab else [] for letter, b in byte.items()}
     ranks |= {spelled[token]: [vocab[token]] for token in merged}
-    return BPE(*shared, ranks=ranks, spelled={vocab[token]: data for token, data in spelled.items()},
-               words=WORDS_DIGITS_APART if digits_apart else WORDS)
+    whole = {data.decode(errors="replace"): vocab[token] for token, data in spelled.items()
+             if ignore_merges and len(data) > 1 and token not in merged and token not in added}
+    return BPE(*shared, ranks=ranks, spelled={vocab[token]: data for token, data in spelled.items()}, words=words,
+               whole=whole, **how)
 
 
-def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool = False) -> BPE:
+def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool = False, **how) -> BPE:
     """merged: pieces of several characters, in order. by_word: each space begins a new word."""
     vocab, byte_ids = shared[0], [shared[0].get(f"<0x{b:02X}>") for b in range(256)]
     if any(SPACE in piece.lstrip(SPACE) for piece in merged):
@@ -68,70 +153,120 @@ def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool =
     ranks = {data: pieces.get(data) or [byte_ids[b] for b in data] for data in (*strings, *pieces)}
     spelled = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     return BPE(*shared, ranks=ranks, spelled=spelled | {i: bytes([b]) for b, i in enumerate(byte_ids)}, space=space,
-               words="▁[^▁]*|[^▁]+" if by_word else "▁*[^▁]+|▁+")
+               words="▁[^▁]*|[^▁]+" if by_word else "▁*[^▁]+|▁+", **how)
 
 
-def _from_tokenizer_json(file: Path) -> Tokenizer:
-    # "truncation" and "padding" are its author's habits (MiniLM: 128 tokens): not applied.
+def _from_tokenizer_json(file: Path, config: dict) -> Tokenizer:
     spec = read_json(file)
-    model, added = _get(spec, "model", dict), _added(spec)
-    vocab, unk = _ids(model.get("vocab")), _get(model, "unk_token", str, None)
-    shared = (vocab, added, _named(file.parent, vocab, added, {"unk": unk}), _post_processor(spec))
+    listed = [step["type"] for step in _steps(spec.get("pre_tokenizer"))]
+    if config["class"] == "LlamaTokenizer" and ("ByteLevel" in listed or config["model_type"] == "mistral"):
+        config["class"] = None  # what transformers says of them is wrong, and it knows
+    return _from_spec(file, spec, config)
+
+
+def _from_spec(file: Path, spec: dict, config: dict) -> Tokenizer:
+    """tokenizer.json, or what transformers makes of other files. "truncation" and "padding" are its author's habits
+    (MiniLM: 128 tokens): not applied."""
+    _require("tokenizer.json", spec)
+    model = _get(spec, "model", dict)
     kind = _get(model, "type", str, "BPE" if "merges" in model else "WordPiece")  # older files leave it out
+    _as_class(config, spec, kind)
+    vocab, unk = _ids(model.get("vocab")), _get(model, "unk_token", str, None)
+    added, named = _tokens(file, vocab, config, spec, {"unk": unk})
+    shared = (vocab, added, named, _template(file, spec, named, config))
     listed = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
     names, steps = [step["type"] for step in listed], {step["type"]: step for step in listed}
     for part, settings in (steps | {kind: model}).items():
         _require(part, settings)
-    match (kind, bool(model.get("byte_fallback")), *names):
-        case ("WordPiece", False, "BertNormalizer", "BertPreTokenizer"):
+    nfc, lead = "NFC" in steps, steps.get("ByteLevel", {}).get("add_prefix_space")
+    how = {"nfc": nfc, "ignore_merges": model.get("ignore_merges")}
+    split = steps.get("ByteLevel", {}).get("use_regex") is not False
+    match (kind, bool(model.get("byte_fallback")), *names[names[:1] == ["NFC"]:]):
+        case ("WordPiece", False, "BertNormalizer", "BertPreTokenizer") if not nfc:
             clean = steps["BertNormalizer"]
             return WordPiece(*shared, lowercase=_get(clean, "lowercase", bool),
                              strip_accents=_get(clean, "strip_accents", bool, None),
                              split_cjk=_get(clean, "handle_chinese_chars", bool),
-                             max_chars=_get(model, "max_input_chars_per_word", int))
-        case ("BPE", False, "ByteLevel") | ("BPE", False, "Digits", "ByteLevel"):
-            t = _byte_level(shared, _get(model, "merges", list), "Digits" in steps)
-            if t.missing and unk:
-                raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
-            return t
-        case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace"):
-            space, by_word = "prefix" if "Prepend" in steps else "replace", False
-        case ("BPE", True, "Metaspace"):
-            space, by_word = listed[0].get("prepend_scheme") or "always", listed[0].get("split") is not False
+                             max_chars=_get(model, "max_input_chars_per_word", int),
+                             tidy=(spec.get("decoder") or {}).get("cleanup") is not False,
+                             tidy_text=_get(config, "clean_up_tokenization_spaces", bool, None))
+        case ("BPE", False, "ByteLevel") if split:
+            how |= {"words": WORDS, "prefix_space": lead}
+        case ("BPE", False, "Digits", "ByteLevel") if split and not lead:
+            how |= {"words": WORDS_DIGITS_APART}
+        case ("BPE", False, "Split", "ByteLevel") if not split and not lead:
+            how |= {"words": steps["Split"]["pattern"]["Regex"]}
+        case ("BPE", True, "Prepend", "Replace") | ("BPE", True, "Replace") if not nfc:
+            how = {"space": "prefix" if "Prepend" in steps else "replace", "by_word": False}
+        case ("BPE", True, "Metaspace") if not nfc:
+            how = {"space": listed[0].get("prepend_scheme") or "always", "by_word": listed[0].get("split") is not False}
         case _:
             raise ValueError(
                 f"unsupported model {kind} after {', '.join(names) or 'no steps'}: expected WordPiece after "
-                "BertNormalizer, BertPreTokenizer; BPE after (Digits,) ByteLevel, or, with byte_fallback, after "
-                "(Prepend,) Replace or Metaspace")
-    return _sentencepiece(shared, _merged(_get(model, "merges", list), vocab), space, by_word)
+                "BertNormalizer, BertPreTokenizer; BPE after (NFC,) ByteLevel with its split, (NFC,) Digits or Split "
+                "before ByteLevel without add_prefix_space; or, with byte_fallback, after (Prepend,) Replace or "
+                "Metaspace")
+    merges = _get(model, "merges", list)
+    if "space" in how:
+        return _sentencepiece(shared, _merged(merges, vocab), **how)
+    t = _byte_level(shared, merges, **how)
+    if t.missing and unk:
+        raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
+    return t
 
 
-def _from_vocab(file: Path) -> Tokenizer:
+def _as_class(config: dict, spec: dict, kind: str) -> None:
+    """What a class of transformers builds in place of the file's steps, from its flags."""
+    steps = {step["type"]: step for step in _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))}
+    if config["class"] == "BertTokenizer" and "BertNormalizer" in steps:
+        for flag, (key, default) in BERT.items():
+            value = _get(config, flag, bool, None) if flag in config else default
+            if flag not in config and steps["BertNormalizer"].get(key) != default:
+                raise ValueError(f"{key}: expected {default}, as BertTokenizer has it where tokenizer_config.json does "
+                                 f"not say {flag}, got {quoted(steps['BertNormalizer'].get(key))}; say {flag} there")
+            steps["BertNormalizer"][key] = value
+    if config["class"] == "LlamaTokenizer" and kind == "BPE":
+        spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "split": False,
+                                                       "prepend_scheme": _scheme(config)}}
+        spec["model"]["byte_fallback"] = True
+    if config["class"] in ("GPT2Tokenizer", "Qwen2Tokenizer") and "ByteLevel" in steps:
+        if (lead := _get(config, "add_prefix_space", bool, None)) is not None:
+            steps["ByteLevel"]["add_prefix_space"] = lead
+
+
+def _scheme(config: dict) -> str:
+    """Where LlamaTokenizer puts a blank before a text."""
+    if _get(config, "add_prefix_space", bool, None) is False:
+        return "never"
+    return "always" if _get(config, "legacy", bool, None) else "first"
+
+
+def _from_vocab(file: Path, config: dict) -> Tokenizer:
     vocab = {line: i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
-    config, late, named = _beside(file, vocab, {r: f"[{r.upper()}]" for r in ("unk", "sep", "pad", "cls", "mask")})
-    _require("vocab.txt", config)
-    cls, sep = named["cls"], named["sep"]
-    if None in (cls, sep):
-        raise ValueError("expected [CLS] and [SEP] in the vocabulary")
-    shared = (vocab, _special(vocab, named.values()) + late, named, ([cls, "A", sep], [cls, "A", sep, "B", sep]))
-    return WordPiece(*shared, lowercase=_get(config, "do_lower_case", bool, True),
-                     strip_accents=_get(config, "strip_accents", bool, None),
-                     split_cjk=_get(config, "tokenize_chinese_chars", bool, True))
+    clean = {key: default for key, default in BERT.values()}
+    config["class"] = "BertTokenizer"
+    return _from_spec(file, {
+        "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100},
+        "normalizer": {"type": "BertNormalizer", "clean_text": True} | clean,
+        "pre_tokenizer": {"type": "BertPreTokenizer"}}, config)
 
 
-def _from_merges(file: Path) -> Tokenizer:
+def _from_merges(file: Path, config: dict) -> Tokenizer:
     merges = file.with_name("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
     if not merges.is_file():
         raise FileNotFoundError(f"{merges}: no such file, expected beside {file.name}")
-    vocab = _ids(read_json(file))
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
-    config, late, named = _beside(file, vocab, dict.fromkeys(("bos", "eos"), "<|endoftext|>"))
-    _require("merges.txt", config)
-    shared = (vocab, _special(vocab, named.values()) + late, named, _around(named, config))
-    return _byte_level(shared, lines)
+    spec = {"model": {"type": "BPE", "vocab": read_json(file), "merges": lines}, "pre_tokenizer": dict(BYTE_LEVEL)}
+    if config["class"] == "Qwen2Tokenizer":
+        split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
+        spec |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {
+            "type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}}
+    config["class"] = config["class"] or "GPT2Tokenizer"
+    return _from_spec(file, spec, config)
 
 
-def _from_sentencepiece(file: Path) -> Tokenizer:
+def _from_sentencepiece(file: Path, config: dict) -> Tokenizer:
     # numbers as in sentencepiece_model.proto
     messages = list(_protobuf(file.read_bytes()))
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
@@ -143,44 +278,78 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
             raise ValueError(f"malformed piece {i}: expected its text, score and type, got {quoted(piece)}")
     vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
     spelled, roles = dict(enumerate(vocab)), {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
-    config, late, named = _beside(file, vocab, {role: spelled.get(trainer.get(*at)) for role, at in roles.items()})
-    return _from_pieces(vocab, late, named, config | {
+    spec = {
         "scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
         "token_type": [piece[3] for piece in pieces],
         "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
         "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
-        "add_space_prefix": normalizer.get(3, 1)})
+        "add_space_prefix": normalizer.get(3, 1)}
+    _check_pieces(vocab, spec)
+    if config["class"] == "LlamaTokenizer":
+        own = [{"content": piece, "special": spec["token_type"][i] == 3} for piece, i in vocab.items()
+               if spec["token_type"][i] in (3, 4)]
+        config["extra_special_tokens"] = [*(config.get("extra_special_tokens") or []), *own]
+        added, named = _tokens(file, vocab, config, {}, {})
+        return _from_pieces(vocab, added, named, config | spec | {"space": _scheme(config)})
+    _require("tokenizer.model", {key: config.get(key) for key in SUPPORTED["tokenizer.model"]})
+    added, named = _tokens(file, vocab, config, {}, {role: spelled.get(trainer.get(*at)) for role, at in roles.items()})
+    return _from_pieces(vocab, added, named, config | spec)
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     spec = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.read(file)[0].items()}
-    roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    named = {role: _get(spec, f"{key}_token_id", int, None) for role, key in roles.items()}
-    vocab = {token: i for i, token in enumerate(_get(spec, "tokens", [str]))}
+    tokens = _get(spec, "tokens", [str])
+    vocab = {token: i for i, token in enumerate(tokens)}
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"}
+    # ids past the vocabulary, such as 2^32 - 1 for none, are passed over, as by llama.cpp
+    named = {role: i if (i := _get(spec, f"{key}_token_id", int, None)) in range(len(tokens)) else None
+             for role, key in keys.items()}
+    named["stops"] = [i for i in (named.pop("eot"), named.pop("eom")) if i is not None]
     kind, pre = _get(spec, "model", str), spec.get("pre")
     if kind == "llama":
         return _from_pieces(vocab, [], named, spec)
-    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):  # "default" is llama.cpp's own split
-        raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer 'smollm' or 'gpt-2', got "
-                         f"{quoted(kind)} with {quoted(pre)}")
+    if kind != "gpt2" or pre not in GGUF:
+        raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer "
+                         f"{' or '.join(map(repr, GGUF))}, got {quoted(kind)} with {quoted(pre)}")
     kinds = dict(enumerate(_get(spec, "token_type", [int])))  # 3: control, 4: user-defined
     added = [{"content": token, "id": i, "special": kinds[i] == 3} for token, i in vocab.items()
              if kinds.get(i) in (3, 4)]
-    return _byte_level((vocab, added, named, _around(named, spec)), _get(spec, "merges", [str]), pre == "smollm")
+    around = _around(named, {"add_bos_token": pre in ("llama-bpe", "tekken")} | spec)
+    return _byte_level((vocab, added, named, around), _get(spec, "merges", [str]), **GGUF[pre])
 
 
-def _from_pieces(vocab: dict, added: list, named: dict, spec: dict) -> BPE:
-    """SentencePiece; `spec` as in a .gguf file."""
+def _check_pieces(vocab: dict, spec: dict) -> None:
     if spec.get("precompiled_charsmap") or spec.get("remove_extra_whitespaces"):
         raise ValueError("unsupported normalization of characters or spaces")
     scores, kinds = _get(spec, "scores", [float]), _get(spec, "token_type", [int])
-    if not len(vocab) == len(kinds) == len(scores) or set(kinds) != {1, 2, 3, 6}:
-        raise ValueError("expected each piece once, of type normal, unknown, control or byte")
-    normal = [piece for piece, i in vocab.items() if kinds[i] == 1 and len(piece) > 1]
+    if not len(vocab) == len(kinds) == len(scores) or not {2, 3, 6} <= set(kinds) <= {1, 2, 3, 4, 5, 6}:
+        raise ValueError("expected each piece once, of type normal, unknown, control, user-defined, unused or byte")
+
+
+def _from_pieces(vocab: dict, added: list, named: dict, spec: dict) -> BPE:
+    """SentencePiece; `spec` as in a .gguf file. With "space", prefixes and special tokens are as in LlamaTokenizer."""
+    _check_pieces(vocab, spec)
+    kinds = spec["token_type"]
+    scores = {piece: spec["scores"][i] for piece, i in vocab.items() if kinds[i] in (1, 5) and len(piece) > 1}
+    merged, times = sorted(scores, key=lambda piece: -scores[piece]), Counter(scores.values())
     shared = (vocab, added, named, _around(named, {"add_bos_token": True} | spec))
-    t = _sentencepiece(shared, sorted(normal, key=lambda piece: -scores[vocab[piece]]),
-                       "prefix" if spec.get("add_space_prefix", True) else "replace")
-    # As in sentencepiece, not looked for in texts: no text can spell its own end.
+    space = spec.get("space") or ("prefix" if spec.get("add_space_prefix", True) else "replace")
+    how = {"scores": scores, "unused": {piece for piece in scores if kinds[vocab[piece]] == 5}}
+    t = _sentencepiece(shared, merged, space, **how)
+    # Pieces that merging never comes to, tiktoken would take whole. No text has a byte of 255.
+    made = [piece for piece in merged if t.engine._encode_single_piece(piece.encode() + b"\xff")[1:] == [255]]
+    # Of pieces that share a score it makes the first first, not the leftmost. The two agree on LLaMA's runs of blanks,
+    # which come after all others.
+    last = min(scores.values(), default=0)
+    if not any(piece.strip(SPACE) for piece, score in scores.items() if score == last) and all(
+            list(t._best_first(run)) == t._word(run) for run in (SPACE * n for n in range(100))):
+        times[last] = 1
+    t = t if len(made) == len(merged) else _sentencepiece(shared, made, space, **how)
+    t.tied = {piece[:2] for piece, score in scores.items() if times[score] > 1 or piece in how["unused"]}
+    if "space" not in spec:
+        # As in sentencepiece, not looked for in texts: no text can spell its own end. User-defined pieces are.
+        t.controls = {piece: {"id": i} for piece, i in vocab.items() if kinds[i] == 3}
+        t.added_normalized |= {piece: {"id": i} for piece, i in vocab.items() if kinds[i] == 4}
     t.special.update(i for i, kind in enumerate(kinds) if kind in (2, 3))
     return t
 
@@ -209,45 +378,116 @@ def _protobuf(data: bytes | int) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _merged(merges: list, vocab: dict) -> list[str]:
-    """What the merges make, in order."""
-    made = []
+    """What the merges make, in order, but for what no text comes to: tiktoken merges any two pieces that make a token,
+    `tokenizers` only the listed pairs, of which one for each token ever meets."""
+    order = {}
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         two = isinstance(pair, list) and [*map(type, pair)] == [str, str] and all(pair)
         if not two or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(f"malformed merge: expected two tokens that make a third, got {quoted(merge)}")
-        made.append("".join(pair))
-    return made
+        order.pop(tuple(pair), None)
+        order[tuple(pair)] = None
+    halves, numbers, pairs = {}, {}, {}
+    for n, pair in enumerate(order):
+        known = all(len(half) == 1 or half in numbers for half in pair)
+        if known and "".join(pair) not in numbers and _meet(*pair, halves, numbers, pairs):
+            halves["".join(pair)], numbers["".join(pair)], pairs[pair] = pair, n, n
+    return list(numbers)
 
 
-def _special(vocab: dict, ids) -> list[dict]:
-    ids = set(ids)
-    return [{"content": token, "id": i, "special": True} for token, i in vocab.items() if i in ids]
+def _meet(left: str, right: str, halves: dict, numbers: dict, pairs: dict) -> bool:
+    """Whether two tokens are ever neighbours: undoes their merges from the last, and looks whether an earlier one would
+    have taken what then stands at their border."""
+    limit = float("inf")
+    while pairs.get((left, right), limit) >= limit:
+        a, b = numbers.get(left, -1), numbers.get(right, -1)
+        if a == b == -1:
+            return True
+        if a > b:
+            limit, left = a, halves[left][1]
+        else:
+            limit, right = b + 1, halves[right][0]
+    return False
 
 
-def _beside(file: Path, vocab: dict, defaults: dict) -> tuple[dict, list[dict], dict]:
-    """Beside a vocabulary: tokenizer_config.json, tokens added later, and what _named returns."""
-    late = _ids(_json(file.with_name("added_tokens.json")))
-    tokens = _special(late, late.values()) + _added({"added_tokens": []} | _json(file.with_name("tokenizer.json")))
-    added = list({token["content"]: token for token in tokens if token["content"] not in vocab}.values())
-    return _json(file.with_name("tokenizer_config.json")), added, _named(file.parent, vocab, added, defaults)
+def _tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: dict) -> tuple[list[dict], dict]:
+    """Added tokens, and the ids of special ones by role, as transformers 5 reads them: added_tokens_decoder, or else
+    tokenizer.json and added_tokens.json; the special ones that are named, and are new; ids in that order."""
+    names = {role: config.get(f"{role}_token") for role in ROLES}
+    special = [name for name in names.values() if name is not None]
+    special += (token for key, token in config.items() if _is_role(key, token) and key[:-6] not in ROLES)
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        extra = config.get(key) or []
+        special += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]
+        if key == "extra_special_tokens":
+            named = [token.get("content") if isinstance(token, dict) else token for token in special]
+    if not all(map(_is_token, special)):
+        raise ValueError(f"malformed special token: expected its text, got {quoted(special)}")
+    special = [{"special": True} | (token if isinstance(token, dict) else {"content": token}) for token in special]
+    listed = _added({"added_tokens": []} | spec)
+    if "added_tokens_decoder" in config:
+        decoder = _get(config, "added_tokens_decoder", dict)
+        late = [token | {"id": int(i)} for i, token in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        listed = [] if config["class"] else listed
+    else:
+        late = [{"content": token, "id": i, "special": token in named, "normalized": token not in named} for token, i in
+                sorted(_ids(_json(file.with_name("added_tokens.json"))).items(), key=lambda item: item[1])]
+    own = [{"content": token} for role, token in DEFAULTS.get(config["class"], {}).items()
+           if token in vocab and f"{role}_token" not in config]
+    added = _numbered(vocab, [*listed, *late, *({"special": True} | token for token in special + own)])
+    table = vocab | {token["content"]: token["id"] for token in added}
+    return added, _named(names, config, table, DEFAULTS.get(config["class"], {}) | defaults)
 
 
-def _named(folder: Path, vocab: dict, added: list[dict], defaults: dict) -> dict[str, int | None]:
-    """Ids by role: as the tokenizer's files name them, else the default, else the model's."""
-    table, named = vocab | {token["content"]: token["id"] for token in added}, {}
-    configs = [_json(folder / f"{name}.json") for name in (
-        "tokenizer_config", "special_tokens_map", "generation_config", "config")]
-    for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"):
-        name = next(filter(None, (config.get(f"{role}_token") for config in configs[:2])), None)
+def _is_role(key: str, token: object) -> bool:
+    return key.endswith("_token") and _is_token(token)
+
+
+def _is_token(token: object) -> bool:
+    return isinstance(token.get("content") if isinstance(token, dict) else token, str)
+
+
+def _numbered(vocab: dict, tokens: list[dict]) -> list[dict]:
+    """Each added token once, with the id that `tokenizers` gives it: the vocabulary's, or the next."""
+    found = {}
+    for token in tokens:
+        content = _get(token, "content", str)
+        if not content or content in found:
+            continue
+        i = vocab.get(content, max(len(vocab), 1 + max((t["id"] for t in found.values()), default=-1)))
+        if _get(token, "id", int, None) not in (None, i):
+            raise ValueError(f"unsupported added token {quoted(content)}: expected id {i}, the vocabulary's or the "
+                             f"next one, got {token['id']}")
+        found[content] = {"normalized": not token.get("special")} | token | {"id": i}
+    return _added({"added_tokens": [dict.fromkeys(FLAGS, False) | token for token in found.values()]})
+
+
+def _named(names: dict, config: dict, table: dict, defaults: dict) -> dict:
+    """Ids by role: as the tokenizer's files name them, else the default, else the model's; "stops": all that end a
+    text, for the model."""
+    named, known = {}, {*table.values()}
+    for role, name in names.items():
         name = name.get("content") if isinstance(name, dict) else name
-        if name is not None and not (isinstance(name, str) and name in table):
-            raise ValueError(f"{role}_token: expected a token of the vocabulary, got {quoted(name)}")
-        ids = [config.get(f"{role}_token_id") for config in configs[2:]]
-        ids = [i[0] if isinstance(i, list) and i else i for i in ids]  # the first of several
-        models = next((i for i in ids if type(i) is int and i in table.values()), None)  # old configs have -1 for none
-        named[role] = vocab.get(defaults.get(role), models) if name is None else table[name]
+        ids = [i[0] if isinstance(i, list) and i else i for i in config["ids"][role]]  # the first of several
+        models = next((i for i in ids if type(i) is int and i in known), None)  # old configs have -1 for none
+        default = None if f"{role}_token" in config else table.get(defaults.get(role))
+        named[role] = table[name] if name is not None else models if default is None else default
+    stops = next((i for i in config["ids"]["eos"] if i is not None), [])
+    named["stops"] = [i for i in (stops if isinstance(stops, list) else [stops]) if type(i) is int and i in known]
     return named
+
+
+def _template(file: Path, spec: dict, named: dict, config: dict) -> tuple:
+    """What stands around texts: BertTokenizer's own, tokenizer.json's, or as add_bos_token and add_eos_token say."""
+    if config["class"] == "BertTokenizer":
+        cls, sep = named["cls"], named["sep"]
+        if None in (cls, sep):
+            raise ValueError("expected [CLS] and [SEP] in the vocabulary")
+        return [cls, "A", sep], [cls, "A", sep, "B", sep]
+    if file.name == "tokenizer.json":
+        return _post_processor(spec)
+    return _around(named, config)
 
 
 def _around(named: dict, config: dict) -> tuple:
@@ -300,12 +540,17 @@ def _added(spec: dict) -> list[dict]:
     for token in tokens:
         _get(token, "id", int)
         _get(token, "content", str)
-        for flag in ("special", "single_word", "lstrip", "rstrip", "normalized"):
+        for flag in FLAGS:
             _get(token, flag, bool)
+        if unknown := token.keys() - {"id", "content", "__type", *FLAGS}:
+            raise ValueError(f"unsupported {quoted(min(unknown))} of added token {quoted(token['content'])}")
     return tokens
 
 
 def _require(part: str, spec: dict) -> None:
+    for key, value in spec.items() if part in SUPPORTED else ():
+        if key not in SUPPORTED[part] and key != "type" and not _is_role(key, value):
+            raise ValueError(f"unsupported {quoted(key)} of {part}: expected one of {', '.join(SUPPORTED[part])}")
     for key, values in SUPPORTED.get(part, {}).items():
         if (value := spec.get(key)) not in values:
             expected = " or ".join(map(repr, values))

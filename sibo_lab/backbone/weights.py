@@ -24,7 +24,7 @@ def tensors(path: Path) -> files.Tensors:
 def chosen(path: Path) -> tuple[Callable[[Path], files.Tensors], list[Path]]:
     """What reads a folder's weights, and the files: as in transformers, one whole file goes before an index, which may
     be older. ValueError or FileNotFoundError names one that is not there, or a pointer to it."""
-    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", _pickled_tensors)):
+    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", pickled_tensors)):
         shards = [path / file] if (path / file).is_file() else _shards(path / f"{file}.index.json")
         for shard in shards:
             if not shard.is_file():
@@ -45,7 +45,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / n for n in names]
 
 
-def _pickled_tensors(file: Path) -> files.Tensors:
+def pickled_tensors(file: Path) -> files.Tensors:
     try:
         with open(file, "rb") as f:
             zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped

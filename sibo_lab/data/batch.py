@@ -1,15 +1,16 @@
 """From examples to token ids, labels and padded batches. The official code's Alpaca prompt, indented by accident, is
-the protocol "paper"; "clean" is the default."""
+the protocol "paper"; "clean" is the default; "chat" is the backbone's own chat template (backbone/chat_template.py)."""
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sibo_lab.data import tasks
+from sibo_lab.files import quoted
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,30 @@ PROMPTS = {  # by protocol
 }
 
 
+PROTOCOLS = *PROMPTS, "chat"
+
+
+def protocol_for(given: str | None, examples: Iterable[tasks.Example | tasks.Sentence]) -> str:
+    """The given protocol, else the one that has a place for all that the examples hold; ValueError if it has none."""
+    chat = next((e for e in examples if isinstance(e, tasks.Chat)), None)
+    if chat and given not in (None, "chat"):
+        raise ValueError(f"--protocol {given}: expected rows of a question and its answer, got one with messages, a "
+                         f"system text or history ({quoted(chat.instruction)}), for which it has no place; use "
+                         "--protocol chat")
+    return given or ("chat" if chat else "clean")
+
+
 def prompt(instruction: str, protocol: str = "clean") -> str:
     """The Alpaca form, up to where the model begins to write."""
     return PROMPTS[protocol].format(instruction)
+
+
+def prompt_of(example: tasks.Example, tokenizer, protocol: str = "clean") -> str:
+    """What the model is given to answer an example: with "chat" (and a chat_template.Chat as tokenizer) all turns but
+    the last."""
+    if protocol == "chat":
+        return tokenizer.prompt(example.turns[:-1])
+    return prompt(example.instruction, protocol_for(protocol, [example]))
 
 
 def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int]]:
@@ -51,14 +73,39 @@ def continuation(text: str, output: str, tokenizer) -> tuple[list[int], list[int
 
 def encode(example: tasks.Example, tokenizer, cutoff: int, train_on_inputs: bool = False,
            protocol: str = "clean") -> Row:
-    """Prompt, output and EOS as ids; the labels are the ids, but -100 on a prompt not trained on.
+    """Prompt, output and EOS as ids, or a conversation in the chat template of `tokenizer`, a chat_template.Chat; the
+    labels are the ids, but -100 on what the model does not say, if not trained on.
 
     Cut to `cutoff` tokens from the right. A cut example has no EOS, which would teach the model to stop mid-sentence,
-    and no label left if its prompt fills the cutoff. Raises what continuation raises."""
-    given, written = continuation(prompt(example.instruction, protocol), example.output, tokenizer)
-    ids = given + written + [tokenizer.eos_id]
-    labels = ids if train_on_inputs else [-100] * len(given) + ids[len(given):]
+    and no label left if its prompt fills the cutoff. Raises what continuation and Chat.pieces raise."""
+    if protocol == "chat":
+        texts, said = zip(*tokenizer.pieces(example.turns), strict=True)
+        spelled = _spelled(texts, tokenizer)
+    else:
+        given, written = continuation(prompt_of(example, tokenizer, protocol), example.output, tokenizer)
+        spelled, said = (given, [*written, tokenizer.eos_id]), (False, True)
+    ids = [i for some in spelled for i in some]
+    labels = [i if ours or train_on_inputs else -100 for some, ours in zip(spelled, said, strict=True) for i in some]
     return Row(ids[:cutoff], labels[:cutoff], cut=len(ids) > cutoff)
+
+
+def _spelled(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    """The ids of each of the texts, as in all of them together; where a token would join two, each as it continues
+    those before it."""
+    whole, found, before = tokenizer.encode("".join(texts)), [], ""
+    at = 0
+    for text in texts:
+        before += text
+        end = at + len(alone := tokenizer.encode(text))
+        if whole[at:end] != alone:  # a tokenizer may look at what comes before
+            end = len(given := tokenizer.encode(before))
+            if whole[:end] != given:
+                starts = ("".join(texts[:i]) for i in range(1, len(texts)))
+                return [tokenizer.encode(texts[0]), *(continuation(start, text, tokenizer)[1]
+                                                      for start, text in zip(starts, texts[1:], strict=True))]
+        found.append(whole[at:end])
+        at = end
+    return found
 
 
 def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:

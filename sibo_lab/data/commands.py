@@ -1,11 +1,13 @@
-"""`python -m sibo_lab data list|fetch|overlap`."""
+"""`python -m sibo_lab data list|fetch|overlap|show`."""
 
 import argparse
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from sibo_lab import cli
-from sibo_lab.data import download, readers, tasks
+from sibo_lab.backbone import chat_template, locate, tokenizer
+from sibo_lab.data import batch, download, readers, tasks
 
 GROUPS = ("arithmetic", "commonsense", "glue", "all")
 
@@ -64,9 +66,60 @@ def overlaps(train: tasks.Task, tests: list[tasks.Task], data_dir: Path) -> str:
     return cli.format_table(rows, left=range(4))
 
 
+def spelled(t, ids: list[int]) -> str:
+    """The text of ids, special tokens too."""
+    found, end = "", 0
+    for special, some in groupby(ids, t.special.__contains__):
+        some = list(some)
+        start, end = end, end + len(some)
+        # after what came before: a SentencePiece text loses its first space when it is decoded on its own
+        found += "".join(map(t.tokens.get, some)) if special else t.decode(ids[:end])[len(t.decode(ids[:start])):]
+    return found
+
+
+def shown(t, row: batch.Row) -> str:
+    """A row as the model sees it, in ⟦ ⟧ what the loss does not count."""
+    labels = row.labels if isinstance(row.labels, list) else row.ids
+    text, before, end = "", "", 0
+    for silent, some in groupby(labels, (-100).__eq__):
+        end += len(list(some))
+        piece = spelled(t, row.ids[:end])[len(before):]
+        before += piece
+        text += f"⟦{piece}⟧" if silent else piece
+    return text
+
+
+def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
+    """A file's first rows, or a task's first training examples, as the model will see them, with their tokens."""
+    glue = task.num_labels > 0
+    if glue and args.protocol:
+        raise ValueError(f"--protocol: expected a text-to-text task, got {task.name}")
+    if task.kind == "own":
+        task, = tasks.scored_whole([task], [])  # in the file's order, none held out
+    split = "test" if task.test and (task.kind == "own" or not task.train) else "train"
+    examples = readers.load(task, split, data_dir, args.rows)
+    protocol = batch.protocol_for(args.protocol, examples)
+    name = args.backbone or ("minilm" if glue else "smollm2-135m")
+    path = locate.locate(name)
+    t = tokenizer.from_pretrained(path)
+    if not glue and t.eos_id is None:
+        raise ValueError(f"--backbone {name}: expected an LLM, whose tokenizer ends a text, got one without eos")
+    speaker = chat_template.Chat(path, t) if protocol == "chat" else t
+    chosen, blocks = args.train_on_inputs, []
+    on_inputs = protocol != "chat" and task.kind != "word-problems" if chosen is None else chosen  # as train.py
+    for i, example in enumerate(examples, 1):
+        row = (batch.encode_sentence(example, t, args.cutoff) if glue else
+               batch.encode(example, speaker, args.cutoff, on_inputs, protocol))
+        loss = f"label {row.labels}" if glue else f"the loss counts {sum(x != -100 for x in row.labels[1:])}"
+        cut = f", cut off at {args.cutoff}" if row.cut else ""
+        blocks.append(f"--- {i}: {len(row.ids)} tokens, {loss}{cut}\n{shown(t, row)}")
+    return "\n".join([*blocks, f"--- {task.name} for {name}, protocol {protocol}; no loss on what is in ⟦ ⟧"])
+
+
 def parser() -> cli.Parser:
-    p = cli.Parser("-m sibo_lab data", description="The benchmarks' files: list, download and compare them.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="list | fetch | overlap")
+    p = cli.Parser("-m sibo_lab data", description="The benchmarks' files: list, download and compare them; what a "
+                   "model sees of a task, or of a file of your own.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="list | fetch | overlap | show")
     li = commands.add_parser("list", help="every task: counts, files, and whether they are there and right")
     f = commands.add_parser("fetch", help="download files from their publishers, and check them")
     f.add_argument("tasks", nargs="+", metavar="TASK",
@@ -74,7 +127,17 @@ def parser() -> cli.Parser:
     o = commands.add_parser("overlap", help="count the test questions that are also in a training set")
     o.add_argument("--train", required=True, metavar="TASK", help="whose training set, such as math-mix")
     o.add_argument("--test", metavar="A,B", help="whose tests (default: all of the family with a test file)")
-    for command in (li, f, o):
+    s = commands.add_parser("show", help="print the first examples as a model will see them")
+    add = s.add_argument
+    add("task", metavar="FILE|TASK", help="a task's name, or a file of your own: .json, .jsonl, .csv (each also with "
+        ".gz), .parquet")
+    add("--backbone", metavar="NAME", help="whose tokens and chat template (default: smollm2-135m; GLUE minilm)")
+    add("--protocol", choices=batch.PROTOCOLS, help="default: as train.py")
+    add("--rows", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
+    add("--cutoff", type=int, default=256, metavar="N", help="as train.py's (default: %(default)s)")
+    add("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None, help="default: as train.py")
+    add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used")
+    for command in (li, f, o, s):
         command.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     return p
 
@@ -88,6 +151,8 @@ def main(args: argparse.Namespace) -> None:
         if not tests or not all(t.test for t in tests):
             raise ValueError(f"--test: expected tasks with a test file, such as mawps,svamp, got {args.test or 'none'}")
         return print(overlaps(train, tests, data_dir))
+    if args.command == "show":
+        return print(show(args, tasks.task(args.task, args.ignore_columns), data_dir))
     if args.command == "fetch":
         some = chosen(args.tasks)
         fetch(some, data_dir)

@@ -1,6 +1,7 @@
 """Every task by its short name (paper, Section 4.1): its files, its answers, its metric."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from sibo_lab import files
 
 NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: never backtracks for long
+OWN = re.compile(r"\.(jsonl?|csv)(\.gz)?$|\.parquet$")  # endings of a user's own file
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,22 @@ class Example:
     answer: str = ""  # what is scored: a number, a letter or a word
     part: str = ""  # a group also scored on its own, such as "new templates"
     choices: tuple[str, ...] = ()  # what a commonsense question offers; (): any
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """As a conversation: roles (system, user or assistant) and texts."""
+        return [("user", self.instruction), ("assistant", self.output)]
+
+
+@dataclass(frozen=True)
+class Chat(Example):
+    """The end of a conversation: what the user asks last, and what the assistant answers."""
+
+    before: tuple[tuple[str, str], ...] = ()  # the turns before these two
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        return [*self.before, *super().turns]
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Task:
     metric: str = "accuracy"  # or matthews, f1, pearson
     columns: tuple = ()  # GLUE: label and sentences, by name or, without a header, position
     classes: tuple[str, ...] = ()  # GLUE: the labels as the file writes them; (): a score
+    ignored: tuple[str, ...] = ()  # own: columns to pass over
 
     @property
     def num_labels(self) -> int:
@@ -89,21 +108,22 @@ TASKS = {task.name: task for task in (
 )}
 
 
-def task(name: str) -> Task:
-    """By short name, or the path of a .json or .jsonl file; ValueError for other names."""
-    if Path(name).suffix in (".json", ".jsonl"):
+def task(name: str, ignore_columns: str | None = None) -> Task:
+    """By short name, or the path of a user's own file, without the columns of "A,B"; ValueError for other names."""
+    if OWN.search(name):
         path = str(Path(name).expanduser().absolute())  # a saved run finds it from any working directory
-        return Task(path, "own", (path,), held_out=200)
+        return Task(path, "own", (path,), held_out=200,
+                    ignored=tuple(filter(None, (ignore_columns or "").split(","))))
     if name not in TASKS:
         hint = files.near(name, TASKS) or f"; expected one of {', '.join(TASKS)}"
-        raise ValueError(f"unknown task {name!r}{hint} (or the path of a .json or .jsonl file)")
+        raise ValueError(f"unknown task {name!r}{hint} (or the path of a .json, .jsonl, .csv or .parquet file; the "
+                         "first three may end in .gz too)")
     return TASKS[name]
 
 
-def parse(*names: str) -> list[Task]:
+def parse(*names: str, ignore_columns: str | None = None) -> list[Task]:
     """The tasks of names, several joined by +; ValueError if one model cannot answer them all."""
-    found = [task(one) for name in names
-             for one in ([name] if name.endswith((".json", ".jsonl")) else name.split("+"))]
+    found = [task(one, ignore_columns) for name in names for one in ([name] if OWN.search(name) else name.split("+"))]
     if len({t.num_labels and t.name for t in found}) > 1:
         raise ValueError(f"task {'+'.join(names)}: expected text-to-text tasks or one GLUE task, got several heads")
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sibo_lab import cli, files
+from sibo_lab import cli, export, files
 from sibo_lab.backbone import config, locate
 from sibo_lab.data import batch, tasks
 
@@ -37,7 +37,8 @@ def parser() -> cli.Parser:
     add("--peft", type=Path, metavar="DIR", help="of --backbone: a LoRA for it that peft saved")
     add("--merge", action="store_true", help="fold LoRA into the weights first")
     add = p.add_argument_group("on what").add_argument
-    add("--task", metavar="A,B", help="short names, .json or .jsonl files (default: the run's, or word-problems)")
+    add("--task", metavar="A,B", help="short names, or files of your own (default: the run's, or word-problems)")
+    add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used (default: the run's)")
     add("--data-dir", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
@@ -46,8 +47,9 @@ def parser() -> cli.Parser:
         "for Hugging Face")
     add = p.add_argument_group("how").add_argument
     add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
-    add("--protocol", choices=list(batch.PROMPTS), help="prompt and beams (default: the run's, or clean)")
-    add("--num-beams", type=at_least_1, help="1 is greedy (default: clean 1, paper 4)")
+    add("--protocol", choices=batch.PROTOCOLS, help="prompt and beams (default: the run's; else chat for rows with "
+        "messages, a system text or history, clean for others)")
+    add("--num-beams", type=at_least_1, help="1 is greedy (default: 1, paper 4)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's, or float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, help="the picture (default: similarity.png or table.png in the run's folder, or here)")
@@ -60,9 +62,11 @@ def complete(args: argparse.Namespace) -> None:
     if args.run and not Path(args.run, "config.json").is_file():
         raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
     args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
-    trained = tasks.parse(run.get("task", "word-problems"))
+    ignored = args.ignore_columns or run.get("ignore_columns")
+    trained = tasks.parse(run.get("task", "word-problems"), ignore_columns=ignored)
     names = args.task.split(",") if args.task else run.get("test")
-    args.tests = tasks.scored_whole(tasks.parse(*names) if names else trained, trained if run else [])
+    tests = tasks.parse(*names, ignore_columns=ignored) if names else trained
+    args.tests = tasks.scored_whole(tests, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
     if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
         raise ValueError(f"--export: expected peft or hf, with a run of 16-bit weights or wider and no --merge, got "
@@ -71,6 +75,8 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
+    if args.peft and "classifier" in (export.peft_spec(args.peft)["modules_to_save"] or ()):  # as of task_type SEQ_CLS
+        args.head = labels
     if args.similarity and args.task and len(args.tests) > 1:
         raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:
@@ -81,11 +87,11 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}")
     args.limit = args.limit or (None if args.task and args.tests != trained else run.get("limit"))
     args.data_dir = tasks.data_dir(args.data_dir or run.get("data_dir"))
-    args.protocol = args.protocol or run.get("protocol", "clean")
+    args.protocol = args.protocol or (run.get("protocol", "clean") if run else None)
     args.dtype = getattr(torch, args.dtype or run.get("dtype", "float32"))
     args.backbone = run.get("backbone", args.backbone)
     args.path = locate.locate(args.backbone)
     args.spec = config.read_spec(args.path)
     if (labels or args.spec.get("model_type") == "bert") and not (args.head or args.similarity or args.export):
         raise ValueError(f"{args.backbone}: expected a trained classifier head, got none; name a run that train.py "
-                         "wrote (only LLMs are scored without one)")
+                         "wrote, or a --peft with a classifier (only LLMs are scored without one)")

@@ -203,4 +203,4 @@ def side_by_side(results: Sequence[dict]) -> str:
 
 def name_of(backbone_or_task: str) -> str:
     """The last part of a path or hub id, without a file's ending (but with a name's dots: llama-3.2-1b)."""
-    return re.sub(r"\.(gguf|jsonl?)$", "", Path(backbone_or_task).name)
+    return re.sub(r"\.(gguf|parquet|(jsonl?|csv)(\.gz)?)$", "", Path(backbone_or_task).name)

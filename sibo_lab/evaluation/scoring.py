@@ -19,7 +19,7 @@ from sibo_lab.backbone import generate, subwords
 from sibo_lab.data import batch, tasks
 from sibo_lab.evaluation import answers, metrics
 
-BEAMS = {"clean": 1, "paper": 4}  # by protocol
+BEAMS = {"clean": 1, "paper": 4, "chat": 1}  # by protocol
 
 
 @dataclass
@@ -74,12 +74,14 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
 
 def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
               num_beams: int = 1, bar: str = "answers") -> list[str]:
-    """What the model writes after each prompt."""
+    """What the model writes after each prompt, up to any token that ends a text."""
+    ends = getattr(t, "eos_ids", [t.eos_id])
+
     def work(some):
         b = batch.to_device(batch.collate(list(map(batch.Row, some)), side="left"), m)
-        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, t.eos_id)
+        out = generate.generate(m, *b.values(), max_new_tokens, num_beams, ends)
         written = out[:, b["input_ids"].shape[1]:].tolist()
-        return [t.decode(list(takewhile(lambda i: i != t.eos_id, ids))) for ids in written]
+        return [t.decode(list(takewhile(lambda i: i not in ends, ids))) for ids in written]
 
     return _in_batches(m, list(map(t.encode, prompts)), len, batch_size, work, bar)
 
@@ -129,7 +131,7 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
                    batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
     """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, in total and per token,
     where examples offer any. num_beams None: the protocol's."""
-    prompts = [batch.prompt(e.instruction, protocol) for e in examples]
+    prompts = [batch.prompt_of(e, t, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
     if all(e.choices for e in examples):

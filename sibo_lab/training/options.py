@@ -68,7 +68,7 @@ def parser() -> cli.Parser:
         for option in OF_METHOD if f.name == "settings" else [f]:
             names, rule = as_option(option)
             group.add_argument(*names, **rule)
-    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu", protocol=None)  # None: as the rows need
     add = groups["what"].add_argument
     add("--compare", action="store_true", help="train the plain counterpart (λ = 0) as well")
     add("--explain", action="store_true", help="draw where h0 enters this backbone, as a tree, and stop")
@@ -163,7 +163,8 @@ def grid(args: Namespace) -> list[Namespace]:
 
 def resolve(args: Namespace, family: str, task: tasks.Task, examples: int) -> Run:
     """Options over recipe over defaults. `examples`: size of the training set; 0: made to measure."""
-    values = recipes.recipe(family, task.kind, args.method) | given(args, (*fields(Run), *OF_METHOD))
+    chat = {"train_on_inputs": False} if args.protocol == "chat" else {}  # the assistant's turns alone
+    values = recipes.recipe(family, task.kind, args.method) | chat | given(args, (*fields(Run), *OF_METHOD))
     if args.epochs:
         values["steps"] = None
     if args.dtype is None and (args.method == "full" or args.device == "cpu" and not fast_bfloat16()):

@@ -4,6 +4,7 @@ Source: the paper's Section 4.2 and the official scripts (LLM-Adapters); what th
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from sibo_lab.data import batch
 from sibo_lab.evaluation import compare
 from sibo_lab.settings import Settings
 
@@ -34,11 +35,14 @@ class Run:
 
     backbone: str = of("smollm2-135m", "short name, folder, .gguf file or hub id", "NAME")
     method: str = of("adapter-sibo", ", ".join(METHODS), "M")
-    task: str = of("word-problems", "tasks joined by +, or your own .json or .jsonl file", "T")
+    task: str = of("word-problems", "tasks joined by +, or your own file: .json, .jsonl, .csv (each also with .gz), "
+                   ".parquet", "T")
     test: tuple[str, ...] = of((), "tasks to score (default: those of --task)", "A,B")
     score_on: str = of("test", "examples to score", choices=("test", "validation"))
-    protocol: str = of("clean", "paper: the official code's indented prompt, and 4 beams to score with",
-                       choices=("clean", "paper"))
+    protocol: str = of("clean", "how a question is put. paper: the official code's indented prompt, and 4 beams to "
+                       "score with; chat: the backbone's own chat template (default: chat for rows with messages, a "
+                       "system text or history, clean for others)", choices=batch.PROTOCOLS)
+    ignore_columns: str | None = of(None, "columns of your own file that are not used", "A,B")
     data_dir: str | None = of(None, "folder of the tasks' files (default: $SIBO_DATA, else the cache)", "DIR")
     settings: Settings | None = None  # of the method; None: full fine-tuning
     steps: int | None = of(None, "optimizer steps, instead of --epochs", "N", 1)
@@ -48,7 +52,7 @@ class Run:
     batch_size: int = of(16, "examples per step", "N", 1)
     micro_batch_size: int = of(4, "examples at a time: changes memory, not results", "N", 1)
     cutoff: int = of(256, "tokens that an example is cut to", "N", 1)
-    train_on_inputs: bool = of(True, "the loss counts the prompt too")
+    train_on_inputs: bool = of(True, "the loss counts the prompt too; with --protocol chat only if asked for")
     validate: int = of(120, "examples held out of training to choose the best checkpoint by; 0 keeps the last", "N", 0)
     validate_every: int = of(200, "steps between validations", "N", 1)
     seed: int = of(0, "of initial weights, data order and dropout (default: 0)", "N")

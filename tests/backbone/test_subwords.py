@@ -39,6 +39,23 @@ def test_wordpiece_pairs_are_cls_a_sep_b_sep(minilm, minilm_oracle, text, pair):
     assert ids[0] == 101 and ids[len(minilm.encode(text)) - 1] == ids[-1] == 102
 
 
+@many
+@given(text=TEXT, pair=st.none() | TEXT)
+def test_without_special_tokens_those_in_the_text_are_still_found(
+        minilm, minilm_oracle, smollm2, smollm2_oracle, text, pair):
+    pair = pair and only_known(pair)
+    for ours, oracle in ((minilm, minilm_oracle), (smollm2, smollm2_oracle)):
+        ids = oracle.encode(only_known(text), pair, add_special_tokens=False).ids
+        assert ours.encode(only_known(text), pair, add_special_tokens=False) == ids
+
+
+def test_llama_without_special_tokens_is_sentencepiece_between_control_tokens_of_a_chat_template(llama, llama_oracle):
+    a, b = llama_oracle.encode(" a "), llama_oracle.encode("b")
+    assert llama.encode(" a </s>b", add_special_tokens=False) == [*a, 2, *b]
+    assert llama.encode(" a </s>b") == [1, *llama_oracle.encode(" a </s>b")]
+    assert (llama.tokens[llama.bos_id], llama.tokens[llama.eos_id]) == ("<s>", "</s>")
+
+
 def test_wordpiece_by_hand(minilm):
     words = {i: w for w, i in minilm.vocab.items()}
 

@@ -176,20 +176,23 @@ def test_the_small_files_that_the_next_tests_spoil_are_read_when_whole(tmp_path)
     ({"model": TINY | {"type": "Unigram"}}, "Unigram"), ({"model": TINY | {"continuing_subword_prefix": "@"}}, "'@'"),
     ({"model": TINY | {"vocab": {"a": -1}}}, "non-negative"), ({"model": TINY | {"vocab": {"a": "0"}}}, "integers"),
     ({"model": TINY | {"vocab": {"a": 0}}}, "unknown token"), ({"model": None}, "malformed"),
-    ({"added_tokens": [TOKEN]}, "single_word"),
-    ({"added_tokens": [TOKEN | {"single_word": False, "content": "a"}]}, "another id")])
+    ({"added_tokens": [TOKEN]}, "'<x>': expected id 4"), ({"added_tokens": [TOKEN | {"content": "a"}]}, "id 3"),
+    ({"added_tokens": [TOKEN | {"id": 4, "tomorrow": 1}]}, "tomorrow"), ({"tomorrow": 1}, "tomorrow"),
+    ({"model": TINY | {"tomorrow": 1}}, "tomorrow"), ({"normalizer": BERT | {"tomorrow": 1}}, "tomorrow")])
 def test_what_a_tokenizer_json_asks_for_and_is_not_known_is_refused_by_name(tmp_path, change, named):
     refused(folder(tmp_path / "t", tokenizer__json=SPEC | change), "tokenizer.json", named)
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"model": BYTE_BPE | {"dropout": 0.1}}, "dropout"), ({"model": BYTE_BPE | {"ignore_merges": True}}, "ignore"),
+    ({"model": BYTE_BPE | {"dropout": 0.1}}, "dropout"), ({"model": BYTE_BPE | {"ignore_merges": "no"}}, "'no'"),
     ({"model": BYTE_BPE | {"end_of_word_suffix": "</w>"}}, "</w>"), ({"model": BYTE_BPE | {"unk_token": "a"}}, "unk"),
     ({"model": BYTE_BPE | {"merges": ["a c"]}}, "'a c'"), ({"model": BYTE_BPE | {"merges": ["a b c"]}}, "'a b c'"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}, "ByteLevel"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": True}]}}, "Digits"),
     ({"pre_tokenizer": {"type": "Split"}}, "Split"), ({"model": BYTE_BPE | {"byte_fallback": True}}, "BPE"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_SPEC["pre_tokenizer"]] * 2}}, "ByteLevel, "),
-    ({"normalizer": {"type": "NFC"}}, "NFC")])
+    ({"normalizer": {"type": "NFD"}}, "NFD")])
 def test_what_a_byte_level_tokenizer_json_asks_for_and_is_not_known_is_refused_by_name(tmp_path, change, named):
     refused(folder(tmp_path / "t", tokenizer__json=BYTE_SPEC | change), "tokenizer.json", named)
 
@@ -198,7 +201,7 @@ def test_what_a_byte_level_tokenizer_json_asks_for_and_is_not_known_is_refused_b
     ({"model_type": "unigram"}, "model_type: expected 2, for BPE, got 1"),
     ({"normalization_rule_name": "nmt_nfkc"}, "normalization"),
     ({"remove_extra_whitespaces": True}, "normalization"), ({"treat_whitespace_as_suffix": True}, "normalization"),
-    ({"byte_fallback": False}, "byte"), ({"user_defined_symbols": ["<u>"]}, "of type normal")])
+    ({"byte_fallback": False}, "user-defined, unused or byte")])
 def test_sentencepiece_models_that_work_otherwise_are_refused(tmp_path, options, named):
     refused(folder(tmp_path / "t", tokenizer__model=train_sentencepiece(**options)), "tokenizer.model", named)
 
@@ -229,14 +232,15 @@ def test_malformed_vocabularies_and_merges_name_what_was_found(tmp_path):
     refused(folder(tmp_path / "v", vocab__txt="a\nb\n[UNK]\n"), "vocab.txt", "[CLS]")
     refused(folder(tmp_path / "m", vocab__json=vocab, merges__txt="#version: 0.2\na x\n"), "vocab.json", "'a x'")
     refused(folder(tmp_path / "n", vocab__json=vocab, merges__txt="a b\n",
-                   tokenizer_config__json={"bos_token": "<s>"}), "bos_token", "'<s>'")
+                   tokenizer_config__json={"bos_token": 1}), "special token", "[1]")
     with pytest.raises(FileNotFoundError, match="merges.txt"):
         tokenizer.from_pretrained(folder(tmp_path / "o", vocab__json=vocab))
     with pytest.raises(FileNotFoundError, match="expected a tokenizer"):
         tokenizer.from_pretrained(folder(tmp_path / "p"))
 
 
-@pytest.mark.parametrize(("model", "pre"), [("gpt2", "llama-bpe"), ("gpt2", "default"), ("gpt2", None), ("bert", None)])
+@pytest.mark.parametrize(("model", "pre"), [
+    ("gpt2", "deepseek-llm"), ("gpt2", "default"), ("gpt2", None), ("bert", None)])
 def test_gguf_tokenizers_of_another_kind_are_refused_by_name(tmp_path, model, pre):
     write_gguf(tmp_path / "m.gguf", model, ["a", "b", "ab"], pre=pre, merges=["a b"])
     refused(tmp_path / "m.gguf", repr(model), repr(pre))

@@ -11,7 +11,7 @@ from sibo_lab.data import readers, tasks
 def test_an_unknown_task_is_met_with_the_near_matches():
     with pytest.raises(ValueError, match="unknown task 'gsm9k'; did you mean gsm8k"):
         tasks.task("gsm9k")
-    with pytest.raises(ValueError, match="expected one of word-problems, .*path of a .json or .jsonl"):
+    with pytest.raises(ValueError, match="expected one of word-problems, .*path of a .json, .jsonl, .csv or .parquet"):
         tasks.task("zzzzz")
 
 

@@ -1,0 +1,119 @@
+"""A user's own rows, in the forms that people have, as examples: FORMS and BESIDE are all that a row may hold."""
+
+import sys
+from pathlib import Path
+
+from sibo_lab.data import entries
+from sibo_lab.data.tasks import Chat, Example, Task
+from sibo_lab.files import quoted
+from sibo_lab.parallel import rank
+
+FORMS = {  # the column that asks, or holds the conversation: those that may answer
+    "messages": (), "conversations": (), "instruction": ("output", "response"), "prompt": ("completion", "response"),
+    "question": ("response", "answer"), "query": ("response", "answer"), "input": ("output",)}
+BESIDE = "input", "history", "system", "answer"  # a conversation has only the last two; answer: what is scored
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+TEXT = str, int, float, bool  # of what answers
+
+
+def read(task: Task, path: Path) -> list[Example]:
+    """A file's rows; ValueError names the column that nothing would use."""
+    return [_example(place, {k: v for k, v in entry.items() if k not in task.ignored}, task.ignored)
+            for place, entry in entries.read(path)]
+
+
+def answered(rows: list[Example], paths: str, split: str) -> list[Example]:
+    """The rows with an output; stderr says how many have none."""
+    found = [row for row in rows if row.output]
+    if not found:
+        raise ValueError(f"{paths}: expected outputs, got none in {len(rows)} rows")
+    if len(found) < len(rows) and not rank():
+        of = "training" if split == "train" else "the test"
+        print(f"{paths}: {len(rows) - len(found)} of {len(rows)} rows have no output: left out of {of}",
+              file=sys.stderr)
+    return found
+
+
+def _missing(value: object) -> bool:
+    return value in (None, [], {}) or value != value or isinstance(value, str) and not value.strip()
+
+
+def _example(place: str, row: dict, ignored: tuple) -> Example:
+    given = [key for key in row if not _missing(row[key])]
+    asks = next((key for keys in (given, row) for key in FORMS if key in keys), None)
+    if asks is None:
+        if "text" in row:
+            raise ValueError(f"{place}: expected what is asked apart from its answer, such as 'instruction' and "
+                             "'output', got 'text', which holds both")
+        raise ValueError(f"{place}: expected the key 'instruction', got {entries.listed(row)}")
+    answers = FORMS[asks]
+    says = next((key for keys in (given, row) for key in answers if key in keys), answers[0] if answers else asks)
+    if says not in row:
+        raise ValueError(f"{place}: expected the key {says!r}, got {entries.listed(row)}")
+    if unused := [key for key in given if key not in (asks, says, *BESIDE[0 if answers else 2:])]:
+        form = entries.listed(dict.fromkeys((asks, says)))
+        raise ValueError(f"{place}: nothing would use {entries.listed(unused)} beside {form}; put its text into one of "
+                         f"those, or pass --ignore-columns {quoted(','.join(unused))[1:-1]}")
+    if answers and not isinstance(row[asks], list):
+        turns = _texts(place, row, given, asks, says)
+    else:
+        turns = _turns(place, row, asks, ignored)
+        if answers:  # a prompt and its completion, as messages
+            if "assistant" in dict(turns):
+                raise ValueError(f"{place}: {asks!r}: expected no assistant's turn, whose loss would count, got one; "
+                                 "put all into 'messages'")
+            turns += _turns(place, row, says, ignored)
+        if turns[-1][0] != "assistant":
+            turns.append(("assistant", ""))  # without an output
+    if "system" in given:
+        turns.insert(0, ("system", entries.field(place, row, "system")))
+    roles = [role for role, _ in turns]
+    if "system" in roles[1:] or roles[-2:] != ["user", "assistant"]:
+        raise ValueError(f"{place}: expected at most one system text, first, and a user's turn before the assistant's "
+                         f"last, got {', '.join(roles[-6:])}")
+    *before, (_, instruction), (_, output) = turns
+    scored = "answer" in given and says != "answer"
+    answer = entries.field(place, row, "answer", TEXT) if scored else output
+    if before or isinstance(row[asks], list):
+        return Chat(instruction, output, answer, before=tuple(before))
+    return Example(instruction, output, answer)
+
+
+def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> list[tuple[str, str]]:
+    """The turns of a row of texts, its history first."""
+    turns, history = [], row["history"] if "history" in given else []
+    for i, pair in enumerate(history if isinstance(history, list) else [history], 1):
+        here = f"{place}: 'history', pair {i}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"{here}: expected what was asked and answered, got {quoted(pair)}")
+        both = dict(zip(("asked", "answered"), pair, strict=True))
+        turns += [("user", entries.field(here, both, "asked")),
+                  ("assistant", entries.field(here, both, "answered", TEXT))]
+    instruction = entries.field(place, row, asks)
+    if asks != "input" and "input" in given:
+        instruction += "\n\n" + entries.field(place, row, "input")
+    output = "" if says in row and _missing(row[says]) else entries.field(place, row, says, TEXT)
+    return [*turns, ("user", instruction), ("assistant", output)]
+
+
+def _turns(place: str, row: dict, key: str, ignored: tuple) -> list[tuple[str, str]]:
+    """The turns of a list of messages, {role, content} or {from, value}; the last may be an assistant's empty one."""
+    if not isinstance(row.get(key), list) or not row[key]:
+        raise ValueError(f"{place}: {key!r}: expected a list of messages, got {quoted(row.get(key))}")
+    turns = []
+    for i, message in enumerate(row[key], 1):
+        here = f"{place}: {key!r}, message {i}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{here}: expected an object in braces, got {type(message).__name__}")
+        who, what = ("from", "value") if "from" in message else ("role", "content")
+        unused = [k for k, v in message.items() if k not in (who, what, *ignored) and not _missing(v)]
+        if unused:
+            raise ValueError(f"{here}: nothing would use {entries.listed(unused)} beside {who} and {what}; leave it "
+                             f"out, or pass --ignore-columns {quoted(','.join(unused))[1:-1]}")
+        role = ROLES.get(entries.field(here, message, who))
+        if not role:
+            raise ValueError(f"{here}: {who!r}: expected one of {', '.join(ROLES)}, got {quoted(message[who])}")
+        empty = i == len(row[key]) and role == "assistant" and what in message and _missing(message[what])
+        types = TEXT if role == "assistant" else (str,)
+        turns.append((role, "" if empty else entries.field(here, message, what, types)))
+    return turns

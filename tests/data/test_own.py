@@ -1,0 +1,266 @@
+"""sibo_lab/data/own.py and entries.py: the rows and files that people have, and what is refused by name."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sibo_lab.data import batch, entries, own, readers, tasks
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)
+HI = [("user", "Hi"), ("assistant", "Ho")]
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else
+                     (content if isinstance(content, str) else json.dumps(content)).encode())
+    return path
+
+
+def whole(path, ignore=None):
+    """All of a user's own file, in its order."""
+    task, = tasks.scored_whole([tasks.task(str(path), ignore)], [])
+    return readers.load(task, "test", Path("/nowhere"))
+
+
+def read(folder, row, ignore=None):
+    return whole(write(folder / "a.jsonl", json.dumps(row)), ignore)[0]
+
+
+# -------------------------------------------------------------------------------------------------------- forms of rows
+@pytest.mark.parametrize("row", [
+    {"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "response": "Ho"},
+    {"prompt": "Hi", "completion": "Ho"}, {"prompt": "Hi", "response": "Ho"}, {"question": "Hi", "answer": "Ho"},
+    {"query": "Hi", "response": "Ho"}, {"input": "Hi", "output": "Ho"},
+    {"instruction": "", "input": "Hi", "output": "Ho"},
+    {"instruction": "Hi", "input": "", "output": "Ho", "system": "", "history": [], "answer": None, "context": None}])
+def test_a_question_and_its_answer_may_have_any_of_their_usual_names(tmp_path, row):
+    assert read(tmp_path, row) == tasks.Example("Hi", "Ho", "Ho")
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": MESSAGES}, {"conversations": SHARED}, {"conversations": MESSAGES}, {"messages": SHARED},
+    {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    {"messages": [m | {"name": None, "tool_calls": None} for m in MESSAGES]}])
+def test_a_conversation_may_have_any_of_its_usual_forms(tmp_path, row):
+    assert read(tmp_path, row) == tasks.Chat("Hi", "Ho", "Ho")
+    expected = tasks.Chat("Hi", "Ho", "Ho", before=(("system", "Be brief."),))
+    assert read(tmp_path, row | {"system": "Be brief."}) == expected
+
+
+def test_many_turns_end_in_the_last_question_and_its_answer(tmp_path):
+    turns = [("system", "Be brief."), *HI, ("user", "And?"), ("assistant", "So.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    found = read(tmp_path, row)
+    assert found.turns == turns and (found.instruction, found.output, found.answer) == ("And?", "So.", "So.")
+
+
+def test_system_history_and_input_of_a_row_become_turns(tmp_path):
+    row = {"instruction": "And plus 3?", "input": "x", "output": "7", "system": "In French.",
+           "history": [["2+2?", "4"]]}
+    assert read(tmp_path, row).turns == [("system", "In French."), ("user", "2+2?"), ("assistant", "4"),
+                                         ("user", "And plus 3?\n\nx"), ("assistant", "7")]
+
+
+def test_what_is_scored_may_stand_beside_the_output(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "So 7."}]
+    for row in ({"instruction": "q", "output": "So 7.", "answer": 7}, {"messages": said, "answer": "7"},
+                {"question": "q", "response": "So 7.", "answer": "7"}):
+        found = read(tmp_path, row)
+        assert (found.instruction, found.output, found.answer) == ("q", "So 7.", "7")
+
+
+@pytest.mark.parametrize(("value", "text"), [(7, "7"), (-0.5, "-0.5"), (2.0, "2.0"), (True, "true"), (0, "0"),
+                                             (10**30, "1" + "0" * 30), (False, "false")])
+def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, text):
+    assert read(tmp_path, {"question": "q", "answer": value}).output == text
+    assert read(tmp_path, {"messages": [MESSAGES[0], {"role": "assistant", "content": value}]}).output == text
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"instruction": "q", "context": "c", "response": "a"},
+     "nothing would use context beside instruction, response; .* --ignore-columns context$"),
+    ({"instruction": "q", "output": "a", "id": 3, "source": "x"}, "nothing would use id, source .*columns id,source$"),
+    ({"messages": MESSAGES, "prompt": "Hi", "prompt_id": "1"}, "nothing would use prompt, prompt_id beside messages"),
+    ({"messages": MESSAGES, "conversations": SHARED}, "nothing would use conversations beside messages"),
+    ({"messages": MESSAGES, "history": [["a", "b"]]}, "nothing would use history beside messages"),
+    ({"messages": MESSAGES, "tools": [{"name": "f"}]}, "nothing would use tools beside messages"),
+    ({"instruction": "q", "question": "p", "output": "a"}, "nothing would use question beside instruction, output"),
+    ({"instruction": "q", "output": "a", "response": "b"}, "nothing would use response beside instruction, output"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "expected the key 'completion', got prompt, chosen, rejected"),
+    ({"text": "all of it"}, "expected what is asked apart from its answer, .*got 'text', which holds both"),
+    ({"foo": 1}, "expected the key 'instruction', got foo"),
+    ({"instruction": None, "output": "a"}, "'instruction': expected str, got NoneType"),
+    ({"instruction": "q", "output": "a", "system": ["x"]}, "'system': expected str, got list"),
+    ({"instruction": "q", "output": "a", "history": "x"}, "'history', pair 1: expected what was asked"),
+    ({"instruction": "q", "output": "a", "history": [["x"]]}, "'history', pair 1: expected what was asked"),
+    ({"instruction": "q", "output": "a", "history": [["x", ""]]}, "pair 1: 'answered': expected text, got none"),
+    ({"messages": "Hi"}, "'messages': expected a list of messages, got 'Hi'"),
+    ({"messages": []}, r"'messages': expected a list of messages, got \[\]"),
+    ({"messages": ["Hi"]}, "message 1: expected an object in braces, got str"),
+    ({"messages": [{"role": "user", "content": "q", "weight": 0}]}, "message 1: nothing would use weight beside role"),
+    ({"messages": [MESSAGES[0] | {"tool_calls": [1]}]}, "1: nothing would use tool_calls .*columns tool_calls$"),
+    ({"messages": [MESSAGES[0] | {"from": "human"}]}, "nothing would use role, content beside from and value"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "'role': expected one of system, user, .*, got 'tool'"),
+    ({"messages": [{"role": "user"}]}, "message 1: expected the key 'content', got role"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content': expected str, got list"),
+    ({"messages": [{"role": "user", "content": " "}, MESSAGES[1]]}, "message 1: 'content': expected text, got none"),
+    ({"messages": [MESSAGES[1]]}, "and a user's turn before the assistant's last, got assistant"),
+    ({"messages": [*MESSAGES, MESSAGES[1]]}, "before the assistant's last, got user, assistant, assistant"),
+    ({"messages": [{"role": "system", "content": "s"}, *MESSAGES], "system": "t"}, "at most one system text, first"),
+    ({"messages": [MESSAGES[0], {"role": "system", "content": "s"}, *MESSAGES]}, "at most one system text, first"),
+    ({"prompt": MESSAGES, "completion": MESSAGES}, "'prompt': expected no assistant's turn, whose loss would count"),
+    ({"prompt": MESSAGES[:1], "completion": "Ho"}, "'completion': expected a list of messages, got 'Ho'"),
+])
+def test_what_nothing_would_use_and_what_has_no_place_is_refused_by_name(tmp_path, row, says):
+    with pytest.raises(ValueError, match=says) as error:
+        read(tmp_path, row)
+    assert f"{tmp_path / 'a.jsonl'}, line 1: " in str(error.value) and "\n" not in str(error.value)
+
+
+KNOWN = {*own.FORMS, *own.BESIDE, *(key for keys in own.FORMS.values() for key in keys)}
+
+
+@given(st.text(min_size=1, max_size=9).filter(lambda key: key not in KNOWN), TEXT)
+@settings(max_examples=50, deadline=None)
+def test_any_other_column_is_refused_until_it_is_ignored(tmp_path_factory, key, value):
+    row, folder = {"instruction": "Hi", "output": "Ho", key: value}, tmp_path_factory.getbasetemp()
+    with pytest.raises(ValueError, match="nothing would use"):
+        read(folder, row)
+    if "," not in key:
+        assert read(folder, row, f"other,{key}") == tasks.Example("Hi", "Ho", "Ho")
+
+
+def test_ignored_columns_are_those_of_messages_too_and_even_those_that_would_be_used(tmp_path):
+    assert read(tmp_path, {"messages": [m | {"weight": 1} for m in MESSAGES]}, "weight").turns == HI
+    row = {"instruction": "Hi", "input": "x", "output": "Ho", "system": "s"}
+    assert read(tmp_path, row, "input,system") == tasks.Example("Hi", "Ho", "Ho")
+
+
+# -------------------------------------------------------------------------------------------------------- empty outputs
+def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{"instruction": f"q{i}", "output": x} for i, x in enumerate(["a", "", None, " \n", "b"])]
+    rows += [{"messages": MESSAGES[:1]}, {"messages": [MESSAGES[0], {"role": "assistant", "content": ""}]}]
+    path = write(tmp_path / "a.json", rows)
+    assert [row.output for row in whole(path)] == ["a", "b"]
+    assert capsys.readouterr().err == f"{path}: 5 of 7 rows have no output: left out of the test\n"
+    readers.load(tasks.task(str(path)), "train", Path("/nowhere"))
+    assert capsys.readouterr().err == f"{path}: 5 of 7 rows have no output: left out of training\n"
+
+
+def test_a_file_of_empty_outputs_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="a.json: expected outputs, got none in 2 rows"):
+        whole(write(tmp_path / "a.json", [{"instruction": "q", "output": ""}] * 2))
+
+
+# ------------------------------------------------------------------------------------------------------- kinds of files
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_every_kind_of_file_gives_back_the_same_rows(tmp_path_factory, pairs):
+    from pyarrow import Table, parquet
+
+    folder, rows = tmp_path_factory.getbasetemp(), [{"instruction": q, "output": a} for q, a in pairs]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["instruction", "output"])
+    writer.writeheader()
+    writer.writerows(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    expected = [tasks.Example(q, a, a) for q, a in pairs]
+    for name, content in (("a.json", json.dumps(rows)), ("a.jsonl", lines), ("a.csv", table.getvalue())):
+        assert whole(write(folder / name, content)) == expected
+        assert whole(write(folder / f"{name}.gz", gzip.compress(content.encode()))) == expected
+    if len(rows) > 1:
+        assert whole(write(folder / "lines.json", lines)) == expected
+    parquet.write_table(Table.from_pylist(rows), folder / "a.parquet")
+    assert whole(folder / "a.parquet") == expected
+
+
+def test_parquet_holds_conversations_and_numbers(tmp_path):
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{"messages": MESSAGES, "score": None}, {"messages": MESSAGES}]),
+                        tmp_path / "a.parquet")
+    assert [row.turns for row in whole(tmp_path / "a.parquet")] == [HI, HI]
+    parquet.write_table(Table.from_pylist([{"question": "q", "answer": 7}, {"question": "q", "answer": None}]),
+                        tmp_path / "b.parquet")
+    assert [row.output for row in whole(tmp_path / "b.parquet")] == ["7"]
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="a.parquet: a .parquet file needs pyarrow: pip install pyarrow$"):
+        whole(write(tmp_path / "a.parquet", b"PAR1"))
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("a.csv", "instruction,output\nq\n", "a.csv, line 2: expected 2 columns separated by commas, got 1"),
+    ("a.csv", 'instruction,output\n"q\n\n",a\nq,a,b\n', "a.csv, line 5: expected 2 columns separated by commas, got 3"),
+    ("a.csv", "instruction,instruction\nq,a\n", "line 1: expected columns of different names, got instruction, instr"),
+    ("a.csv", 'instruction,output\n"q"x,a\n', "a.csv, line 2: not valid CSV"),
+    ("a.csv", 'instruction,output\n"q', "a.csv, line 2: not valid CSV"),
+    ("a.csv", "", "a.csv: expected examples, got none"),
+    ("a.csv", "instruction;output\nq;a\n", "line 2: expected the key 'instruction', got instruction;output"),
+    ("a.csv", ",instruction,output\n0,q,a\n", "nothing would use Unnamed: 0 beside .*--ignore-columns Unnamed: 0$"),
+    ("a.csv", b"instruction,output\ncaf\xe9,a\n", "a.csv, line 2: expected UTF-8 text, got byte 0xe9"),
+    ("a.json.gz", b"[]", "a.json.gz: not a whole gzip file"),
+    ("a.json.gz", gzip.compress(b"[]" * 99)[:-9], "a.json.gz: not a whole gzip file"),
+    ("a.json.gz", gzip.compress(b"[1]"), "a.json.gz, entry 1: expected an object in braces, got int"),
+    ("a.jsonl.gz", gzip.compress(b"\n[1]"), "a.jsonl.gz, line 2: expected an object in braces, got list"),
+    ("a.parquet", b"PAR1 and so on", "a.parquet: not a whole Parquet file"),
+    ("a.json", '{"instruction": "q", "output": "a"}\n{"instr', "a.json, line 2: not valid JSON"),
+    ("a.json", '{"train": [{"instruction": "q"}]}', "a.json, line 1: expected a JSON list of objects, got dict"),
+])
+def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, says):
+    with pytest.raises(ValueError, match=says) as error:
+        whole(write(tmp_path / name, content))
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_of_a_csv_may_be_long(tmp_path):
+    assert whole(write(tmp_path / "a.csv", f"instruction,output\nq,{'a' * 200_000}\n"))[0].output == "a" * 200_000
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.json.gz", "a.jsonl.gz", "a.csv.gz"])
+def test_a_path_with_any_of_the_endings_is_a_users_own_file(name):
+    assert tasks.task(name).kind == "own" and [t.kind for t in tasks.parse(f"x+{name}")] == ["own"]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.parquet.gz", "a.gz", "a.xlsx"])
+def test_another_ending_is_none(name):
+    with pytest.raises(ValueError, match=r"unknown task .*path of a .json, .jsonl, .csv or .parquet file"):
+        tasks.task(name)
+
+
+# ------------------------------------------------------------------------------------------------- what stays as it was
+def test_the_digest_of_a_plain_example_is_that_of_earlier_runs():
+    example = tasks.Example("q", "o", "a", "p", ("x",))
+    assert repr(example) == "Example(instruction='q', output='o', answer='a', part='p', choices=('x',))"
+    assert batch.digest([example]) == "db6d21c8236dd4ecba03ada788cec75714f7067a6fc1d55c03ec2cc27468eac8"
+    assert batch.digest([tasks.Chat("q", before=(("system", "a"),))]) != batch.digest([tasks.Chat("q")])
+
+
+def test_conversations_that_end_alike_are_different_questions(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Hi {i}"}, MESSAGES[1], *MESSAGES]} for i in range(30)]
+    task = tasks.task(str(write(tmp_path / "a.json", rows)))
+    train, test = (readers.load(task, split, Path("/nowhere")) for split in ("train", "test"))
+    assert (len(train), len(test)) == (27, 3) and readers.overlap(train, test) == 0
+
+
+def test_rows_of_a_conversation_ask_for_the_chat_protocol_and_others_for_the_clean_one():
+    plain, chat = tasks.Example("q", "a"), tasks.Chat("q", "a")
+    assert [batch.protocol_for(None, rows) for rows in ([plain], [plain, chat], [])] == ["clean", "chat", "clean"]
+    assert [batch.protocol_for(p, [plain]) for p in batch.PROTOCOLS] == list(batch.PROTOCOLS)
+    for protocol in ("clean", "paper"):
+        with pytest.raises(ValueError, match=f"--protocol {protocol}: expected rows of a question .* no place; use"):
+            batch.protocol_for(protocol, [plain, chat])
+
+
+def test_lines_end_at_line_feeds_alone():
+    assert list(entries.lines("a\u2028b\r\nc\n")) == [(1, "a\u2028b"), (2, "c")]
