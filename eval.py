@@ -134,7 +134,8 @@ def score(args: Namespace) -> None:
     adapt(m, args)
     for task, test in tests:
         if task.num_labels:
-            rows = [batch.encode_sentence(s, t, args.config["cutoff"]) for s in test]
+            rows = [batch.encode_sentence(s, t, args.config.get("cutoff", m.config.max_position_embeddings))
+                    for s in test]
             found = scoring.score_sentences(m, t, task, rows, args.batch_size)
         else:
             found = scoring.score_examples(m, t, task, test, args.batch_size, args.num_beams, args.protocol)

@@ -5,7 +5,7 @@ Hugging Face transformers. Departs from the official code: padding changes no re
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,8 @@ def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict | Non
     kind = scaling and scaling.get("rope_type", scaling.get("type"))
     if kind == "linear":
         frequency = frequency / scaling["factor"]
+    elif kind == "longrope":
+        frequency = frequency / torch.tensor(scaling["long_factor"], device=positions.device)
     elif kind == "llama3":
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # over the trained context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -76,40 +78,43 @@ class SharedPrefix:
 @dataclass
 class Context:  # of one forward pass
     mask: Tensor | None  # bool (B, 1, T, S); None: every token sees all earlier ones (BERT: all)
+    near: Tensor | None = None  # the same for the layers with a sliding window
     cos: Tensor | None = None  # (B, 1, T, rotary/2)
     sin: Tensor | None = None
     shared: SharedPrefix | None = None
 
 
 class Attention(nn.Module):
-    """Groups of query heads may share a key/value head (GQA)."""
+    """Groups of query heads may share a key/value head (GQA). `slides`: only the last tokens are seen."""
 
-    def __init__(self, c: config.Config, *, bias: bool, causal: bool, rotate: Callable | None, dropout: float,
-                 out_dropout: float = 0.0):
+    def __init__(self, c: config.Config, *, bias: bool, out_bias: bool, causal: bool, rotate: Callable | None,
+                 dropout: float, out_dropout: float = 0.0, head_norm: Callable = nn.Identity, slides: bool = False):
         super().__init__()
         d, D = c.hidden_size, c.d_head
         self.q_proj = nn.Linear(d, c.num_attention_heads * D, bias)
         self.k_proj = nn.Linear(d, c.heads_kv * D, bias)
         self.v_proj = nn.Linear(d, c.heads_kv * D, bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * D, d, bias)
-        self.dropout = nn.Dropout(out_dropout)
-        self.head_dim, self.causal, self.rotate, self.p = D, causal, rotate, dropout
+        self.o_proj = nn.Linear(c.num_attention_heads * D, d, out_bias)
+        self.q_norm, self.k_norm, self.dropout = head_norm(), head_norm(), nn.Dropout(out_dropout)
+        self.head_dim, self.causal, self.rotate, self.p, self.slides = D, causal, rotate, dropout, slides
 
     def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if ctx.shared:
             q, k, v = map(ctx.shared.unpack, (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.rotate:
             q, k = (self.rotate(x, ctx.cos, ctx.sin) for x in (q, k))
         if past:
             k, v = past.extend(k, v)  # (B, H, S, D)
-        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and ctx.mask is None
+        mask = ctx.near if self.slides else ctx.mask
+        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
             q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
         elif groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        out = fast.attend(q, k, v, ctx.mask, causal, self.p if self.training else 0.0)
+        out = fast.attend(q, k, v, mask, causal, self.p if self.training else 0.0)
         out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
 
@@ -130,7 +135,7 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """LLaMA's."""
 
-    def __init__(self, c: config.LlamaConfig):
+    def __init__(self, c: config.LlamaStyle):
         super().__init__()
         d, inner = c.hidden_size, c.intermediate_size
         self.gate_proj = nn.Linear(d, inner, c.mlp_bias)
@@ -146,10 +151,15 @@ def layer_norm(c: config.Config) -> nn.Module:
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, c: config.LlamaConfig):
+    """LLaMA's, Mistral's, Qwen's and SmolLM3's: the config says what differs."""
+
+    def __init__(self, c: config.LlamaStyle, layer: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attn = Attention(c, bias=c.attention_bias, causal=True, rotate=rotate_halves, dropout=c.attention_dropout)
+        self.attn = Attention(c, bias=c.attention_bias or c.qkv_bias, out_bias=c.attention_bias, causal=True,
+                              rotate=rotate_halves if c.rotates(layer) else None, dropout=c.attention_dropout,
+                              head_norm=partial(nn.RMSNorm, c.d_head, c.rms_norm_eps) if c.qk_norm else nn.Identity,
+                              slides=c.slides(layer))
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
@@ -162,7 +172,7 @@ class GPTJBlock(nn.Module):
     def __init__(self, c: config.GPTJConfig):
         super().__init__()
         self.norm = layer_norm(c)
-        self.attn = Attention(c, bias=False, causal=True, rotate=rotate_neighbours,
+        self.attn = Attention(c, bias=False, out_bias=False, causal=True, rotate=rotate_neighbours,
                               dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
 
@@ -174,7 +184,7 @@ class GPTJBlock(nn.Module):
 class BertBlock(nn.Module):
     def __init__(self, c: config.BertConfig):
         super().__init__()
-        self.attn = Attention(c, bias=True, causal=False, rotate=None,
+        self.attn = Attention(c, bias=True, out_bias=True, causal=False, rotate=None,
                               dropout=c.attention_probs_dropout_prob, out_dropout=c.hidden_dropout_prob)
         self.attn_norm = layer_norm(c)
         self.mlp = MLP(c, c.hidden_dropout_prob)
@@ -202,11 +212,13 @@ class Transformer(nn.Module):
 
 
 class CausalLM(Transformer):
-    def __init__(self, c: config.Config, block: type[nn.Module], norm: nn.Module, dropout: nn.Module, head_bias: bool):
+    window = None  # how many tokens a layer sees where it slides
+
+    def __init__(self, c: config.Config, block: Callable, norm: nn.Module, dropout: nn.Module, head_bias: bool):
         super().__init__()
         self.config = c
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.blocks = nn.ModuleList(block(c) for _ in range(c.num_hidden_layers))
+        self.blocks = nn.ModuleList(map(block, range(c.num_hidden_layers)))
         self.norm = norm
         self.head = nn.Linear(c.hidden_size, c.vocab_size, head_bias)
         self.dropout = dropout
@@ -220,18 +232,23 @@ class CausalLM(Transformer):
         `cache` (see new_cache): input_ids continue it, in place, attention_mask (B, S) covers both; logits (B, last, V)
         of the `last` positions. `return_hidden`: see hidden_states."""
         T, past = input_ids.shape[1], cache[0].length if cache else 0
-        positions, mask = torch.arange(past, past + T, device=input_ids.device)[None], None
+        i, mask = torch.arange(past + T, device=input_ids.device), None
+        positions = i[None]  # (B, S), of all tokens seen so far
         if past and T > 1 and attention_mask is None:
             raise ValueError(f"{T} tokens at once after a cache of {past}: pass the attention_mask, padding included")
         if attention_mask is not None and (past and T > 1 or not attention_mask.all()):
             seen = attention_mask.bool()
-            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # padding takes no position
-            i = torch.arange(past + T, device=seen.device)  # padding sees itself: no row of the softmax is empty
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)  # padding takes no position
+            # padding sees itself: no row of the softmax is empty
             mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
+        near = mask
+        if self.window and past + T > self.window:
+            near = positions[:, None, None] > positions[:, None, -T:, None] - self.window
+            near = near & ((i <= i[past:, None]) if mask is None else mask)
         shared = SharedPrefix.of(input_ids, labels) if labels is not None and mask is None else None
         h = self.embed(shared.pack(input_ids) if shared else input_ids)  # (B, T, d): this is h0
-        angles = self.rotary(positions)[:, None]  # (B, 1, T, rotary/2)
-        ctx = Context(mask, angles.cos().to(h.dtype), angles.sin().to(h.dtype), shared)
+        angles = self.rotary(positions[:, -T:])[:, None]  # (B, 1, T, rotary/2)
+        ctx = Context(mask, near, angles.cos().to(h.dtype), angles.sin().to(h.dtype), shared)
         states = self.run(self.dropout(h), ctx, cache)
         if return_hidden:
             return [*states[:-1], self.norm(states[-1])]
@@ -264,11 +281,14 @@ class Llama(CausalLM):
         "input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm",
         "self_attn.q_proj": "attn.q_proj", "self_attn.k_proj": "attn.k_proj",
         "self_attn.v_proj": "attn.v_proj", "self_attn.o_proj": "attn.o_proj",
+        "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm",
         "mlp.gate_proj": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj", "mlp.down_proj": "mlp.down_proj",
-    }, unused=["layers.{}.self_attn.rotary_emb.inv_freq"])
+    })
 
-    def __init__(self, c: config.LlamaConfig):
-        super().__init__(c, LlamaBlock, nn.RMSNorm(c.hidden_size, c.rms_norm_eps), nn.Identity(), head_bias=False)
+    def __init__(self, c: config.LlamaStyle):
+        super().__init__(c, partial(LlamaBlock, c), nn.RMSNorm(c.hidden_size, c.rms_norm_eps), nn.Identity(),
+                         head_bias=False)
+        self.window = c.sliding_window if any(map(c.slides, range(c.num_hidden_layers))) else None
         self.rotary = partial(rotary_angles, dim=c.d_head, theta=c.rope_theta, scaling=c.rope_scaling)
 
 
@@ -280,7 +300,7 @@ class GPTJ(CausalLM):
     }, unused=["h.{}.attn.bias", "h.{}.attn.masked_bias"])  # old files hold the causal mask
 
     def __init__(self, c: config.GPTJConfig):
-        super().__init__(c, GPTJBlock, layer_norm(c), nn.Dropout(c.embd_pdrop), head_bias=True)
+        super().__init__(c, lambda _: GPTJBlock(c), layer_norm(c), nn.Dropout(c.embd_pdrop), head_bias=True)
         self.rotary = partial(rotary_angles, dim=c.rotary_dim or c.d_head, theta=10000.0)
 
 
@@ -327,7 +347,7 @@ class Bert(Transformer):
         "attention.self.value": "attn.v_proj", "attention.output.dense": "attn.o_proj",
         "attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "mlp_norm",
         "intermediate.dense": "mlp.fc_in", "output.dense": "mlp.fc_out",
-    }, unused=["embeddings.position_ids", "cls.predictions.bias"])
+    }, unused=["cls.predictions.bias"])
 
     def __init__(self, c: config.BertConfig, num_labels: int | None = None):
         super().__init__()
@@ -349,6 +369,9 @@ class Bert(Transformer):
             if not attention_mask[:, 0].all():  # padding on the left takes no position
                 positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        if self.config.type_vocab_size == 1 and token_type_ids is not None and types.any():
+            raise ValueError("token_type_ids: expected 0 throughout, this BERT has one type (type_vocab_size 1), got "
+                             "others, as of pairs of sentences; use another BERT")
         states = self.run(self.embeddings(input_ids, positions, types), Context(mask))
         if return_hidden:
             return states
@@ -361,7 +384,7 @@ class Bert(Transformer):
         return F.cross_entropy(logits, labels)
 
 
-FAMILIES = {"bert": Bert, "gptj": GPTJ, "llama": Llama}
+FAMILIES = {"bert": Bert, "gptj": GPTJ} | dict.fromkeys(config.LLAMAS, Llama)
 
 
 def from_pretrained(name_or_dir: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -387,15 +410,15 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base
 
     A BERT's head that the file lacks starts small and random. `base_bits` 8 or 4: the blocks' matrices are quantized as
     they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
-    expected, tied = dict(m.named_parameters()), m.config.tie_word_embeddings
+    expected = dict(m.named_parameters())
     for name, tensor in weights.tensors(path):
         new = weights.rename(name, m.names, path, m.prefix)
-        if new is None or new == "head.weight" and tied or new.startswith("classifier.") and m.classifier is None:
+        if new is None or new.startswith("classifier.") and m.classifier is None:
             continue
         if new not in expected:
             raise ValueError(f"{path}: unexpected tensor {files.quoted(name)} for this config.json")
-        if tensor.shape != expected[new].shape or not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {name!r}: expected floating-point numbers of shape "
+        if tensor.shape != expected[new].shape or tensor.dtype not in weights.DTYPES:
+            raise ValueError(f"{path}: tensor {name!r}: expected float16 to float64 numbers of shape "
                              f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
         if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
             name = new.removesuffix(".weight")
@@ -403,15 +426,28 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base
         else:
             put(m, new, tensor.to(device, dtype))
         del expected[new]
-    if tied:
-        del expected["head.weight"]
-        m.head.weight = m.embed.weight
+    if m.config.tie_word_embeddings:
+        tie(m, expected)
     if missing := [n for n in expected if not n.startswith("classifier.")]:
         raise ValueError(f"{path}: {len(missing)} tensors are missing for a {type(m).__name__}, such as {missing[0]!r}")
     for name, empty in expected.items():  # a new head: small weights, no bias
         draw = torch.randn if name.endswith("weight") else torch.zeros
         put(m, name, (draw(empty.shape, dtype=dtype) * 0.02).to(device))
     return m.eval()
+
+
+def tie(m: nn.Module, missing: dict) -> None:
+    """The head becomes the embedding, or what is there of the two both; as in transformers, a head that the file has
+    and that differs stays a head of its own."""
+    names = "head.weight", "embed.weight"
+    ends = [m.get_parameter(name) for name in names]
+    there = [w for name, w in zip(names, ends, strict=True) if missing.pop(name, None) is None]
+    if len(there) == 2 and not torch.equal(*there):
+        m.config = replace(m.config, tie_word_embeddings=False)
+    elif there:
+        m.head.weight = m.embed.weight = there[-1]
+    else:
+        missing["embed.weight"] = ends[1]
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):

@@ -65,6 +65,13 @@ class Reader:
         return self.data[self.at - size:self.at]
 
 
+def refuse_pointer(file: Path) -> None:
+    """ValueError if Git left a pointer where a large file should be."""
+    with open(file, "rb") as f:
+        if f.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{file}: expected the file itself, got a Git-LFS pointer to it; run `git lfs pull` there")
+
+
 def read_safetensors(file: Path) -> Tensors:
     try:
         with safe_open(file, "pt") as f:
@@ -81,12 +88,17 @@ def read_safetensors(file: Path) -> Tensors:
         raise ValueError(f"{file}: not a whole safetensors file ({one_line(e)}); fetch or copy it again") from None
 
 
+def require_shapes(expected: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], path: Path) -> None:
+    """ValueError names the first missing, unexpected or mis-shaped tensor of `stored`."""
+    for name in sorted(expected.keys() | stored.keys()):
+        want, got = (tuple(x[name].shape) if name in x else "none" for x in (expected, stored))
+        if got != want:
+            raise ValueError(f"{path}: tensor {quoted(name)}: expected {want}, got {got}")
+
+
 def assign(parameters: dict[str, torch.nn.Parameter], stored: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies all of `stored`, or none: ValueError names the first missing, unexpected or mis-shaped tensor."""
-    for name in sorted(parameters.keys() | stored.keys()):
-        expected, got = (tuple(x[name].shape) if name in x else "none" for x in (parameters, stored))
-        if got != expected:
-            raise ValueError(f"{path}: tensor {quoted(name)}: expected {expected}, got {got}")
+    """Copies all of `stored`, or none, as require_shapes says."""
+    require_shapes(parameters, stored, path)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(parallel.local_shard(stored[name], p))
@@ -105,11 +117,15 @@ def write_tensors(file: Path, stored: dict[str, torch.Tensor], metadata: dict[st
 
 
 def write(file: Path, fill: Callable[[Path], object] | str) -> None:
-    """Writes text, or what fill(draft) writes, to a draft, flushes and renames it: whole or not at all."""
+    """Writes text, or what fill(draft) writes, to a draft, flushes and renames it: whole or not at all, and for others
+    to read as the umask says."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{os.getpid()}.{file.name}")  # keeps the suffix, a picture's format
     try:
+        draft.touch()
+        mode = draft.stat().st_mode
         draft.write_text(fill, "utf-8") if isinstance(fill, str) else fill(draft)
+        draft.chmod(mode)  # safetensors makes a file of its own, which only its owner reads
         flush(draft)
         os.replace(draft, file)
         flush(file.parent)
@@ -132,6 +148,7 @@ def read_json(file: Path) -> dict:
     """The JSON object in `file`; ValueError names the file and line if there is none."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
+    refuse_pointer(file)
     if not isinstance(found := parse_json(file.read_bytes(), file), dict):
         raise ValueError(f"{file}: expected an object, got a JSON {type(found).__name__}")
     return found

@@ -13,6 +13,8 @@ hypothesis draws instead of a seed."""
 import argparse
 import contextlib
 import copy
+import gzip
+import importlib.util
 import io
 import json
 import math
@@ -42,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model
 import sibo
-from sibo_lab import files
-from sibo_lab.backbone import gguf, tokenizer
+from sibo_lab import export, files
+from sibo_lab.backbone import chat_template, gguf, tokenizer
 from sibo_lab.data import download, readers, tasks
 from sibo_lab.evaluation import answers
 
@@ -150,6 +152,12 @@ LLAMA = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_l
 GPTJ = {"model_type": "gptj", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_inner": None,
         "n_positions": 16, "rotary_dim": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False}
+QWEN = LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
+                "layer_types": ["sliding_attention"], "rope_scaling": None, "rope_parameters": {
+                    "rope_type": "longrope", "rope_theta": 100.0, "factor": 1.0, "attention_factor": 1.0,
+                    "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}}
+SMOLLM3 = LLAMA | {"model_type": "smollm3", "no_rope_layers": [0], "no_rope_layer_interval": 4, "sliding_window": None,
+                   "use_sliding_window": False, "layer_types": None}
 BERT = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 8, "max_position_embeddings": 16, "type_vocab_size": 2, "hidden_act": "gelu",
         "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
@@ -198,13 +206,15 @@ def a_gguf(fields: dict, tensors: list) -> bytes:
     return out + bytes(min(max((t[3] + 4 * math.prod(t[1]) for t in tensors), default=0), 1 << 15))
 
 
-def gguf_parts() -> tuple[dict, list]:
+def gguf_parts(family: str = "llama") -> tuple[dict, list]:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab"]
-    spec = LLAMA | {"vocab_size": len(pieces), "rope_scaling": None}
-    fields = {"general.architecture": "llama", "general.alignment": 32, "llama.embedding_length": 8,
-              "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1, "llama.block_count": 1,
-              "llama.feed_forward_length": 8, "llama.attention.layer_norm_rms_epsilon": 1e-6,
-              "llama.context_length": 16, "llama.rope.freq_base": 10000.0, "llama.attention.key_length": 4,
+    spec = LLAMA | {"model_type": family, "vocab_size": len(pieces), "rope_scaling": None}
+    own = {"embedding_length": 8, "attention.head_count": 2, "attention.head_count_kv": 1, "block_count": 1,
+           "feed_forward_length": 8, "attention.layer_norm_rms_epsilon": 1e-6, "context_length": 16,
+           "rope.freq_base": 10000.0, "attention.key_length": 4, "attention.value_length": 4,
+           "rope.scaling.type": "linear", "rope.scaling.factor": 2.0, "expert_count": 0}
+    fields = {"general.architecture": family, "general.alignment": 32,
+              **{f"{family}.{key}": value for key, value in own.items()},
               "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
               "tokenizer.ggml.scores": [float(-i) for i in range(len(pieces))],
               "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5], "tokenizer.ggml.bos_token_id": 1,
@@ -212,7 +222,8 @@ def gguf_parts() -> tuple[dict, list]:
     shapes = {re.sub(r"^model\.", "", name): list(t.shape) for name, t in weights(spec).items()}
     tensors, offset = [], 0
     for theirs, ours in gguf.NAMES.items():
-        shape = shapes[re.sub(r"^model\.", "", ours).replace("{}", "0")]
+        if not (shape := shapes.get(re.sub(r"^model\.", "", ours).replace("{}", "0"))):
+            continue  # a bias, or another family's
         tensors.append([theirs.replace("{}", "0"), shape[::-1], 0, offset])
         offset += -(-4 * int(np.prod(shape)) // 32) * 32
     return fields, tensors
@@ -331,8 +342,19 @@ def read_adapter(folder: Path) -> None:
     sibo.load(blank(), folder)(torch.tensor([[1, 2, 3]]))
 
 
+def read_peft(folder: Path) -> None:
+    export.from_peft(blank(), folder)(torch.tensor([[1, 2, 3]]))
+
+
+def read_chat(folder: Path) -> None:
+    chat = chat_template.Chat(folder, tokenizer.from_pretrained(folder))
+    turns = [("system", "s"), ("user", "ab"), ("assistant", "b a"), ("user", "a"), ("assistant", "ab")]
+    for some in (turns, turns[1:3]):
+        chat.encode(chat.prompt(some[:-1]) + "".join(text for text, _ in chat.pieces(some)))
+
+
 def read_data(folder: Path) -> None:
-    for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.json*"))]:
+    for task in [*tasks.TASKS.values(), *(tasks.task(str(f)) for f in folder.glob("own.*"))]:
         for split, names in (("train", task.train), ("test", task.test)):
             if names and all((folder / file).is_file() for file in names):
                 for row in readers.load(task, split, folder):
@@ -364,7 +386,7 @@ def safetensors_file(draw: Random, valid: bytes) -> bytes:
 
 def config_cases() -> list[Case]:
     return [Case({"config.json": written(spec), "model.safetensors": save(weights(spec))},
-                 {"config.json": partial(json_file, valid=spec)}) for spec in (LLAMA, GPTJ, BERT)]
+                 {"config.json": partial(json_file, valid=spec)}) for spec in (LLAMA, GPTJ, BERT, QWEN, SMOLLM3)]
 
 
 def tokenizer_json_cases() -> list[Case]:
@@ -508,9 +530,11 @@ def gguf_of(draw: Random, fields: dict, tensors: list) -> bytes:
 
 
 def gguf_cases() -> list[Case]:
-    parts, whole = gguf_parts(), a_gguf(*gguf_parts())
-    return [Case({"m.gguf": whole}, {"m.gguf": lambda draw: gguf_of(draw, *parts) if draw.randrange(3) else
-                                     bytes_of(draw, whole)})]
+    def spoilt(draw: Random, parts: tuple) -> bytes:
+        return gguf_of(draw, *parts) if draw.randrange(3) else bytes_of(draw, a_gguf(*parts))
+
+    return [Case({"m.gguf": a_gguf(*parts)}, {"m.gguf": partial(spoilt, parts=parts)})
+            for parts in map(gguf_parts, ("llama", "qwen3"))]
 
 
 def adapter_cases() -> list[Case]:
@@ -545,6 +569,28 @@ def adapter_case(stored: dict[str, torch.Tensor], spec: dict) -> Case:
     return Case({"adapter.safetensors": whole}, {"adapter.safetensors": spoilt})
 
 
+def peft_cases() -> list[Case]:
+    """With what peft writes of every key, and what its oldest versions wrote."""
+    name, d = "base_model.model.model.layers.0.self_attn.q_proj", LLAMA["hidden_size"]
+    stored = {f"{name}.lora_A.weight": torch.ones(2, d), f"{name}.lora_B.weight": torch.ones(d, 2),
+              "base_model.model.model.norm.weight": torch.ones(d)}
+    spec = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+            "target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*v_proj", "modules_to_save": ["model.norm"],
+            "rank_pattern": {r"layers\.\d+.self_attn.(q|k)_proj": 2}, "alpha_pattern": {"q_proj": 16},
+            "layers_to_transform": [0], "layers_pattern": ["layers"], "use_rslora": True, "bias": "none",
+            "use_dora": False, "init_lora_weights": True, "eva_config": None, "loftq_config": {}}
+
+    def spoilt(draw: Random) -> bytes:
+        name = draw.choice([*stored, "base_model.model.lm_head.base_layer.weight"])
+        return saved(stored | {name: draw.choice([torch.ones(2, d), torch.ones(1), torch.ones(2, d).expand(99, 2, d)])})
+
+    files = {"adapter_config.json": written(spec)}
+    return [Case(files | {"adapter_model.safetensors": save(stored)}, {
+                "adapter_config.json": partial(json_file, valid=spec),
+                "adapter_model.safetensors": partial(safetensors_file, valid=save(stored))}),
+            Case(files | {"adapter_model.bin": saved(stored)}, {"adapter_model.bin": spoilt})]
+
+
 def data_json_cases() -> list[Case]:
     question = "Please choose: what?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2/answer3/answer4"
     files = {
@@ -561,18 +607,99 @@ def data_jsonl_cases() -> list[Case]:
     files = {"own.jsonl": [{"instruction": f"Say {i}.", "output": "ab"} for i in range(3)],
              "raw/gsm8k/train.jsonl": [{"question": "How?", "answer": "48/2 = <<48/2=24>>24\n#### 1,024"}] * 2}
 
+    return [Case({name: b"\n".join(map(written, rows))}, {name: partial(lines_of, rows=rows)})
+            for name, rows in files.items()]
+
+
+CHATML = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m.content | trim }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+SPELLS = [
+    "{{ messages.__class__.__mro__ }}", "{{ ''.__class__ }}", "{{ cycler.__init__.__globals__ }}", "{% for m in x %}",
+    "{{ messages | attr('__class__') }}", "{{ '%s'.format(messages) }}", "{{ '{0.__class__}'.format(1) }}", "{{ 1/0 }}",
+    "{{ messages.append(1) }}", "{% include 'a' %}", "{% import 'os' as os %}", "{{ raise_exception('no\n\nno') }}",
+    "{{ messages[9] }}", "{{ messages[9].content }}", "{{ lipsum() }}", "{% for i in range(10 ** 9) %}a{% endfor %}",
+    "{{ namespace(a=1).__init__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ bos_token }}", "{# ",
+    "{{ strftime_now('%Y') }}", "{% generation %}", "{% endgeneration %}", "{{ messages | tojson }}", "{{ messages }}",
+    "{{ dict(a=1).__class__ }}", "{% break %}", "{{ (1).__class__ }}", "\ufdd0", "{{ joiner.__call__ }}"]
+
+
+def template_of(draw: Random) -> str:
+    """A spell put in, at a border between tags more often than elsewhere; or a piece of the template gone or twice."""
+    text = CHATML
+    for _ in range(draw.choice((1, 1, 2))):
+        at = draw.choice([m.start() for m in re.finditer(r"\{[%{]|$", text)]) if draw.random() < 0.7 else draw.randint(
+            0, len(text))
+        text = text[:at] + draw.choice([draw.choice(SPELLS), "", text[at:at + 20]]) + text[at + draw.choice((0, 0, 9)):]
+    return text
+
+
+def chat_cases() -> list[Case]:
+    def spoilt(draw: Random) -> bytes:
+        return template_of(draw).encode() if draw.random() < 0.8 else bytes_of(draw, CHATML.encode())
+
+    fixed = {"config.json": b"{}", "tokenizer.json": written(FALLBACK)}
+    return [Case(fixed | {"chat_template.jinja": CHATML.encode()}, {"chat_template.jinja": spoilt}),
+            Case(fixed | {"tokenizer_config.json": written({"chat_template": CHATML})}, {
+                "tokenizer_config.json": partial(json_file, valid={"chat_template": [
+                    {"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]})})]
+
+
+MESSAGES = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": f"Say {i}."},
+                          {"role": "assistant", "content": "ab"}], "answer": "b"} for i in range(3)]
+ROWS = [{"prompt": f"Say {i}.", "completion": i, "system": "s", "history": [["a", "b"]]} for i in range(3)]
+SHAREGPT = [{"conversations": [{"from": "human", "value": f"Say {i}."}, {"from": "gpt", "value": "ab"}]}
+            for i in range(3)]
+
+
+def a_parquet(rows: object) -> bytes:
+    """ValueError, TypeError or ArrowException for rows that Parquet does not hold."""
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def rows_cases() -> list[Case]:
+    """A user's own rows, in other forms than data.json's."""
+    def a_csv(rows: list[dict]) -> bytes:
+        lines = [",".join(rows[0]), *(",".join(f'"{x}"' for x in row.values()) for row in rows)]
+        return "\n".join(lines).encode()
+
+    def packed(draw: Random) -> bytes:
+        spoilt = gzip.compress(written(json_of(draw, SHAREGPT)), 1, mtime=0)
+        return spoilt if draw.randrange(2) else bytes_of(draw, gzip.compress(written(SHAREGPT), 1, mtime=0))
+
+    def table(draw: Random) -> bytes:
+        whole = a_csv(asked)
+        return bytes_of(draw, whole) if draw.randrange(2) else table_of(draw, whole.decode().split("\n"), ",")
+
+    def columns(draw: Random) -> bytes:
+        with contextlib.suppress(Exception):  # what Parquet does not hold
+            return a_parquet(json_of(draw, draw.choice([MESSAGES, ROWS])))
+        return bytes_of(draw, a_parquet(MESSAGES))
+
+    asked = [{"question": f"Say {i}, now?", "answer": "ab"} for i in range(3)]
+    cases = [Case({"own.json": written(MESSAGES)}, {"own.json": partial(json_file, valid=MESSAGES)}),
+             Case({"own.jsonl": b"\n".join(map(written, ROWS))}, {"own.jsonl": partial(lines_of, rows=ROWS)}),
+             Case({"own.json.gz": gzip.compress(written(SHAREGPT))}, {"own.json.gz": packed}),
+             Case({"own.csv": a_csv(asked)}, {"own.csv": table})]
+    if importlib.util.find_spec("pyarrow"):
+        cases.append(Case({"own.parquet": a_parquet(MESSAGES)}, {"own.parquet": columns}))
+    return cases
+
+
+def lines_of(draw: Random, rows: list) -> bytes:
+    """JSON lines."""
     def lines(found: object) -> bytes:
         return b"\n".join(map(written, found)) if isinstance(found, list) else written(found)
 
-    def spoilt(draw: Random, rows: list) -> bytes:
-        return lines(json_of(draw, rows)) if draw.randrange(3) else bytes_of(draw, lines(rows))
-
-    return [Case({name: lines(rows)}, {name: partial(spoilt, rows=rows)}) for name, rows in files.items()]
+    return lines(json_of(draw, rows)) if draw.randrange(3) else bytes_of(draw, lines(rows))
 
 
-def table_of(draw: Random, lines: list[str]) -> bytes:
+def table_of(draw: Random, lines: list[str], between: str = "\t") -> bytes:
     """A cell becomes something else, or columns and lines come and go."""
-    rows = [line.split("\t") for line in lines]
+    rows = [line.split(between) for line in lines]
     for _ in range(draw.choice((1, 1, 2, 3))):
         row = draw.choice(rows)
         match draw.randint(0, 3):
@@ -586,7 +713,7 @@ def table_of(draw: Random, lines: list[str]) -> bytes:
                 row.pop()
             case _:
                 rows.append(list(row))
-    return "\n".join("\t".join(row) for row in rows).encode()
+    return "\n".join(between.join(row) for row in rows).encode()
 
 
 def data_tsv_cases() -> list[Case]:
@@ -643,7 +770,8 @@ FORMATS: dict[str, tuple[Callable[[], list[Case]], Callable[[Path], None]]] = {
     "index": (index_cases, read_model), "bin": (bin_cases, read_model), "gguf": (gguf_cases, read_gguf),
     "tokenizer.json": (tokenizer_json_cases, read_tokenizer), "vocab.txt": (vocab_cases, read_tokenizer),
     "merges.txt": (merges_cases, read_tokenizer), "tokenizer.model": (tokenizer_model_cases, read_tokenizer),
-    "adapter": (adapter_cases, read_adapter), "data.json": (data_json_cases, read_data),
+    "chat": (chat_cases, read_chat), "adapter": (adapter_cases, read_adapter), "peft": (peft_cases, read_peft),
+    "rows": (rows_cases, read_data), "data.json": (data_json_cases, read_data),
     "data.jsonl": (data_jsonl_cases, read_data), "data.tsv": (data_tsv_cases, read_data), "zip": (zip_cases, read_zip),
 }
 

@@ -1,21 +1,22 @@
-"""What leaves for peft and transformers computes there what it does here, and what comes from peft here what there."""
+"""What leaves for peft and transformers computes there what it does here."""
 
 import json
+import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
+from transformers import AutoModelForCausalLM
+from twins import edit_tensors, pair
 
 import eval as evaluation
 import model
 import sibo
 import train
 from sibo_lab import cli, export
+from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes
-
-FAMILIES = ("llama", "gptj", "bert")
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
@@ -45,39 +46,6 @@ def test_only_the_adapted_modules_are_adapted_there_not_all_of_their_name(tmp_pa
     torch.testing.assert_close(output(loaded, ids()), output(ours, ids()), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_that_peft_saved_loads_here_and_computes_the_same(family, tmp_path):
-    import peft
-
-    theirs, ours = twins(family, tmp_path / "base")
-    targets = {"bert": ["query", "value"]}.get(family, ["q_proj", "v_proj"])
-    loaded = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets)).eval()
-    with torch.no_grad():
-        for n, p in loaded.named_parameters():
-            if "lora_" in n:
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.4)
-    loaded.save_pretrained(tmp_path / "peft")
-    export.from_peft(ours, tmp_path / "peft")
-    assert ours.sibo.rank == 3 and ours.sibo.alpha == 7 and len(sibo_layers(ours)) == 4
-    torch.testing.assert_close(output(ours, ids()), output(loaded, ids()), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(("change", "says"), [
-    ({"use_dora": True}, "expected use_dora False, as in plain LoRA, got True"),
-    ({"peft_type": "IA3"}, "expected peft_type 'LORA', as in plain LoRA, got 'IA3'"),
-    ({"rank_pattern": {"q_proj": 8}}, "expected rank_pattern {}, as in plain LoRA, got {'q_proj': 8}"),
-    ({"use_rslora": True}, "expected use_rslora False, as in plain LoRA, got True"),
-    ({"lora_alpha": None}, "alpha: expected .*, got None"), ({"r": [3]}, r"rank: expected at least 1, got \[3\]"),
-])
-def test_what_is_not_plain_lora_is_refused_by_name(change, says, tmp_path):
-    _, ours = twins("llama", tmp_path / "base")
-    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 16)},
-              tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6} | change))
-    with pytest.raises(ValueError, match=says):
-        export.from_peft(ours, tmp_path)
-
-
 @pytest.mark.parametrize(("name", "says"), [
     ("lora-sibo", "expected a plain LoRA, got λ = 0.3: peft has no h0"),
     ("adapter", "expected a plain LoRA, got adapters"), ("adapter-sibo", "expected a plain LoRA, got adapters"),
@@ -98,6 +66,28 @@ def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, t
     torch.testing.assert_close(output(loaded, ids()), expected, rtol=0, atol=2e-5)
     again = model.from_pretrained(tmp_path / "hf", num_labels=3 if head else None)
     torch.testing.assert_close(output(again, ids()), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, tmp_path):
+    theirs, ours = pair(family, tmp_path / "base")
+    expected = stir(inject(ours, "lora"))(ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(loaded) is type(theirs)
+    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_its_config_calls_tied_but_is_not_leaves_as_its_own(tmp_path):
+    pair("qwen2", tmp_path / "base", tie_word_embeddings=True)
+    edit_tensors(tmp_path / "base", lambda stored: stored.update(
+        {"lm_head.weight": stored["model.embed_tokens.weight"] + 1}))
+    ours = model.from_pretrained(tmp_path / "base")
+    expected = ours(ids())
+    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lora-sibo", "lora, learned λ"])
@@ -122,6 +112,44 @@ def test_what_no_weight_holds_is_refused_with_the_reason(name, says, tmp_path):
     assert not (tmp_path / "hf").exists() and hasattr(sibo, "merge")
 
 
+def test_templates_and_tokenizer_files_come_along_and_others_may_read_them(tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    texts = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/rag.jinja": "rag", "vocab.json": "{}",
+             "tokenizer_config.json": '{"legacy": true}', "notes.md": "no"}
+    for name, text in texts.items():
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text(text)
+        (tmp_path / "base" / name).chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        export.to_hugging_face(inject(ours, "lora"), tmp_path / "hf", tmp_path / "base")
+    finally:
+        os.umask(before)
+    written = {str(f.relative_to(tmp_path / "hf")): f for f in (tmp_path / "hf").rglob("*") if f.is_file()}
+    assert {n: f.read_text() for n, f in written.items() if n in texts} == {n: texts[n] for n in list(texts)[:-1]}
+    assert {f.stat().st_mode & 0o777 for f in written.values()} == {0o644} and "model.safetensors" in written
+
+
+def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path):
+    import fuzz
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fields, tensors = fuzz.gguf_parts()
+    file = tmp_path / "m.gguf"
+    file.write_bytes(fuzz.a_gguf(fields | {"tokenizer.chat_template": "{{ messages[0]['content'] }}"}, tensors))
+    ours = model.from_pretrained(file)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    expected = stir(inject(ours, "lora"))(ids())
+    export.to_hugging_face(ours, tmp_path / "hf", file)
+    loaded, t = (kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    torch.testing.assert_close(loaded(ids()).logits, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert t("ab a")["input_ids"] == tokenizer.from_pretrained(file).encode("ab a")
+    assert t.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+    assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (1, 2)
+    assert torch.equal(model.from_pretrained(tmp_path / "hf")(ids()), ours(ids()))
+
+
 def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):
     _, ours = twins("llama", tmp_path / "base")
     sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj")
@@ -132,7 +160,6 @@ def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_
 
 def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_path, tiny_llama, capsys):
     import peft
-    from transformers import AutoModelForCausalLM
 
     def run(module, *args):
         cli.run(module.main, module.parser(), list(map(str, args)))

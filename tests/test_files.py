@@ -1,6 +1,7 @@
 """files.py: a write is whole or not at all, and tensors come back bit by bit."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import save_file
 from twins import refused
 
 from sibo_lab import files
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):
@@ -39,6 +42,28 @@ def test_write_makes_the_folder_and_replaces_the_file(tmp_path):
     files.write(file, "old")
     files.write(file, lambda draft: draft.write_bytes(draft.suffix.encode()))
     assert file.read_bytes() == b".png" and os.listdir(file.parent) == ["curves.png"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("fill", [
+    "text", lambda draft: draft.write_bytes(b"bytes"), lambda draft: save_file({"a": torch.ones(2)}, draft)],
+    ids=["text", "bytes", "tensors"])
+def test_others_may_read_a_file_as_the_umask_says(tmp_path, umask, fill):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # made, and replaced
+            files.write(tmp_path / "new" / "file", fill)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new" / "file", tmp_path / "new")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask]
+
+
+def test_nothing_is_written_past_write():
+    own = "save_file(", "torch.save(", "mkstemp", "NamedTemporaryFile", ".write_text(", ".write_bytes(", "os.open("
+    written = {(file.name, word) for file in (ROOT / "sibo_lab").rglob("*.py") for word in own
+               if word in file.read_text("utf-8")}
+    assert {name for name, _ in written} == {"files.py", "cli.py", "estimate.py"}  # /dev/null, /proc
 
 
 def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_write_returns(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import FAMILIES, LLAMA3, assert_near, assert_same_model, padded, pair, theirs_of, words
+from twins import CAUSAL, FAMILIES, LLAMA3, assert_near, assert_same_model, padded, pair, refused, theirs_of, words
 
 import model
+from sibo_lab import export
 from sibo_lab.backbone import generate, locate, tokenizer
 
 SENTENCES = [
@@ -51,17 +52,34 @@ def test_minilm_has_transformers_hidden_states_on_real_sentences():
 # -------------------------------------------------------------------------------------------- the spread of configs
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.fixed_dictionaries({
-    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([None, 4, 12]),
-    "tie_word_embeddings": st.booleans(), "attention_bias": st.booleans(), "mlp_bias": st.booleans(),
-    "rms_norm_eps": st.sampled_from([1e-6, 1e-2]),
+BIASES = {"attention_bias": st.booleans()}
+SLIDES = st.sampled_from([{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+                          {"use_sliding_window": True, "sliding_window": 16, "layer_types": [
+                              "sliding_attention", "full_attention"]}])
+OWN = {  # settings that a family has and others have not
+    "llama": st.fixed_dictionaries(BIASES | {"mlp_bias": st.booleans()}),
+    "mistral": st.fixed_dictionaries({"sliding_window": st.sampled_from([None, 1, 7, 4096])}),
+    "qwen2": SLIDES,
+    "qwen3": st.builds(dict.__or__, SLIDES, st.fixed_dictionaries(BIASES)),
+    "smollm3": st.builds(dict.__or__, st.sampled_from([
+        {}, {"no_rope_layers": [0, 1]}, {"no_rope_layer_interval": 1}, {
+            "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9}]),
+        st.fixed_dictionaries(BIASES | {"mlp_bias": st.booleans()})),
+}
+SHARED = st.fixed_dictionaries({
+    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([8, 4, 12]),
+    "tie_word_embeddings": st.booleans(), "rms_norm_eps": st.sampled_from([1e-6, 1e-2]),
     "rope_parameters": st.builds(
         lambda theta, scaling: {"rope_theta": theta, **scaling}, st.sampled_from([100.0, 10000.0, 500000.0]),
-        st.sampled_from([{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3]))}),
-    st.integers(0, 5))
-def test_llamas_of_every_kind_have_transformers_numbers(tmp_path_factory, changes, seed):
-    theirs, ours = pair("llama", tmp_path_factory.mktemp("llama"), seed, **changes)
+        st.sampled_from([{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3]))})
+
+
+@pytest.mark.parametrize("family", OWN)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data(), seed=st.integers(0, 5))
+def test_llamas_of_every_kind_have_transformers_numbers(tmp_path_factory, family, data, seed):
+    changes = data.draw(SHARED) | data.draw(OWN[family])
+    theirs, ours = pair(family, tmp_path_factory.mktemp(family), seed, **changes)
     assert_same_model(ours, theirs, words(2, 40, seed=seed))
 
 
@@ -122,11 +140,46 @@ def test_the_order_of_a_batch_changes_nothing(tmp_path, family):
     assert_near(m(ids[order], mask[order]), m(ids, mask)[order], 1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("T", [1, 2])
 def test_texts_of_one_and_two_tokens_have_transformers_numbers(tmp_path, family, T):
     theirs, ours = pair(family, tmp_path)
     assert_same_model(ours, theirs, words(3, T))
+
+
+# ------------------------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("T, masks", [(5, [None] * 2), (6, ["near"] * 2)])
+def test_a_window_that_no_text_reaches_costs_no_mask(tmp_path, monkeypatch, T, masks):
+    _, m = pair("mistral", tmp_path, sliding_window=5)
+    seen = []
+    monkeypatch.setattr(model.fast, "attend", lambda q, k, v, mask, *how: seen.append(mask) or v)
+    m(words(1, T))
+    assert [mask is None for mask in seen] == [mask is None for mask in masks]
+
+
+def test_a_window_shows_a_token_itself_and_those_just_before_it(tmp_path):
+    _, m = pair("mistral", tmp_path, sliding_window=3, num_hidden_layers=1)
+    ids = words(1, 8)
+    for changed in range(8):
+        other = ids.clone()
+        other[0, changed] += 1 - 2 * (other[0, changed] > 30)
+        moved = ((m(ids) - m(other)).abs().amax(-1)[0] > 1e-6).nonzero()[:, 0].tolist()
+        assert moved == list(range(changed, min(changed + 3, 8)))
+
+
+@pytest.mark.parametrize("family, changes, slides, rotates", [
+    ("mistral", {}, [True] * 4, [True] * 4), ("mistral", {"sliding_window": None}, [False] * 4, [True] * 4),
+    ("qwen2", {"max_window_layers": 3}, [False, False, False, True], [True] * 4),
+    ("qwen3", {"use_sliding_window": False, "max_window_layers": 0, "sliding_window": 9}, [False] * 4, [True] * 4),
+    ("smollm3", {"no_rope_layer_interval": 3}, [False] * 4, [True, True, False, True]),
+    ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 9},
+     [True, False, False, True], [False, True, True, False])])
+def test_the_config_says_which_layers_have_a_window_and_which_positions(family, changes, slides, rotates):
+    spec = theirs_of(family, num_hidden_layers=4, **changes).config.to_dict()
+    blocks = model.build(spec | {"layer_types": None}).blocks
+    assert [b.attn.slides for b in blocks] == slides and [b.attn.rotate is not None for b in blocks] == rotates
 
 
 # ----------------------------------------------------------------------------------------------- loss and gradients
@@ -138,11 +191,23 @@ def labelled(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, torch.where((mask.bool()) & (ids % 3 > 0), ids, -100)
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_the_loss_is_transformers_loss(tmp_path, family):
     theirs, ours = pair(family, tmp_path)
     ids, mask, labels = labelled("right")
     assert_near(model.loss(ours, ids, labels, mask), theirs(ids, attention_mask=mask, labels=labels).loss, 1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_gradients_are_transformers_gradients(tmp_path, family):
+    theirs, ours = pair(family, tmp_path)
+    ids, mask, labels = labelled("right")
+    theirs(ids, attention_mask=mask, labels=labels).loss.backward()
+    model.loss(ours, ids, labels, mask).backward()
+    names = {export.their_name(ours, n): p for n, p in ours.named_parameters()}
+    assert names.keys() == dict(theirs.named_parameters()).keys()
+    for name, p in theirs.named_parameters():
+        assert_near(names[name].grad, p.grad, 1e-4 * max(1, float(p.grad.abs().max())))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -179,7 +244,7 @@ def test_logits_exist_at_labelled_positions_only_and_never_all_at_once(tmp_path)
     assert set(rows.seen) - {m.config.hidden_size} == {256, 680 - 2 * 256}  # but for the head's transposed weight
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_rows_that_begin_alike_share_that_part_and_lose_nothing(tmp_path, family):
     """A frame common to all rows is computed once; the loss and all gradients are those of rows computed one by one."""
     _, m = pair(family, tmp_path)
@@ -225,8 +290,8 @@ def test_berts_classifier_has_transformers_logits_and_loss(tmp_path, num_labels)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient_dropout_included(tmp_path, family):
-    dropout = {"llama": {"attention_dropout": 0.1}, "gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "bert": {}}
-    _, m = pair(family, tmp_path, **dropout[family])
+    dropout = {"gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "bert": {}}.get(family, {"attention_dropout": 0.1})
+    _, m = pair(family, tmp_path, **dropout)
     ids, mask, labels = labelled("right")
 
     def gradients(on: bool) -> list[torch.Tensor]:
@@ -260,6 +325,14 @@ def test_bert_refuses_more_tokens_than_it_has_positions(tmp_path):
     m(words(1, 64))
     with pytest.raises(ValueError, match="expected at most 64 tokens, .* got 65"):
         m(words(1, 65))
+
+
+def test_pairs_in_a_bert_of_one_segment_are_refused_and_single_sentences_are_not(tmp_path):
+    theirs, ours = pair("bert", tmp_path, type_vocab_size=1)
+    ids = words(2, 8)
+    assert_same_model(ours, theirs, ids, token_type_ids=torch.zeros_like(ids))
+    with refused("token_type_ids: expected 0 throughout", "type_vocab_size 1"):
+        ours(ids, token_type_ids=ids % 2)
 
 
 def test_several_tokens_behind_a_cache_need_their_mask(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def test_a_grid_continues_where_it_stopped_and_ends_in_one_table(monkeypatch, ca
     code, out, err = run_train(monkeypatch, capsys, *args, "--seeds", "0,1")
     assert code == 0 and "2 of 4 runs are finished" in err and "against plain" in out
     assert len(list(tmp_path.iterdir())) == 4 and all(f.stat().st_mtime_ns == t for f, t in written.items())
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_weights_that_are_not_there_are_said_before_anything_is_written(monkeypatch, capsys, tmp_path, tiny_llama,
+                                                                        missing):
+    folder = shutil.copytree(tiny_llama, tmp_path / "backbone")
+    (folder / "model.safetensors").unlink() if missing else (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    code, _, err = run_train(monkeypatch, capsys, "--backbone", folder, "--steps", 1, "--out", tmp_path / "run")
+    assert code == 2 and ("got none" if missing else "got a Git-LFS pointer") in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_are_not_for_a_bert_of_one_segment(monkeypatch, capsys, tmp_path, tiny_bert):
+    folder = shutil.copytree(tiny_bert, tmp_path / "backbone")
+    config = json.loads((folder / "config.json").read_text()) | {"type_vocab_size": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run_train(monkeypatch, capsys, "--backbone", folder, "--task", "mrpc", "--dry-run")
+    assert code == 2 and "its pairs of sentences need a BERT of two segments" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("both", ["mawps+word-problems", "word-problems+mawps"])

@@ -11,7 +11,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPTJConfig, LlamaConfig
+from transformers import (
+    BertConfig,
+    GPTJConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 import model
 
@@ -20,7 +28,13 @@ LLAMA = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 GPTJ = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128}
 BERT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64}
-FAMILIES = {"llama": (LlamaConfig, LLAMA), "gptj": (GPTJConfig, GPTJ), "bert": (BertConfig, BERT)}
+LLAMAS = {  # with windows that are shorter than the texts
+    "llama": (LlamaConfig, LLAMA), "mistral": (MistralConfig, LLAMA | {"sliding_window": 5}),
+    "qwen2": (Qwen2Config, LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, LLAMA | {"head_dim": 12}),
+    "smollm3": (SmolLM3Config, LLAMA | {"no_rope_layer_interval": 2, "pad_token_id": 0})}
+CAUSAL = LLAMAS | {"gptj": (GPTJConfig, GPTJ)}
+FAMILIES = CAUSAL | {"bert": (BertConfig, BERT)}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 
@@ -28,7 +42,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 def theirs_of(family: str, seed: int = 0, kind: str | None = None, **changes) -> torch.nn.Module:
     """A tiny random model of transformers', in eval mode."""
     Config, base = FAMILIES[family]
-    kind = kind or {"llama": "LlamaForCausalLM", "gptj": "GPTJForCausalLM", "bert": "BertModel"}[family]
+    kind = kind or ("BertModel" if family == "bert" else Config.__name__.replace("Config", "ForCausalLM"))
     torch.manual_seed(seed)
     m = getattr(transformers, kind)(Config(**{**base, **changes})).eval()
     with torch.no_grad():

@@ -45,7 +45,7 @@ def read(path: Path) -> tuple[str, str]:
 
 def _compiled(text: str, place: str):
     """With the filters, functions and tags that transformers gives to templates."""
-    from jinja2 import TemplateError, TemplateSyntaxError, nodes, utils
+    from jinja2 import TemplateError, nodes, utils
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -78,7 +78,7 @@ def _compiled(text: str, place: str):
                     "dict": lambda *x, **more: dict(*x, **more)}  # not the class, which leads to others
     try:
         return env.from_string(text)
-    except (TemplateSyntaxError, RecursionError) as e:
+    except Exception as e:  # also RecursionError, and SyntaxError of a {% break %} outside of a loop
         raise ValueError(f"{place}: not a Jinja template ({one_line(e)})") from None
 
 

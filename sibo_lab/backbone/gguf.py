@@ -1,4 +1,4 @@
-"""LLaMA from a .gguf file, by ggml's docs/gguf.md: metadata in config.json's words, and tensors.
+"""LLaMA, Qwen and SmolLM3 from a .gguf file, by ggml's docs/gguf.md: metadata in config.json's words, and tensors.
 
 The gguf package only dequantizes: its reader believes every count."""
 
@@ -18,10 +18,22 @@ NAMES = {  # llama.cpp's names, and Hugging Face's
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
-} | {f"blk.{{}}.{theirs}.weight": f"model.layers.{{}}.{hf}.weight" for theirs, hf in {
+} | {f"blk.{{}}.{theirs}.{leaf}": f"model.layers.{{}}.{hf}.{leaf}" for leaf in ("weight", "bias") for theirs, hf in {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}.items()}
+FAMILIES = "llama", "qwen2", "qwen3", "smollm3"  # architectures, by the same name in config.json
+PERMUTED = "llama", "smollm3"  # rows of q and k: the converter makes neighbours of each head's rotary pairs
+NEEDED = {"embedding_length": "hidden_size", "attention.head_count": "num_attention_heads",
+          "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+          "attention.layer_norm_rms_epsilon": "rms_norm_eps", "context_length": "max_position_embeddings"}
+READ = (*NEEDED, "attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scale_linear")
+INERT = ("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned",
+         "rope.scaling.original_context_length")
+OFF = {"expert_count": 0, "expert_used_count": 0, "attention.sliding_window": 0, "attention.clamp_kqv": 0,
+       "attention.max_alibi_bias": 0, "attention.causal": True, "rope.scaling.attn_factor": 1}  # change nothing
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 U32, STRING, ARRAY, U64 = 4, 8, 9, 10  # types of values, as in NUMBERS
 
@@ -83,6 +95,7 @@ class Reader(files.Reader):
 
 def read(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
     """Metadata and tensors; ValueError if the file is no whole GGUF."""
+    files.refuse_pointer(path)
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     r = Reader(data, f"{path}: not a whole GGUF file")
@@ -98,37 +111,63 @@ def read(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 
 
 def spec(path: Path, fields: dict, stored: dict[str, StoredTensor]) -> dict:
-    """The metadata as a config.json; ValueError names what is missing or not supported."""
-    for key, expected in {"general.architecture": "llama", "llama.rope.scaling.type": "none"}.items():
-        if (got := fields.get(key, "none")) != expected:
-            raise ValueError(f"{path}: expected {key} {expected!r}, got {quoted(got)}")
-    try:
-        return {
-            "model_type": "llama", "hidden_size": fields["llama.embedding_length"],
-            "num_attention_heads": fields["llama.attention.head_count"],
-            "num_hidden_layers": fields["llama.block_count"], "intermediate_size": fields["llama.feed_forward_length"],
-            "num_key_value_heads": fields.get("llama.attention.head_count_kv"),
-            "head_dim": fields.get("llama.attention.key_length"),
-            "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
-            "rope_theta": fields.get("llama.rope.freq_base", 10000.0),
-            "max_position_embeddings": fields["llama.context_length"],
-            "vocab_size": stored["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in stored,
-        }
-    except KeyError as e:
-        raise ValueError(f"{path}: expected a LLaMA's metadata, got no {e.args[0]!r}") from None
+    """The metadata as a config.json, with llama.cpp's defaults; ValueError names what is missing or not supported."""
+    def expect(key: str, expected: str, got: object, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"{path}: expected {key} {expected}, got {quoted(got)}")
+
+    family, parts = fields.get("general.architecture"), fields.get("split.count", 0)
+    expect("general.architecture", f"one of {', '.join(FAMILIES)}", family, family in list(FAMILIES))
+    expect("split.count", "1, a whole model in one file", parts, parts in (0, 1))
+    found = {key.removeprefix(f"{family}."): v for key, v in fields.items() if key.startswith(f"{family}.")}
+    if missing := [key for key in NEEDED if key not in found] + [k for k in ("token_embd.weight",) if k not in stored]:
+        raise ValueError(f"{path}: expected a {family}'s metadata and embedding, got no {missing[0]!r}")
+    config = {name: found[key] for key, name in NEEDED.items()}
+    heads, d = config["num_attention_heads"], config["hidden_size"]
+    head_dim = found.get("attention.key_length", d // heads if type(d) is type(heads) is int and heads else None)
+    for key in found.keys() - {*READ, *INERT}:
+        want = head_dim if key in ("attention.value_length", "rope.dimension_count") else OFF.get(key)
+        expect(f"{family}.{key}", "to be absent" if want is None else quoted(want), found[key], found[key] == want)
+    return {
+        "model_type": family, **config,
+        "num_key_value_heads": found.get("attention.head_count_kv"), "head_dim": head_dim,
+        "rope_theta": found.get("rope.freq_base", 10000.0), "rope_scaling": _scaling(family, found, stored, expect),
+        "attention_bias": family != "qwen2" and "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_up.bias" in stored,
+        "vocab_size": stored["token_embd.weight"].shape[0], "tie_word_embeddings": "output.weight" not in stored,
+    }
+
+
+def _scaling(family: str, found: dict, stored: dict[str, StoredTensor], expect) -> dict | None:
+    """As llama.cpp: a factor without a type is linear; LLaMA-3's factors, one per frequency, come as a tensor."""
+    kind = found.get("rope.scaling.type", "linear")
+    factor = found.get("rope.scaling.factor", found.get("rope.scale_linear", 0))
+    expect(f"{family}.rope.scaling.type", "'none' or 'linear'", kind, kind in ("none", "linear"))
+    expect(f"{family}.rope.scaling.factor", "a number", factor, type(factor) in (int, float) and 0 <= factor < 1e12)
+    factor = 1.0 if kind == "none" else factor or 1.0
+    if family != "llama" or "rope_freqs.weight" not in stored:
+        return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+    each = stored["rope_freqs.weight"]
+    expect("rope_freqs.weight", "in float32", each.kind, each.kind == 0)
+    factors = [factor * x for x in each.data.view("<f4").tolist()]
+    return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0, "short_factor": factors,
+            "long_factor": factors, "original_max_position_embeddings": found["context_length"]}
 
 
 def tensors(path: Path) -> files.Tensors:
     """(llama.cpp's name, dequantized tensor) of each weight."""
     fields, stored = read(path)
     config = spec(path, fields, stored)
+    family = config["model_type"]
     from gguf.quants import dequantize
     for name, t in stored.items():
+        if name == "rope_freqs.weight" and family == "llama":  # stands in the config
+            continue
         weight = torch.from_numpy(dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
-        if m := re.search(r"attn_([qk])\.weight", name):
+        if family in PERMUTED and (m := re.search(r"attn_([qk])\.(weight|bias)", name)):
             # llama.cpp makes neighbours of each head's rotary pairs (i, i + D/2): undo that
             n = m[1] == "k" and config["num_key_value_heads"] or config["num_attention_heads"]
-            if weight.ndim != 2 or len(weight) % (2 * n):
+            if weight.ndim > 2 or len(weight) % (2 * n):
                 raise ValueError(f"{path}: tensor {name!r}: expected rows for {n} heads, got shape {t.shape}")
-            weight = weight.view(n, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+            weight = weight.view(n, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
         yield name, weight

@@ -37,14 +37,25 @@ HUB = {
     "gptj6b": "EleutherAI/gpt-j-6b",
     "llama7b": "huggyllama/llama-7b",
     "llama13b": "huggyllama/llama-13b",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
-SHAPE = "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "tie_word_embeddings")
 SHAPES = {name: dict(zip(SHAPE, values, strict=True)) for name, *values in (
-    ("bert-base", "bert", 30522, 768, 3072, 12, 12),
-    ("bert-large", "bert", 30522, 1024, 4096, 24, 16),
-    ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16),
-    ("llama7b", "llama", 32000, 4096, 11008, 32, 32),
-    ("llama13b", "llama", 32000, 5120, 13824, 40, 40))}  # so that --dry-run needs no hub
+    ("bert-base", "bert", 30522, 768, 3072, 12, 12, 12, True),
+    ("bert-large", "bert", 30522, 1024, 4096, 24, 16, 16, True),
+    ("gptj6b", "gptj", 50400, 4096, 16384, 28, 16, 16, False),
+    ("llama7b", "llama", 32000, 4096, 11008, 32, 32, 32, False),
+    ("llama13b", "llama", 32000, 5120, 13824, 40, 40, 40, False),
+    ("llama3.2-1b", "llama", 128256, 2048, 8192, 16, 32, 8, True),
+    ("mistral7b", "mistral", 32768, 4096, 14336, 32, 32, 8, False),
+    ("qwen2.5-0.5b", "qwen2", 151936, 896, 4864, 24, 14, 2, True),
+    ("qwen3-0.6b", "qwen3", 151936, 1024, 3072, 28, 16, 8, True),
+    ("smollm3-3b", "smollm3", 128256, 2048, 11008, 36, 16, 4, True))}  # so that --dry-run needs no hub
 
 
 def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:
@@ -115,8 +126,9 @@ def _from_hub(repo: str, config_only: bool) -> Path:
         from huggingface_hub import snapshot_download  # slow to import
     except ImportError:
         raise ValueError(f"{repo}: the hub needs huggingface_hub: pip install huggingface_hub") from None
-    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt"]
-    fetch = partial(snapshot_download, repo, local_files_only=files.offline())
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    # Mistral's own format, the same weights again
+    fetch = partial(snapshot_download, repo, ignore_patterns="consolidated*", local_files_only=files.offline())
     try:
         folder = Path(fetch(allow_patterns=patterns))
         if config_only or list(folder.glob("*.safetensors")):

@@ -3,7 +3,7 @@
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -18,24 +18,34 @@ def tensors(path: Path) -> files.Tensors:
     """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
     if path.suffix == ".gguf":
         return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
-    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", _pickled_tensors)):
-        if shards := _shards(path, file):
-            return chain.from_iterable(map(read, shards))
+    return chain.from_iterable(map(*chosen(path)))
+
+
+def chosen(path: Path) -> tuple[Callable[[Path], files.Tensors], list[Path]]:
+    """What reads a folder's weights, and the files: as in transformers, one whole file goes before an index, which may
+    be older. ValueError or FileNotFoundError names one that is not there, or a pointer to it."""
+    for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", pickled_tensors)):
+        shards = [path / file] if (path / file).is_file() else _shards(path / f"{file}.index.json")
+        for shard in shards:
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard}: no such file, and {file}.index.json names it; fetch it too")
+            files.refuse_pointer(shard)
+        if shards:
+            return read, shards
     raise FileNotFoundError(f"{path}: expected model.safetensors, pytorch_model.bin or their index.json, got none")
 
 
-def _shards(path: Path, file: str) -> list[Path]:
-    index = path / f"{file}.index.json"
+def _shards(index: Path) -> list[Path]:
     if not index.is_file():
-        return [path / file] if (path / file).is_file() else []
+        return []
     shards = files.read_json(index).get("weight_map")
     names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
     if not names or not all(re.fullmatch(r"[\w-][\w.-]{0,200}", n) for n in names):
         raise ValueError(f"{index}: expected the names of files beside it, got {quoted(names[:3])}")
-    return [path / n for n in names]
+    return [index.parent / n for n in names]
 
 
-def _pickled_tensors(file: Path) -> files.Tensors:
+def pickled_tensors(file: Path) -> files.Tensors:
     try:
         with open(file, "rb") as f:
             zipped = f.read(4) == b"PK\3\4"  # not before PyTorch 1.6, and then not mapped
@@ -82,7 +92,14 @@ def _check_pickle(stream) -> None:
             last = op.name
 
 
-def names(modules: dict, block: str, inside: dict, unused: Iterable[str]) -> dict[str, str | None]:
+# Old files' buffers, which models compute now.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|token_type_ids)")
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+QUANTIZED = re.compile(r".*\.(qweight|qzeros|g_idx|scales|SCB|weight_format|weight_scale\w*|input_scale|"
+                       r"weight\.(absmax|quant_\w+|nested_\w+|bitsandbytes\w*))(\..*)?")
+
+
+def names(modules: dict, block: str, inside: dict, unused: Iterable[str] = ()) -> dict[str, str | None]:
     """Hugging Face's names of weights and biases, and ours (None: not needed), from those of `modules` and of those
     `inside` a `block` ({} is its number)."""
     modules = modules | {f"{block}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in inside.items()}
@@ -92,10 +109,16 @@ def names(modules: dict, block: str, inside: dict, unused: Iterable[str]) -> dic
 
 def rename(name: str, names: dict, path: Path, prefix: str = "") -> str | None:
     """Our name of a tensor, from what `names` returned; ValueError if it is unknown."""
-    name = name.removeprefix(prefix)
+    # DataParallel's and torch.compile's prefixes, then the base model's
+    name = re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")).removeprefix(prefix)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # old BERTs
+    if BUFFERS.fullmatch(name):
+        return None
     number = re.search(r"\.(\d+)\.", name)
     template = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+    if template not in names and QUANTIZED.fullmatch(name):
+        raise ValueError(f"{path}: expected weights as they were trained, got quantized ones ({quoted(name)}); fetch "
+                         "the model that is not quantized")
     if template not in names:
         raise ValueError(f"{path}: unexpected tensor {quoted(name)} in this kind of model")
     ours = names[template]

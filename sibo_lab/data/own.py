@@ -81,8 +81,8 @@ def _example(place: str, row: dict, ignored: tuple) -> Example:
 
 def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> list[tuple[str, str]]:
     """The turns of a row of texts, its history first."""
-    turns = []
-    for i, pair in enumerate(row["history"] if "history" in given else (), 1):
+    turns, history = [], row["history"] if "history" in given else []
+    for i, pair in enumerate(history if isinstance(history, list) else [history], 1):
         here = f"{place}: 'history', pair {i}"
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{here}: expected what was asked and answered, got {quoted(pair)}")

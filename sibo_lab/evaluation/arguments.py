@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sibo_lab import cli, files
+from sibo_lab import cli, export, files
 from sibo_lab.backbone import config, locate
 from sibo_lab.data import batch, tasks
 
@@ -75,6 +75,8 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
+    if args.peft and "classifier" in (export.peft_spec(args.peft)["modules_to_save"] or ()):  # as of task_type SEQ_CLS
+        args.head = labels
     if args.similarity and args.task and len(args.tests) > 1:
         raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:
@@ -92,4 +94,4 @@ def complete(args: argparse.Namespace) -> None:
     args.spec = config.read_spec(args.path)
     if (labels or args.spec.get("model_type") == "bert") and not (args.head or args.similarity or args.export):
         raise ValueError(f"{args.backbone}: expected a trained classifier head, got none; name a run that train.py "
-                         "wrote (only LLMs are scored without one)")
+                         "wrote, or a --peft with a classifier (only LLMs are scored without one)")

