@@ -150,6 +150,11 @@ def test_a_template_that_marks_the_assistants_turns_is_masked_as_transformers_ma
     assert [int(label != -100) for label in row.labels] == expected["assistant_masks"]
 
 
+def test_an_answer_ends_where_the_template_ends_it_or_where_the_tokenizer_does(twins):
+    theirs, ours = twins(TEMPLATES["gemma"])
+    assert ours.eos_ids == theirs.convert_tokens_to_ids(["<end_of_turn>", "</s>"]) and ours.eos_id == ours.eos_ids[0]
+
+
 def test_an_answer_is_not_merged_with_the_blank_that_ends_its_prompt(twins):
     theirs, ours = twins("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
                          "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
