@@ -67,7 +67,7 @@ CLASSES = {"BertTokenizer": "BertTokenizer", "GPT2Tokenizer": "GPT2Tokenizer", "
            "qwen3": "Qwen2Tokenizer"}
 BERT = {"do_lower_case": ("lowercase", True), "strip_accents": ("strip_accents", None),
         "tokenize_chinese_chars": ("handle_chinese_chars", True)}  # its flags: their names in tokenizer.json, defaults
-DEFAULTS = {  # the special tokens of each class, as far as its vocabulary has them
+DEFAULTS = {  # the special tokens of each class, ids of roles as far as its vocabulary has them
     "BertTokenizer": {role: f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")},
     "GPT2Tokenizer": dict.fromkeys(("bos", "eos"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("eos", "pad"), "<|endoftext|>"),
@@ -390,11 +390,11 @@ def _merged(merges: list, vocab: dict) -> list[str]:
         order.pop(tuple(pair), None)
         order[tuple(pair)] = None
     halves, numbers, pairs = {}, {}, {}
-    for n, pair in enumerate(order):
+    for n, pair in (*enumerate(order), *enumerate(order)):  # again for those with a half that is made by a later merge
         known = all(len(half) == 1 or half in numbers for half in pair)
         if known and "".join(pair) not in numbers and _meet(*pair, halves, numbers, pairs):
             halves["".join(pair)], numbers["".join(pair)], pairs[pair] = pair, n, n
-    return list(numbers)
+    return sorted(numbers, key=numbers.get)
 
 
 def _meet(left: str, right: str, halves: dict, numbers: dict, pairs: dict) -> bool:
@@ -415,30 +415,40 @@ def _meet(left: str, right: str, halves: dict, numbers: dict, pairs: dict) -> bo
 def _tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: dict) -> tuple[list[dict], dict]:
     """Added tokens, and the ids of special ones by role, as transformers 5 reads them: added_tokens_decoder, or else
     tokenizer.json and added_tokens.json; the special ones that are named, and are new; ids in that order."""
-    names = {role: config.get(f"{role}_token") for role in ROLES}
-    special = [name for name in names.values() if name is not None]
-    special += (token for key, token in config.items() if _is_role(key, token) and key[:-6] not in ROLES)
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        extra = config.get(key) or []
-        special += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]
-        if key == "extra_special_tokens":
-            named = [token.get("content") if isinstance(token, dict) else token for token in special]
-    if not all(map(_is_token, special)):
-        raise ValueError(f"malformed special token: expected its text, got {quoted(special)}")
-    special = [{"special": True} | (token if isinstance(token, dict) else {"content": token}) for token in special]
+    own = {role: token for role, token in DEFAULTS.get(config["class"], {}).items() if f"{role}_token" not in config}
+    names = {role: config[f"{role}_token"] for role in ROLES if config.get(f"{role}_token") is not None}
+    others = [token for key, token in config.items() if _is_role(key, token) and key[:-6] not in ROLES]
+    extra, late = (_several(config.get(f"{kind}_special_tokens")) for kind in ("extra", "additional"))
+    special = [*names.values(), *own.values(), *others, *extra, *late]
+    if strange := [token for token in special if not _is_token(token)]:
+        raise ValueError(f"malformed special token: expected its text, got {quoted(strange[0])}")
+    texts = [token["content"] if isinstance(token, dict) else token for token in special]
+    roles, known = texts[:len(names) + len(own)], {*texts[:len(texts) - len(late)]} - {*own.values()}
+    special = [{"special": True} | (token if isinstance(token, dict) else {}) | {"content": text} | (
+        {"special": True} if text in roles else {}) for token, text in zip(special, texts, strict=True)]
     listed = _added({"added_tokens": []} | spec)
     if "added_tokens_decoder" in config:
         decoder = _get(config, "added_tokens_decoder", dict)
-        late = [token | {"id": int(i)} for i, token in sorted(decoder.items(), key=lambda item: int(item[0]))]
+        later = [token | {"id": int(i)} for i, token in sorted(decoder.items(), key=lambda item: int(item[0]))]
         listed = [] if config["class"] else listed
     else:
-        late = [{"content": token, "id": i, "special": token in named, "normalized": token not in named} for token, i in
-                sorted(_ids(_json(file.with_name("added_tokens.json"))).items(), key=lambda item: item[1])]
-    own = [{"content": token} for role, token in DEFAULTS.get(config["class"], {}).items()
-           if token in vocab and f"{role}_token" not in config]
-    added = _numbered(vocab, [*listed, *late, *({"special": True} | token for token in special + own)])
+        found = _ids(_json(file.with_name("added_tokens.json")))
+        later = [{"content": token, "id": found[token], "special": token in known, "normalized": token not in known}
+                 for token in sorted(found, key=found.get)]
+    if config["class"]:
+        later = [token | {"special": token.get("special") or token.get("content") in roles} for token in later]
+    added = _numbered(vocab, [*listed, *later, *special])
     table = vocab | {token["content"]: token["id"] for token in added}
-    return added, _named(names, config, table, DEFAULTS.get(config["class"], {}) | defaults)
+    there = vocab.keys() | {token.get("content") for token in (*listed, *later)}  # a class may add its defaults in vain
+    ids = {role: table[token] for role, token in (defaults | own).items()
+           if f"{role}_token" not in config and token in there}
+    ids |= {role: table[text] for role, text in zip(names, texts, strict=False)}
+    return added, _named(ids, config, {*table.values()})
+
+
+def _several(tokens: object) -> list:
+    return [*tokens.values()] if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else [
+        token for token in (tokens,) if token is not None]
 
 
 def _is_role(key: str, token: object) -> bool:
@@ -464,16 +474,13 @@ def _numbered(vocab: dict, tokens: list[dict]) -> list[dict]:
     return _added({"added_tokens": [dict.fromkeys(FLAGS, False) | token for token in found.values()]})
 
 
-def _named(names: dict, config: dict, table: dict, defaults: dict) -> dict:
-    """Ids by role: as the tokenizer's files name them, else the default, else the model's; "stops": all that end a
-    text, for the model."""
-    named, known = {}, {*table.values()}
-    for role, name in names.items():
-        name = name.get("content") if isinstance(name, dict) else name
-        ids = [i[0] if isinstance(i, list) and i else i for i in config["ids"][role]]  # the first of several
-        models = next((i for i in ids if type(i) is int and i in known), None)  # old configs have -1 for none
-        default = None if f"{role}_token" in config else table.get(defaults.get(role))
-        named[role] = table[name] if name is not None else models if default is None else default
+def _named(ids: dict, config: dict, known: set[int]) -> dict:
+    """Ids by role: as the tokenizer's files say, else as the model's; "stops": all that end a text, for the model."""
+    named = {}
+    for role in ROLES:
+        models = [i[0] if isinstance(i, list) and i else i for i in config["ids"][role]]  # the first of several
+        models = next((i for i in models if type(i) is int and i in known), None)  # old configs have -1 for none
+        named[role] = models if ids.get(role) is None else ids[role]
     stops = next((i for i in config["ids"]["eos"] if i is not None), [])
     named["stops"] = [i for i in (stops if isinstance(stops, list) else [stops]) if type(i) is int and i in known]
     return named

@@ -1,11 +1,34 @@
 """subwords.py against its oracles, on texts of all kinds."""
 
 import itertools
+import os
+import random
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+import sentencepiece
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_oracles import TEXT, assert_equal, known_to_both, many, needs_data, only_known, real_texts
+from sentencepiece import sentencepiece_model_pb2
+from tokenizer_oracles import (
+    FORMS,
+    TEXT,
+    assert_equal,
+    folder,
+    known_to_both,
+    many,
+    needs_data,
+    only_known,
+    real_texts,
+    seeded,
+    train_sentencepiece,
+    trained,
+    write_gguf,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sibo_lab.backbone import tokenizer
 
 # ---------------------------------------------------------------------------------------------------- WordPiece (BERT)
 
@@ -179,3 +202,121 @@ def test_half_a_surrogate_pair_is_an_error(minilm, smollm2):
 def test_an_id_beyond_the_vocabulary_is_decoded_as_the_replacement_character(minilm, smollm2):
     for t in (minilm, smollm2):
         assert t.decode([t.vocab_size + 7]) == "\ufffd"
+
+
+# -------------------------------------------------------------------------- splits and merges of today's tokenizer.json
+
+SWEEP = int(os.environ.get("TOKENIZER_SWEEP", 500))  # texts per form; above 500 all of Unicode's characters too
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_tokenizer_json_equal_tokenizers_on_unicode(tmp_path, form):
+    ours = tokenizer.from_pretrained(folder(tmp_path / "a", tokenizer__json=trained(form)))
+    oracle = Tokenizer.from_str(trained(form))
+    texts = seeded(SWEEP, form, known=form == "qwen2")  # of which Python and `tokenizers` know the same composition
+    assert_equal(ours.encode, lambda text: oracle.encode(text).ids, texts)
+    assert_equal(lambda text: ours.encode(text, "b " + text, False),
+                 lambda text: oracle.encode(text, "b " + text, add_special_tokens=False).ids, texts)
+    plain = [text.replace("Wörd", "").replace("Wo\u0308rd", "") for text in texts]  # whose "ö" they take for a byte
+    assert_equal(lambda text: ours.decode(ours.encode(text)),
+                 lambda text: oracle.decode(oracle.encode(text).ids), plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_split_at_every_single_character_like_tokenizers(tmp_path, form):
+    ours = tokenizer.from_pretrained(folder(tmp_path / "a", tokenizer__json=trained(form)))
+    oracle = Tokenizer.from_str(trained(form))
+    step = 1 if SWEEP > 500 else 997
+    ranges = range(0x3100), range(0x3100, 0xD800, step), range(0xF900, 0x10400), range(0x10400, 0x110000, step)
+    characters = [c for c in map(chr, itertools.chain(*ranges)) if form != "qwen2" or known_to_both(c)]
+    for start in range(0, len(characters), 100):
+        text = "".join(f"the{c} {c}{c}1'{c}s\n" for c in characters[start:start + 100])
+        assert ours.encode(text) == oracle.encode(text).ids
+
+
+@pytest.mark.parametrize("form", ["llama3", "qwen2"])
+@pytest.mark.parametrize("text", [" " * 90_000 + "x", " " * 1_000_000 + "x", "\n " * 50_000 + "7", "a" * 200_000,
+                                  "'" * 99_000], ids=["blanks", "overflow", "lines", "a", "signs"])
+def test_very_long_runs_neither_hang_nor_overflow_in_any_form(tmp_path, form, text):
+    ours = tokenizer.from_pretrained(folder(tmp_path / "a", tokenizer__json=trained(form)))
+    assert ours.decode(ours.encode(text)) == text
+
+
+LETTERS = st.text("abc", min_size=1, max_size=4)
+
+
+@settings(many, max_examples=150)
+@given(words=st.lists(LETTERS, min_size=2, max_size=9, unique=True), ignore_merges=st.booleans(), data=st.data(),
+       texts=st.lists(st.text("abc ", max_size=12), min_size=1, max_size=8))
+def test_any_merges_are_made_as_by_tokenizers(words, ignore_merges, data, texts):
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*"abcĠ", *words, *(w[:2] for w in words)]))}
+    pairs = [(w[:k], w[k:]) for w in vocab for k in range(1, len(w)) if w[:k] in vocab and w[k:] in vocab]
+    drawn, merges = data.draw(st.lists(st.sampled_from(pairs), max_size=12)) if pairs else [], []
+    for pair in drawn:  # each half made before
+        if all(len(half) == 1 or half in map("".join, merges) for half in pair):
+            merges.append(pair)
+    oracle = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with tempfile.TemporaryDirectory() as at:
+        ours = tokenizer.from_pretrained(folder(Path(at), tokenizer__json=oracle.to_str()))
+    assert_equal(ours.encode, lambda text: oracle.encode(text).ids, [*texts, *words])
+
+
+# ---------------------------------------------------------------------------------- scores and kinds of SentencePiece
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+
+
+def extended(model: bytes, pieces: dict[str, tuple[float, int]], change=lambda piece: None) -> bytes:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    for piece in proto.pieces:
+        change(piece)
+    proto.pieces.extend(sentencepiece_model_pb2.ModelProto.SentencePiece(piece=piece, score=score, type=kind)
+                        for piece, (score, kind) in pieces.items())
+    return proto.SerializeToString()
+
+
+def mixed(parts: list[str], n: int = 300) -> list[str]:
+    chance = random.Random(0)
+    return ["".join(chance.choice(parts) for _ in range(chance.randrange(14))) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("pieces", "texts"), [
+    (dict.fromkeys(("学的", "大学", "京大", "北京"), (0, NORMAL)), mixed([*"北京大学的 a"])),
+    (dict.fromkeys(("大学", "京大", "大学的", "▁北京", "北京"), (-7, NORMAL)), mixed([*"北京大学的 a"])),
+    ({"zzqj": (-.5, NORMAL), "▁zzqj": (-.25, NORMAL)}, [*mixed([*"zqj "]), "zzqj"]),
+    ({"<u>": (0, USER_DEFINED), "大学学": (0, USER_DEFINED), "a▁bq": (0, USER_DEFINED), "▁▁▁x": (-3, USER_DEFINED)},
+     mixed(["<u>", "大学", "学", "a", "b", "q", " ", "x", "▁", "  "])),
+    ({"▁▁y": (0, UNUSED), "大学": (0, UNUSED), "京大学": (0, NORMAL)}, mixed([*"京大学 y"]))],
+    ids=["tied", "tied below others", "never made", "user-defined", "unused"])
+def test_an_extended_vocabulary_equals_sentencepiece(tmp_path, llama_model, pieces, texts):
+    model = extended(llama_model, pieces)
+    ours = tokenizer.from_pretrained(folder(tmp_path / "a", tokenizer__model=model))
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert_equal(ours.encode, lambda text: [1] + oracle.encode(text), texts)
+    assert_equal(lambda text: ours.decode(oracle.encode(text)), lambda text: oracle.decode(oracle.encode(text)), texts)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("gguf", [True, False])
+def test_any_scores_and_kinds_of_pieces_equal_sentencepiece_from_both_files(tmp_path, seed, gguf):
+    chance = random.Random(seed)
+
+    def change(piece):
+        if piece.type == NORMAL:
+            piece.score = -float(chance.randrange(6 if seed < 5 else 60))
+            if len(piece.piece) > 1 and chance.random() < .1:
+                piece.type = chance.choice([NORMAL, USER_DEFINED, UNUSED])
+
+    model = extended(train_sentencepiece(), {}, change)
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=model)
+    if gguf:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        at = tmp_path / "m.gguf"
+        write_gguf(at, "llama", [p.piece for p in proto.pieces], [p.score for p in proto.pieces],
+                   [p.type for p in proto.pieces])
+    else:
+        at = folder(tmp_path / "a", tokenizer__model=model)
+    texts = mixed([*"thecatsonmwelv  12é中", "the ", "cat", " sat", "  ", "double", "▁"], 400)
+    assert_equal(tokenizer.from_pretrained(at).encode, lambda text: [1] + oracle.encode(text), texts)

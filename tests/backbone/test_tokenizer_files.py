@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -17,7 +16,10 @@ from tokenizer_oracles import (
     llama_spec,
     many,
     only_known,
+    refused,
+    seeded,
     train_sentencepiece,
+    trained,
     write_gguf,
 )
 from tokenizers import AddedToken, Tokenizer
@@ -155,14 +157,6 @@ TOKEN = {"id": 9, "content": "<x>", "special": True, "single_word": True, "lstri
          "normalized": False}
 
 
-def refused(path: Path, *words: str) -> None:
-    """One line that names the file and says what was found."""
-    with pytest.raises(ValueError) as error:
-        tokenizer.from_pretrained(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message and all(word in message for word in words), message
-
-
 def test_the_small_files_that_the_next_tests_spoil_are_read_when_whole(tmp_path):
     assert tokenizer.from_pretrained(folder(tmp_path / "a", tokenizer__json=SPEC)).encode("a A") == [3, 3]
     assert tokenizer.from_pretrained(folder(tmp_path / "b", tokenizer__json=BYTE_SPEC)).encode("aab") == [0, 2]
@@ -232,7 +226,7 @@ def test_malformed_vocabularies_and_merges_name_what_was_found(tmp_path):
     refused(folder(tmp_path / "v", vocab__txt="a\nb\n[UNK]\n"), "vocab.txt", "[CLS]")
     refused(folder(tmp_path / "m", vocab__json=vocab, merges__txt="#version: 0.2\na x\n"), "vocab.json", "'a x'")
     refused(folder(tmp_path / "n", vocab__json=vocab, merges__txt="a b\n",
-                   tokenizer_config__json={"bos_token": 1}), "special token", "[1]")
+                   tokenizer_config__json={"bos_token": 1}), "special token", "got 1")
     with pytest.raises(FileNotFoundError, match="merges.txt"):
         tokenizer.from_pretrained(folder(tmp_path / "o", vocab__json=vocab))
     with pytest.raises(FileNotFoundError, match="expected a tokenizer"):
@@ -244,6 +238,29 @@ def test_malformed_vocabularies_and_merges_name_what_was_found(tmp_path):
 def test_gguf_tokenizers_of_another_kind_are_refused_by_name(tmp_path, model, pre):
     write_gguf(tmp_path / "m.gguf", model, ["a", "b", "ab"], pre=pre, merges=["a b"])
     refused(tmp_path / "m.gguf", repr(model), repr(pre))
+
+
+@pytest.mark.parametrize(("pre", "form"), [("llama-bpe", "llama3"), ("qwen2", "qwen2"), ("tekken", "tekken")])
+def test_gguf_of_todays_forms_equals_tokenizers(tmp_path, pre, form):
+    spec, file = json.loads(trained(form)), tmp_path / "m.gguf"
+    spec["added_tokens"] = [token | {"normalized": False, "single_word": False} for token in spec["added_tokens"]]
+    oracle = Tokenizer.from_str(json.dumps(spec))
+    added = {token["id"]: 3 if token["special"] else 4 for token in spec["added_tokens"]}
+    tokens = [oracle.id_to_token(i) for i in range(oracle.get_vocab_size())]
+    write_gguf(file, "gpt2", tokens, kinds=[added.get(i, 1) for i in range(len(tokens))], pre=pre,
+               merges=[*map(" ".join, spec["model"]["merges"])])
+    ours = tokenizer.from_pretrained(file)
+    texts = seeded(200, pre, known=True)
+    assert_equal(lambda text: ours.encode(text, add_special_tokens=False),
+                 lambda text: oracle.encode(text, add_special_tokens=False).ids, texts)
+    assert ours.encode("a")[:-1] == ([] if form == "qwen2" else [1])  # llama.cpp's bos where the file does not say
+
+
+def test_gguf_ids_past_the_vocabulary_are_no_tokens_and_eot_ends_a_text_too(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "gpt2", ["a", "b", "ab"], pre="gpt-2", merges=["a b"],
+               ids={"padding": 4294967295, "unknown": 3, "eot": 1, "eom": 9})
+    t = tokenizer.from_pretrained(tmp_path / "m.gguf")
+    assert (t.pad_id, t.unk_id, t.bos_id, t.eos_ids) == (None, None, 1, [2, 1])
 
 
 def test_a_malformed_gguf_is_an_error_of_one_line(tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import unicodedata
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,19 @@ import pytest
 import sentencepiece
 from hypothesis import settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from sibo_lab.backbone import tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not there")
@@ -36,6 +49,24 @@ def known_to_both(c: str) -> bool:
 
 def only_known(text: str) -> str:
     return "".join(filter(known_to_both, text))
+
+
+def seeded(n: int, seed: str, known: bool = False) -> list[str]:
+    """Texts of all kinds without hypothesis, for long sweeps; `known`: see only_known."""
+    chance, texts = random.Random(seed), []
+    traps = [*TRAPS.elements, "'Ll", "'ſ", " 'll", "\r\n", "\r", "//\n", "123456", " 1234", "ǅ", "ʰ", "\u0301", "ᄀ",
+             "각", "𝟘𝟙", "<|end|>", "<think>", "Wörd", "Wo\u0308rd", " Wörd.", "xWörd"]
+    kinds = [lambda: chance.choice(traps), lambda: chr(chance.randrange(32, 0x250)),
+             lambda: chr(chance.choice([chance.randrange(0xD800), chance.randrange(0xE000, 0x110000)])),
+             lambda: chance.choice(" \n\r\tabcABC'12.,/")]
+    for _ in range(n):
+        parts = [chance.choice(kinds) for _ in range(chance.randrange(9))]
+        texts.append("".join(make() for make in parts for _ in range(chance.randrange(1, 4))))
+    return [only_known(text) for text in texts] if known else texts
+
+
+LLAMA_TEXTS = [*seeded(60, "llama"), "Hello", "<|im_start|>user\nHi", " two", "a</s>b", " <s> a", "x <|im_start|> y",
+               ""]
 
 
 def real_texts() -> list[str]:
@@ -70,6 +101,48 @@ def bpe_oracle(vocab: dict, merges: list[str], special: list[str], digits: bool)
     return oracle
 
 
+REST, SHORT = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+@|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*@|"
+SLASH = REST.replace("[\\r\\n]*|", "[\\r\\n/]*|", 1)
+FORMS = {  # as those models' files have them: split, NFC, ignore_merges
+    "llama3": (SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST, False, True),
+    "qwen2": (SHORT + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST, True, False),
+    "tekken": (CASED.replace("@", "") + r"\p{N}" + SLASH, False, True),
+    "gpt4o": (CASED.replace("@", SHORT + "?") + r"\p{N}{1,3}" + SLASH, False, False)}
+
+
+@cache
+def trained(form: str) -> str:
+    """A small tokenizer.json of a form, with added tokens of all kinds and, but for Qwen's, a template with bos."""
+    split, nfc, ignore_merges = FORMS[form]
+    oracle = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    oracle.normalizer = normalizers.NFC() if nfc else None
+    oracle.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(split), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    oracle.decoder = decoders.ByteLevel()
+    lines = ["The cat's hat isn't I'LL SHOUTED 12345 3.14, 1/2//3!!\r\n\n  indented\t\tx  ",
+             "naïve café 中文 日本語 한국 ½", *seeded(300, "train")] * 3
+    oracle.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    oracle.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|begin|>", "<|end|>", "<|endoftext|>")])
+    oracle.add_tokens([AddedToken("<think>", normalized=False), AddedToken("Wörd", normalized=True, single_word=True)])
+    bos = oracle.token_to_id("<|begin|>")
+    oracle.post_processor = processors.ByteLevel(trim_offsets=False) if nfc else processors.Sequence([
+        processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(
+            single="<|begin|> $A", pair="<|begin|> $A <|begin|> $B", special_tokens=[("<|begin|>", bos)])])
+    return oracle.to_str()
+
+
+def refused(path: Path, *words: str) -> None:
+    """One line that names the file and says what was found."""
+    with pytest.raises(ValueError) as error:
+        tokenizer.from_pretrained(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and all(word in message for word in words), message
+
+
 def llama_spec(pieces: list[str], scores: list[float], normalized: bool, normalizer=None, pre=None) -> dict:
     """tokenizer.json as converters write it: each way to make a piece is a merge, in the order of the scores."""
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -89,13 +162,16 @@ PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "�
                                                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
 
 
-def write_gguf(file: Path, model: str, tokens, scores=None, kinds=None, pre=None, merges=None) -> None:
+def write_gguf(file: Path, model: str, tokens, scores=None, kinds=None, pre=None, merges=None,
+               ids: dict | None = None) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds or [1] * len(tokens))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for role, i in (ids or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", i)
     optional = {writer.add_tokenizer_pre: pre, writer.add_token_scores: scores, writer.add_token_merges: merges}
     for add, value in optional.items():
         if value is not None:
