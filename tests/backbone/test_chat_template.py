@@ -90,8 +90,7 @@ def messages(turns):
 
 
 def encoded(chat, turns, **options):
-    *before, (_, asked), (_, said) = turns
-    return batch.encode(tasks.Chat(asked, said, said, before=tuple(before)), chat, 10_000, protocol="chat", **options)
+    return batch.encode(tasks.Chat.of(turns), chat, 10_000, protocol="chat", **options)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
