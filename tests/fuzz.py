@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
 import sibo
 from sibo_lab import export, files
-from sibo_lab.backbone import chat_template, gguf, tokenizer
+from sibo_lab.backbone import chat_template, gguf, subwords, tokenizer, tokenizer_out
 from sibo_lab.data import download, readers, tasks
 from sibo_lab.evaluation import answers
 
@@ -286,6 +286,11 @@ BYTE_LEVEL = {
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "Ġab": 4}, "merges": ["a b", ["Ġ", "ab"]],
               "dropout": None, "ignore_merges": False}}
+SPLIT = BYTE_LEVEL | {  # as Llama 3 and Qwen
+    "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": subwords.LLAMA3}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
+    "model": BYTE_LEVEL["model"] | {"ignore_merges": True}}
 BYTE_TOKENS = {f"<0x{b:02X}>": b + 3 for b in range(256)}
 FALLBACK = {
     "added_tokens": [ADDED | {"id": 1, "content": "<s>"}], "post_processor": None,
@@ -328,6 +333,7 @@ def read_tokenizer(folder: Path) -> None:
 def read_gguf(folder: Path) -> None:
     read_model(folder)
     read_tokenizer(folder)
+    tokenizer_out.from_gguf(folder / "m.gguf")
 
 
 def blank() -> torch.nn.Module:
@@ -392,7 +398,7 @@ def config_cases() -> list[Case]:
 def tokenizer_json_cases() -> list[Case]:
     return [Case({"config.json": b"{}", "tokenizer.json": written(spec)},
                  {"tokenizer.json": partial(json_file, valid=spec)})
-            for spec in (WORDPIECE, BYTE_LEVEL, FALLBACK)]
+            for spec in (WORDPIECE, BYTE_LEVEL, SPLIT, FALLBACK)]
 
 
 def vocab_cases() -> list[Case]:

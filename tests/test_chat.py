@@ -61,7 +61,7 @@ def test_a_run_on_conversations_is_trained_saved_scored_and_asked_in_the_backbon
     t = tokenizer.from_pretrained(backbone)
     assert len(learned) == 27 and {t.decode([i for i in row.labels if i != -100])[:6] for row in learned} == {"oneSo "}
     test = readers.load(tasks.task(str(chats)), "test", tmp_path, 2)
-    prompts = [f"[user]{x.before[0][1]}<|endoftext|>[assistant]one<|endoftext|>[user]And?<|endoftext|>[assistant]"
+    prompts = [f"[user]{x.given[0][1]}<|endoftext|>[assistant]one<|endoftext|>[user]And?<|endoftext|>[assistant]"
                for x in test]
     assert asked == [(t.eos_id, *prompts)] * 2
     command(evaluation, tmp_path / "run")

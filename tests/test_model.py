@@ -10,11 +10,24 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import CAUSAL, FAMILIES, LLAMA3, assert_near, assert_same_model, padded, pair, refused, theirs_of, words
+from twins import (
+    CAUSAL,
+    FAMILIES,
+    LLAMA3,
+    LLAMAS,
+    assert_near,
+    assert_same_model,
+    padded,
+    pair,
+    refused,
+    theirs_of,
+    words,
+)
 
 import model
-from sibo_lab import export
+from sibo_lab import export, placement
 from sibo_lab.backbone import generate, locate, tokenizer
+from sibo_lab.settings import Settings
 
 SENTENCES = [
     "The capital of France is Paris, and the river that runs through it is called the Seine.",
@@ -180,6 +193,14 @@ def test_the_config_says_which_layers_have_a_window_and_which_positions(family, 
     spec = theirs_of(family, num_hidden_layers=4, **changes).config.to_dict()
     blocks = model.build(spec | {"layer_types": None}).blocks
     assert [b.attn.slides for b in blocks] == slides and [b.attn.rotate is not None for b in blocks] == rotates
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "adapter"}, {"method": "adapter", "side": "in"}], ids=str)
+@pytest.mark.parametrize("family", LLAMAS)
+def test_h0_enters_every_llama_where_it_enters_llama(family, settings):
+    llama, other = (placement.place(model.build(theirs_of(f).config.to_dict()), Settings(**settings))
+                    for f in ("llama", family))
+    assert [*other.widths] == [*llama.widths] and [*other.mixed] == [*llama.mixed]
 
 
 # ----------------------------------------------------------------------------------------------- loss and gradients

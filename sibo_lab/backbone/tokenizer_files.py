@@ -322,7 +322,8 @@ def _check_pieces(vocab: dict, spec: dict) -> None:
     if spec.get("precompiled_charsmap") or spec.get("remove_extra_whitespaces"):
         raise ValueError("unsupported normalization of characters or spaces")
     scores, kinds = _get(spec, "scores", [float]), _get(spec, "token_type", [int])
-    if not len(vocab) == len(kinds) == len(scores) or not {2, 3, 6} <= set(kinds) <= {1, 2, 3, 4, 5, 6}:
+    whole = len(vocab) == len(kinds) == len(scores) == 1 + max(vocab.values(), default=-1)  # no piece twice
+    if not whole or not {2, 3, 6} <= set(kinds) <= {1, 2, 3, 4, 5, 6}:
         raise ValueError("expected each piece once, of type normal, unknown, control, user-defined, unused or byte")
 
 

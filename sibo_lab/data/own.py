@@ -71,12 +71,11 @@ def _example(place: str, row: dict, ignored: tuple) -> Example:
     if "system" in roles[1:] or roles[-2:] != ["user", "assistant"]:
         raise ValueError(f"{place}: expected at most one system text, first, and a user's turn before the assistant's "
                          f"last, got {', '.join(roles[-6:])}")
-    *before, (_, instruction), (_, output) = turns
     scored = "answer" in given and says != "answer"
-    answer = entries.field(place, row, "answer", TEXT) if scored else output
-    if before or isinstance(row[asks], list):
-        return Chat(instruction, output, answer, before=tuple(before))
-    return Example(instruction, output, answer)
+    answer = entries.field(place, row, "answer", TEXT) if scored else turns[-1][1]
+    if len(turns) > 2 or isinstance(row[asks], list):
+        return Chat.of(turns, answer)
+    return Example(turns[0][1], turns[1][1], answer)
 
 
 def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> list[tuple[str, str]]:

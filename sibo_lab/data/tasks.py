@@ -30,13 +30,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """The end of a conversation: what the user asks last, and what the assistant answers."""
+    """A conversation: its output is the assistant's last turn, its instruction the text of all turns before."""
 
-    before: tuple[tuple[str, str], ...] = ()  # the turns before these two
+    given: tuple[tuple[str, str], ...] = ()  # these turns
+
+    @classmethod
+    def of(cls, turns: Sequence[tuple[str, str]], answer: str = "") -> "Chat":
+        *given, (_, output) = turns
+        return cls("\n\n".join(text for _, text in given), output, answer or output, given=tuple(given))
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        return [*self.before, *super().turns]
+        return [*self.given, ("assistant", self.output)]
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,7 @@ def messages(turns):
 
 
 def encoded(chat, turns, **options):
-    *before, (_, asked), (_, said) = turns
-    return batch.encode(tasks.Chat(asked, said, said, before=tuple(before)), chat, 10_000, protocol="chat", **options)
+    return batch.encode(tasks.Chat.of(turns), chat, 10_000, protocol="chat", **options)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -148,6 +147,11 @@ def test_a_template_that_marks_the_assistants_turns_is_masked_as_transformers_ma
     expected = theirs.apply_chat_template(messages(turns), return_dict=True, return_assistant_tokens_mask=True)
     assert row.ids == expected["input_ids"]
     assert [int(label != -100) for label in row.labels] == expected["assistant_masks"]
+
+
+def test_an_answer_ends_where_the_template_ends_it_or_where_the_tokenizer_does(twins):
+    theirs, ours = twins(TEMPLATES["gemma"])
+    assert ours.eos_ids == theirs.convert_tokens_to_ids(["<end_of_turn>", "</s>"]) and ours.eos_id == ours.eos_ids[0]
 
 
 def test_an_answer_is_not_merged_with_the_blank_that_ends_its_prompt(twins):

@@ -50,8 +50,8 @@ def test_a_question_and_its_answer_may_have_any_of_their_usual_names(tmp_path, r
     {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
     {"messages": [m | {"name": None, "tool_calls": None} for m in MESSAGES]}])
 def test_a_conversation_may_have_any_of_its_usual_forms(tmp_path, row):
-    assert read(tmp_path, row) == tasks.Chat("Hi", "Ho", "Ho")
-    expected = tasks.Chat("Hi", "Ho", "Ho", before=(("system", "Be brief."),))
+    assert read(tmp_path, row) == tasks.Chat.of(HI)
+    expected = tasks.Chat.of([("system", "Be brief."), *HI])
     assert read(tmp_path, row | {"system": "Be brief."}) == expected
 
 
@@ -59,7 +59,8 @@ def test_many_turns_end_in_the_last_question_and_its_answer(tmp_path):
     turns = [("system", "Be brief."), *HI, ("user", "And?"), ("assistant", "So.")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     found = read(tmp_path, row)
-    assert found.turns == turns and (found.instruction, found.output, found.answer) == ("And?", "So.", "So.")
+    assert found.turns == turns and (found.output, found.answer) == ("So.", "So.")
+    assert found.instruction == "Be brief.\n\nHi\n\nHo\n\nAnd?", "nothing that was said before vanishes"
 
 
 def test_system_history_and_input_of_a_row_become_turns(tmp_path):
@@ -243,7 +244,7 @@ def test_the_digest_of_a_plain_example_is_that_of_earlier_runs():
     example = tasks.Example("q", "o", "a", "p", ("x",))
     assert repr(example) == "Example(instruction='q', output='o', answer='a', part='p', choices=('x',))"
     assert batch.digest([example]) == "db6d21c8236dd4ecba03ada788cec75714f7067a6fc1d55c03ec2cc27468eac8"
-    assert batch.digest([tasks.Chat("q", before=(("system", "a"),))]) != batch.digest([tasks.Chat("q")])
+    assert batch.digest([tasks.Chat.of([("system", "a"), *HI])]) != batch.digest([tasks.Chat.of([("user", "a"), *HI])])
 
 
 def test_conversations_that_end_alike_are_different_questions(tmp_path):
@@ -254,7 +255,7 @@ def test_conversations_that_end_alike_are_different_questions(tmp_path):
 
 
 def test_rows_of_a_conversation_ask_for_the_chat_protocol_and_others_for_the_clean_one():
-    plain, chat = tasks.Example("q", "a"), tasks.Chat("q", "a")
+    plain, chat = tasks.Example("q", "a"), tasks.Chat.of(HI)
     assert [batch.protocol_for(None, rows) for rows in ([plain], [plain, chat], [])] == ["clean", "chat", "clean"]
     assert [batch.protocol_for(p, [plain]) for p in batch.PROTOCOLS] == list(batch.PROTOCOLS)
     for protocol in ("clean", "paper"):
