@@ -1,24 +1,21 @@
 """A backbone's own chat template: how it writes a conversation, and which part of that the assistant says.
 
-The text is transformers' apply_chat_template's. Templates are programs by strangers: they run in jinja2's sandbox. Two
-departures: where one writes today's date, it writes a fixed day, so that numbers do not change overnight; and a turn
-that it leaves out or rewrites is an error."""
+The text is transformers' apply_chat_template's, with two departures: where a template writes today's date, it writes a
+fixed day, so that numbers do not change overnight; and a turn that it leaves out or rewrites is an error."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from sibo_lab import parallel
-from sibo_lab.backbone import gguf
+from sibo_lab.backbone import gguf, sandbox
+from sibo_lab.backbone.sandbox import BEGIN, END, TODAY
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.files import one_line, quoted, read_json
 
-TODAY = datetime(2024, 7, 26)  # Llama 3's own choice where it knows no date
-BEGIN, END, SAID = "\ufdd0", "\ufdd1", "\ufdd2"  # no characters: around {% generation %}, and in place of what is said
+SAID = "\ufdd2"  # no character: in place of what is said
 Turns = Sequence[tuple[str, str]]  # role (system, user or assistant) and text
 
 
@@ -43,45 +40,6 @@ def read(path: Path) -> tuple[str, str]:
     return found, place
 
 
-def _compiled(text: str, place: str):
-    """With the filters, functions and tags that transformers gives to templates."""
-    from jinja2 import TemplateError, nodes, utils
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} … {% endgeneration %} is around what the assistant says."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
-            return nodes.Scope([begin, *body, end]).set_lineno(line)
-
-    class Namespace(utils.Namespace):
-        def __setitem__(self, name, value):
-            if str(name).startswith("_"):
-                raise TemplateError(f"expected a name without a leading underscore, got {name}")
-            super().__setitem__(name, value)
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = to_json
-    env.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime, "namespace": Namespace,
-                    "dict": lambda *x, **more: dict(*x, **more)}  # not the class, which leads to others
-    try:
-        return env.from_string(text)
-    except Exception as e:  # also RecursionError, and SyntaxError of a {% break %} outside of a loop
-        raise ValueError(f"{place}: not a Jinja template ({one_line(e)})") from None
-
-
 def _unmarked(text: str) -> str:
     return text.replace(BEGIN, "").replace(END, "")
 
@@ -98,12 +56,14 @@ class Chat:
         if "strftime_now" in text and not parallel.rank():
             print(f"{self.place} writes today's date: fixed at {TODAY:%d %b %Y} here, so that numbers do not change by "
                   "the day", file=sys.stderr)
-        self.template = _compiled(text, self.place)
+        try:
+            self.template = sandbox.compiled(text)
+        except Exception as e:
+            raise ValueError(f"{self.place}: not a Jinja template ({one_line(e)})") from None
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
         added = [token for token in (*t.added.values(), *t.added_normalized.values()) if token["content"].strip()]
         self.special = {token["id"]: token["content"] for token in added} | {i: t.tokens[i] for i in t.special}
-        self.tokens = {f"{role}_token": self.special[i] for role in ("bos", "eos", "pad", "unk")
-                       if (i := getattr(t, f"{role}_id")) in self.special}
+        self.tokens = {f"{role}_token": self.special[i] for role, i in t.named.items() if i in self.special}
         # What ends the assistant's turn: up to the first special token, or all there is
         written = _unmarked(self._render([("user", "a"), ("assistant", SAID)]))
         self.end = written.partition(SAID)[2]
@@ -127,9 +87,20 @@ class Chat:
 
         ValueError if the template refuses the conversation, leaves out part of it, or does not show what is whose."""
         marked = self._render(turns)
-        self._require(turns, marked)
-        pieces = [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"[{BEGIN}{END}]", marked))]
-        return [piece for piece in (pieces if len(pieces) > 1 else self._cut(turns, marked)) if piece[0]]
+        outline = self._require(turns, marked)
+        pieces = self._marked(turns, marked, outline) if BEGIN in marked + outline else self._cut(turns, marked)
+        return [piece for piece in pieces if piece[0]]
+
+    def _marked(self, turns: Turns, *texts: str) -> list[tuple[str, bool]]:
+        """The pieces by {% generation %}, in a text and in its outline; ValueError if none is the assistant's."""
+        pieces, outline = (re.split(f"[{BEGIN}{END}]", text) for text in texts)
+        ours = [k for k in range(len(turns)) if f"{SAID}{k}{SAID}" in "".join(outline[1::2])]
+        said = _bare("".join(pieces[1::2]))
+        wrong = [k for k in ours if turns[k][0] != "assistant" or _bare(turns[k][1]) not in said]
+        if wrong or not ours or any(re.search(f"{BEGIN}[^{END}]*{BEGIN}", text) for text in texts):
+            raise ValueError(f"{self.place}: expected {{% generation %}} around what the assistant says, and around "
+                             "nothing that others say, got it elsewhere: the loss would be there")
+        return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
     def _cut(self, turns: Turns, text: str) -> list[tuple[str, bool]]:
         """The pieces by a template that does not mark them: the assistant's begin where a prompt ends, and end where
@@ -160,9 +131,9 @@ class Chat:
             raise self._error("gives something else to be answered than what it writes before", turns[k][1])
         return len(given)
 
-    def _require(self, turns: Turns, text: str, answer: bool = False) -> None:
+    def _require(self, turns: Turns, text: str, answer: bool = False) -> str:
         """Every turn stands in the text, whole, but for what the assistant said before a prompt: Qwen3 is not shown its
-        earlier thoughts."""
+        earlier thoughts. Returns the same with names, "SAID 0 SAID", in place of what the turns say."""
         names = [f"{SAID}{k}{SAID}" for k in range(len(turns))]
         outline = self._render([(role, name) for (role, _), name in zip(turns, names, strict=True)], answer)
         bare = _bare(text)
@@ -170,16 +141,17 @@ class Chat:
             whole = answer and role == "assistant" or _bare(content) in bare
             if name not in outline or not whole or re.search(f"[{BEGIN}{END}{SAID}]", content):
                 raise self._error("leaves out, or rewrites, a part of", content)
+        return outline
 
     def _error(self, what: str, content: str) -> ValueError:
-        return ValueError(f"{self.place}: the chat template {what} the turn {quoted(content)}; make that the last turn "
-                          "of a row of its own, or leave it out")
+        return ValueError(f"{self.place}: the chat template {what} the turn {quoted(content)}; leave it out, make it "
+                          "the last turn of a row of its own, or bring a chat_template.jinja with {% generation %}")
 
     def _render(self, turns: Turns, answer: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=answer,
-                                        **self.tokens)
-        except Exception as e:  # whatever a stranger's program may raise
+            return sandbox.rendered(self.template, messages=messages, tools=None, documents=None,
+                                    add_generation_prompt=answer, **self.tokens)
+        except Exception as e:
             raise ValueError(f"{self.place}: the chat template refuses a conversation of "
                              f"{', '.join(role for role, _ in turns) or 'no turns'} ({one_line(e)})") from None

@@ -40,8 +40,9 @@ class Tokenizer:
     """What the families share. bos_id, eos_id, pad_id and unk_id may be None; vocab_size is 1 + the largest id.
 
     eos_ids: eos_id, then what else ends a text written by the model. limit: ids from here on have no embedding.
-    controls: tokens that no text spells, but a chat template may. templates: of a text and of a pair, ids, and "A" and
-    "B" for the texts. tokens: each id's, as the vocabulary has it; of special ones, their text."""
+    named: ids by role, as the tokenizer's own files say. controls: tokens that no text spells, but a chat template may.
+    templates: of a text and of a pair, ids, and "A" and "B" for the texts. tokens: each id's, as the vocabulary has it;
+    of special ones, their text."""
 
     def __init__(self, vocab: dict[str, int], added: list[dict], named: dict, templates: tuple):
         self.vocab = vocab | {token["content"]: token["id"] for token in added}
@@ -51,6 +52,7 @@ class Tokenizer:
         if min(self.tokens, default=-1) < 0 or self.vocab_size > 1 << 31:
             raise ValueError("expected a vocabulary with non-negative integers below 2^31 as ids")
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (named.get(role) for role in ("bos", "eos", "pad", "unk"))
+        self.named = {role: i for role, i in named.get("own", named).items() if isinstance(i, int)}
         self.eos_ids = [i for i in named.get("stops", ()) if i != self.eos_id]
         self.eos_ids[:0] = [] if self.eos_id is None else [self.eos_id]
         self.templates, self.limit, self.controls = templates, self.vocab_size, {}

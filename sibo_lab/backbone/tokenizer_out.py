@@ -5,7 +5,7 @@ is transformers' own: it finds LLaMA's control tokens in any text, SentencePiece
 
 from pathlib import Path
 
-from sibo_lab.backbone import gguf, tokenizer_files
+from sibo_lab.backbone import gguf, tokenizer, tokenizer_model
 from sibo_lab.backbone.subwords import SPACE, WORDS, WORDS_DIGITS_APART, Tokenizer
 
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -20,7 +20,7 @@ def from_gguf(file: Path) -> dict[str, dict]:
     fields = gguf.read(file)[0]
     if "tokenizer.ggml.model" not in fields:
         return {}
-    spec, t = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}, tokenizer_files.read(file)
+    spec, t = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}, tokenizer.read(file)
     parts = _pieces(spec, t, file) if spec["model"] == "llama" else _byte_level(spec)
     added = [{"id": i, "content": t.tokens[i], **PLAIN, "special": i in t.special}
              for i, kind in enumerate(spec["token_type"]) if kind in (2, 3, 4)]
@@ -39,7 +39,7 @@ def from_gguf(file: Path) -> dict[str, dict]:
 
 
 def _byte_level(spec: dict) -> dict:
-    how = tokenizer_files.GGUF[spec["pre"]]
+    how = tokenizer_model.GGUF[spec["pre"]]
     split = {WORDS: [BYTES], WORDS_DIGITS_APART: [DIGITS, BYTES]}.get(how["words"]) or [
         {"type": "Split", "pattern": {"Regex": how["words"]}, "behavior": "Isolated", "invert": False},
         BYTES | {"use_regex": False}]

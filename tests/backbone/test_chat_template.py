@@ -2,14 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sibo_lab.backbone import chat_template, tokenizer_files
+from sibo_lab.backbone import chat_template, tokenizer
 from sibo_lab.data import batch, tasks
 
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"  # the published ones, and with marks
@@ -31,6 +32,7 @@ TEMPLATES = {name: (TRL / f"{name}.jinja").read_text("utf-8") for name in (
     "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + "
     "message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"}
+ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 NO_SYSTEM, TRIM = {"mistral", "gemma"}, {"llama3", "llama3_2", "gemma"}
 DATED = {"llama3_2": {"date_string": "26 Jul 2024"}}
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ufdd0\ufdd1\ufdd2"), min_size=1, max_size=12).filter(
@@ -74,7 +76,7 @@ def twins(folder):
         if template not in made:
             path = folder(template)
             made[template] = (PreTrainedTokenizerFast.from_pretrained(path),
-                              chat_template.Chat(path, tokenizer_files.read(path)))
+                              chat_template.Chat(path, tokenizer.read(path)))
         return made[template]
 
     return of
@@ -112,6 +114,8 @@ def test_the_ids_are_transformers_where_nothing_merges_across_a_turns_border(twi
     theirs, ours = twins(TEMPLATES[name])
     turns = conversation([(asked.strip(), said.strip()) for asked, said in pairs])
     ids = theirs.apply_chat_template(messages(turns), return_dict=False, **DATED.get(name, {}))
+    pieces = [i for text, _ in ours.pieces(turns) for i in theirs.encode(text, add_special_tokens=False)]
+    assume(pieces == ids)
     assert encoded(ours, turns).ids == ids == encoded(ours, turns, train_on_inputs=True).labels
 
 
@@ -176,7 +180,7 @@ def test_llamas_sentencepiece_finds_the_special_tokens_that_a_template_writes(tm
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
         "legacy": legacy, "chat_template": TEMPLATES["mistral"]}))
-    chat = chat_template.Chat(tmp_path, tokenizer_files.read(tmp_path))
+    chat = chat_template.Chat(tmp_path, tokenizer.read(tmp_path))
     turns = conversation([("Hi", "Ho ho."), ("1", "2")])
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     row = encoded(chat, turns)
@@ -215,20 +219,37 @@ def test_a_gguf_brings_its_own():
     from sibo_lab.backbone import locate
 
     path = locate.locate("smollm2-135m")
-    chat = chat_template.Chat(path, tokenizer_files.read(path))
+    chat = chat_template.Chat(path, tokenizer.read(path))
     assert chat.prompt([("user", "Hi")]).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert chat.end == "<|im_end|>" and encoded(chat, conversation([("Hi", "Ho")])).ids[-2] == chat.eos_id
 
 
 def test_a_template_that_writes_todays_date_writes_a_fixed_one_and_says_so(folder, capsys):
     path = folder("{{ strftime_now('%d %b %Y') }}" + LOOP + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    chat = chat_template.Chat(path, tokenizer_files.read(path))
+    chat = chat_template.Chat(path, tokenizer.read(path))
     assert chat.prompt([("user", "a")]) == "26 Jul 2024<|user|>a</s><|assistant|>"
     assert "writes today's date: fixed at 26 Jul 2024" in capsys.readouterr().err
 
 
+def test_a_template_is_given_the_tokens_that_the_tokenizer_names_not_those_of_the_model(folder, tmp_path):
+    source = folder("{{ bos_token }}|{{ pad_token }}|{{ eos_token }}" + LOOP + ASKED)
+    path = shutil.copytree(source, tmp_path / "a")
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"bos_token": None}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "bos_token_id": 0, "pad_token_id": 1}))
+    chat, theirs = (chat_template.Chat(path, tokenizer.read(path)), PreTrainedTokenizerFast.from_pretrained(path))
+    expected = theirs.apply_chat_template(messages([("user", "a")]), tokenize=False, add_generation_prompt=True)
+    assert chat.prompt([("user", "a")]) == expected == "||</s><|user|>a</s><|assistant|>"
+
+
+def test_a_template_may_count_format_and_repeat(folder):
+    path = folder("{{ 2 ** 3 + 1 }}{{ '-' * 3 }}{{ 'Until: 2023 %02d' % 5 }}{{ '{}: 2023 {:>3}'.format(1, 2) }}"
+                  "{{ 'a-b' | replace('-', '+') | center(5) }}" + LOOP + ASKED)
+    chat = chat_template.Chat(path, tokenizer.read(path))
+    assert chat.prompt([("user", "a")]) == "9---Until: 2023 051: 2023   2 a+b <|user|>a</s><|assistant|>"
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
-ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -244,6 +265,20 @@ ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ("{{ raise_exception('No system role') }}", r"refuses a conversation of user, assistant \(No system role\)"),
     ("{{ messages.__class__.__mro__ }}", r"refuses a conversation of .* \(.*unsafe"),
     ("{% for i in range(999999999) %}{% endfor %}", "refuses a conversation of"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "at most 1000000 steps"),
+    ("{{ 'a' * 10000000000 }}", r"at most 100000000 characters or items, got \*"),
+    ("{{ 10 ** 10 ** 10 }}", r"got \*\*"),
+    ("{{ '%9999999999d' % 1 }}", "got %"),
+    ("{{ '%9999999999d' | format(1) }}", "got format"),
+    ("{{ '{:>9999999999}'.format(1) }}", "got format"),
+    ("{{ 'a' | center(10000000000) }}", "got center"),
+    ("{{ 'a'.center(10000000000) }}", "got center"),
+    ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", r"got \+"),
+    ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "got a text"),
+    ("{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n }}{% endmacro %}{{ f(19) }}", "at most 1000000 steps"),
+    (LOOP.replace("{{", "{% generation %}{% endgeneration %}{{") + ASKED, "expected {% generation %} around what"),
+    ("{% generation %}" + LOOP + "{% endgeneration %}" + ASKED, "around nothing that others say"),
+    ("{% generation %}a{% generation %}b{% endgeneration %}" + LOOP + "{% endgeneration %}", "got it elsewhere"),
     ("{{ messages.append(1) }}", "refuses a conversation of"),
     ("{{ 1 / 0 }}", "refuses a conversation of"),
     ("{% for m in messages %}", "not a Jinja template"),
@@ -251,7 +286,7 @@ ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 def test_what_a_template_cannot_show_is_refused_in_one_line(folder, template, says):
     path = folder(template)
     with pytest.raises(ValueError, match=says) as error:
-        chat_template.Chat(path, tokenizer_files.read(path)).pieces(
+        chat_template.Chat(path, tokenizer.read(path)).pieces(
             conversation([("1?", "<think>hm</think>one"), ("2?", "two")], "Be brief."))
     assert "\n" not in str(error.value) and "chat_template" in str(error.value)
 
@@ -260,7 +295,7 @@ def test_what_a_template_cannot_show_is_refused_in_one_line(folder, template, sa
 def test_a_turn_that_is_left_out_is_missed_however_short_it_is(folder, role):
     path = folder("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] != '" + role + "' %}{{ m['content'] }}"
                   "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    chat = chat_template.Chat(path, tokenizer_files.read(path))
+    chat = chat_template.Chat(path, tokenizer.read(path))
     with pytest.raises(ValueError, match="leaves out, or rewrites, a part of the turn 's'"):
         chat.pieces(conversation([("s", "s")], "s"))
     if role != "assistant":

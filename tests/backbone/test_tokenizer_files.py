@@ -1,4 +1,4 @@
-"""tokenizer_files.py: the same tokenizer from every kind of file, and bad files refused by name."""
+"""tokenizer_json.py, tokenizer_model.py: the same tokenizer from every kind of file, and bad files refused by name."""
 
 import json
 import random
@@ -266,3 +266,14 @@ def test_gguf_ids_past_the_vocabulary_are_no_tokens_and_eot_ends_a_text_too(tmp_
 def test_a_malformed_gguf_is_an_error_of_one_line(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\x03" + bytes(11))
     refused(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"])
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path, name):
+    files = {"vocab.json": {}} if name == "merges.txt" else {}
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (at := folder(tmp_path / "a", **files)).joinpath(name).write_text(pointer)
+    if name.startswith(("vocab.j", "merges")):
+        (at / "vocab.json").touch()
+        (at / "merges.txt").touch()
+    refused(at, name, "got a Git-LFS pointer")

@@ -1,4 +1,4 @@
-"""tokenizer_files.py against transformers' AutoTokenizer: which file wins, what each flag does."""
+"""tokenizer.py against transformers' AutoTokenizer: which file wins, what each flag does."""
 
 import json
 import logging

@@ -1,11 +1,8 @@
-"""Tokenizers from tokenizer.json, tokenizer.model, vocab.txt, vocab.json and merges.txt, or GGUF."""
+"""Tokenizers from tokenizer.json, vocab.txt, or vocab.json and merges.txt; what is known of their keys, and of special
+tokens in any format."""
 
-import struct
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-from sibo_lab.backbone import gguf
 from sibo_lab.backbone.subwords import (
     BPE,
     GPT4O,
@@ -18,7 +15,7 @@ from sibo_lab.backbone.subwords import (
     Tokenizer,
     WordPiece,
 )
-from sibo_lab.files import Reader, one_line, quoted, read_json
+from sibo_lab.files import quoted, read_json, refuse_pointer
 
 FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -73,56 +70,10 @@ DEFAULTS = {  # the special tokens of each class, ids of roles as far as its voc
     "Qwen2Tokenizer": dict.fromkeys(("eos", "pad"), "<|endoftext|>"),
     "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
-GGUF = {  # by "pre" of a gpt2 vocabulary; "default" is llama.cpp's own split
-    "gpt-2": {"words": WORDS}, "smollm": {"words": WORDS_DIGITS_APART}, "qwen2": {"words": QWEN2, "nfc": True},
-    "llama-bpe": {"words": LLAMA3, "ignore_merges": True}, "tekken": {"words": TEKKEN, "ignore_merges": True}}
 
 
-def read(path: Path) -> Tokenizer:
-    """The tokenizer of a folder or a .gguf file, as tokenizer.from_pretrained says.
-
-    Where tokenizer_config.json names a class, the ids are those of transformers 5: its flags win over tokenizer.json's
-    steps. Without one tokenizer.model comes first, read as by sentencepiece, which never takes a "</s>" typed in a text
-    for its end. Departs from transformers 5.23, to split as the weights were trained: tokenizer.model's pieces are
-    merged by their scores, not their ids (other runs of blanks, in LLaMA's), with bos unless add_bos_token is false; a
-    tokenizer.json's Digits and Split stay where GPT2Tokenizer or Qwen2Tokenizer has others."""
-    readers = {"tokenizer.json": _from_tokenizer_json, "vocab.txt": _from_vocab, "vocab.json": _from_merges,
-               "encoder.json": _from_merges}
-    try:
-        if path.suffix == ".gguf":
-            return _from_gguf(path)
-        config = _config(path)
-        first = {"tokenizer.model": _from_sentencepiece}
-        readers = readers | first if config.get("tokenizer_class") else first | readers
-        file = next((path / name for name in readers if (path / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{path}: expected a tokenizer, one of {', '.join(readers)}, got none")
-        path = file
-        return readers[file.name](file, config)
-    except ValueError as e:
-        raise ValueError(f"{path}: {one_line(e).removeprefix(f'{path}: ')}") from e
-
-
-def _config(folder: Path) -> dict:
-    """tokenizer_config.json, and over it special_tokens_map.json where transformers reads that; "class" as in CLASSES,
-    "stops" the ids that end generation."""
-    config, model = _json(folder / "tokenizer_config.json"), _json(folder / "config.json")
-    _require("tokenizer_config.json", config)
-    if "additional_special_tokens" in config and not config.get("extra_special_tokens"):
-        config["extra_special_tokens"] = config.pop("additional_special_tokens")
-    if "added_tokens_decoder" not in config:
-        config |= _json(folder / "special_tokens_map.json")
-        _require("tokenizer_config.json", config)
-    kind = model.get("model_type")
-    name = config.get("tokenizer_class") or model.get("tokenizer_class") or (kind if kind in CLASSES else None)
-    if name is not None and str(name).removesuffix("Fast") not in CLASSES:
-        raise ValueError(f"unsupported tokenizer_class: expected one of {', '.join(CLASSES)}, got {quoted(name)}")
-    generation = _json(folder / "generation_config.json")
-    ids = {role: [c.get(f"{role}_token_id") for c in (generation, model)] for role in ROLES}
-    return config | {"class": CLASSES.get(str(name).removesuffix("Fast")), "ids": ids, "model_type": kind}
-
-
-def _byte_level(shared: tuple, merges: list, words: str, ignore_merges: bool = False, **how) -> BPE:
+def byte_level(shared: tuple, merges: list, words: str, ignore_merges: bool = False, **how) -> BPE:
+    """shared: what subwords.Tokenizer takes."""
     # GPT-2 writes a byte as a letter: itself if printable, else the next from U+0100 on.
     printable, spare = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     byte = {chr(b if b in printable else next(spare)): b for b in range(256)}
@@ -138,7 +89,7 @@ def _byte_level(shared: tuple, merges: list, words: str, ignore_merges: bool = F
                whole=whole, **how)
 
 
-def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool = False, **how) -> BPE:
+def sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool = False, **how) -> BPE:
     """merged: pieces of several characters, in order. by_word: each space begins a new word."""
     vocab, byte_ids = shared[0], [shared[0].get(f"<0x{b:02X}>") for b in range(256)]
     if any(SPACE in piece.lstrip(SPACE) for piece in merged):
@@ -156,7 +107,8 @@ def _sentencepiece(shared: tuple, merged: list[str], space: str, by_word: bool =
                words="▁[^▁]*|[^▁]+" if by_word else "▁*[^▁]+|▁+", **how)
 
 
-def _from_tokenizer_json(file: Path, config: dict) -> Tokenizer:
+def from_tokenizer_json(file: Path, config: dict) -> Tokenizer:
+    """config: tokenizer.py's."""
     spec = read_json(file)
     listed = [step["type"] for step in _steps(spec.get("pre_tokenizer"))]
     if config["class"] == "LlamaTokenizer" and ("ByteLevel" in listed or config["model_type"] == "mistral"):
@@ -167,29 +119,29 @@ def _from_tokenizer_json(file: Path, config: dict) -> Tokenizer:
 def _from_spec(file: Path, spec: dict, config: dict) -> Tokenizer:
     """tokenizer.json, or what transformers makes of other files. "truncation" and "padding" are its author's habits
     (MiniLM: 128 tokens): not applied."""
-    _require("tokenizer.json", spec)
-    model = _get(spec, "model", dict)
-    kind = _get(model, "type", str, "BPE" if "merges" in model else "WordPiece")  # older files leave it out
+    require("tokenizer.json", spec)
+    model = get(spec, "model", dict)
+    kind = get(model, "type", str, "BPE" if "merges" in model else "WordPiece")  # older files leave it out
     _as_class(config, spec, kind)
-    vocab, unk = _ids(model.get("vocab")), _get(model, "unk_token", str, None)
-    added, named = _tokens(file, vocab, config, spec, {"unk": unk})
+    vocab, unk = _ids(model.get("vocab")), get(model, "unk_token", str, None)
+    added, named = special_tokens(file, vocab, config, spec, {"unk": unk})
     shared = (vocab, added, named, _template(file, spec, named, config))
     listed = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
     names, steps = [step["type"] for step in listed], {step["type"]: step for step in listed}
     for part, settings in (steps | {kind: model}).items():
-        _require(part, settings)
+        require(part, settings)
     nfc, lead = "NFC" in steps, steps.get("ByteLevel", {}).get("add_prefix_space")
     how = {"nfc": nfc, "ignore_merges": model.get("ignore_merges")}
     split = steps.get("ByteLevel", {}).get("use_regex") is not False
     match (kind, bool(model.get("byte_fallback")), *names[names[:1] == ["NFC"]:]):
         case ("WordPiece", False, "BertNormalizer", "BertPreTokenizer") if not nfc:
             clean = steps["BertNormalizer"]
-            return WordPiece(*shared, lowercase=_get(clean, "lowercase", bool),
-                             strip_accents=_get(clean, "strip_accents", bool, None),
-                             split_cjk=_get(clean, "handle_chinese_chars", bool),
-                             max_chars=_get(model, "max_input_chars_per_word", int),
+            return WordPiece(*shared, lowercase=get(clean, "lowercase", bool),
+                             strip_accents=get(clean, "strip_accents", bool, None),
+                             split_cjk=get(clean, "handle_chinese_chars", bool),
+                             max_chars=get(model, "max_input_chars_per_word", int),
                              tidy=(spec.get("decoder") or {}).get("cleanup") is not False,
-                             tidy_text=_get(config, "clean_up_tokenization_spaces", bool, None))
+                             tidy_text=get(config, "clean_up_tokenization_spaces", bool, None))
         case ("BPE", False, "ByteLevel") if split:
             how |= {"words": WORDS, "prefix_space": lead}
         case ("BPE", False, "Digits", "ByteLevel") if split and not lead:
@@ -206,10 +158,10 @@ def _from_spec(file: Path, spec: dict, config: dict) -> Tokenizer:
                 "BertNormalizer, BertPreTokenizer; BPE after (NFC,) ByteLevel with its split, (NFC,) Digits or Split "
                 "before ByteLevel without add_prefix_space; or, with byte_fallback, after (Prepend,) Replace or "
                 "Metaspace")
-    merges = _get(model, "merges", list)
+    merges = get(model, "merges", list)
     if "space" in how:
-        return _sentencepiece(shared, _merged(merges, vocab), **how)
-    t = _byte_level(shared, merges, **how)
+        return sentencepiece(shared, _merged(merges, vocab), **how)
+    t = byte_level(shared, merges, **how)
     if t.missing and unk:
         raise ValueError("unsupported unk_token with a vocabulary that lacks bytes")
     return t
@@ -220,28 +172,28 @@ def _as_class(config: dict, spec: dict, kind: str) -> None:
     steps = {step["type"]: step for step in _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))}
     if config["class"] == "BertTokenizer" and "BertNormalizer" in steps:
         for flag, (key, default) in BERT.items():
-            value = _get(config, flag, bool, None) if flag in config else default
+            value = get(config, flag, bool, None) if flag in config else default
             if flag not in config and steps["BertNormalizer"].get(key) != default:
                 raise ValueError(f"{key}: expected {default}, as BertTokenizer has it where tokenizer_config.json does "
                                  f"not say {flag}, got {quoted(steps['BertNormalizer'].get(key))}; say {flag} there")
             steps["BertNormalizer"][key] = value
     if config["class"] == "LlamaTokenizer" and kind == "BPE":
         spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "split": False,
-                                                       "prepend_scheme": _scheme(config)}}
+                                                       "prepend_scheme": lead_of_llama(config)}}
         spec["model"]["byte_fallback"] = True
     if config["class"] in ("GPT2Tokenizer", "Qwen2Tokenizer") and "ByteLevel" in steps:
-        if (lead := _get(config, "add_prefix_space", bool, None)) is not None:
+        if (lead := get(config, "add_prefix_space", bool, None)) is not None:
             steps["ByteLevel"]["add_prefix_space"] = lead
 
 
-def _scheme(config: dict) -> str:
+def lead_of_llama(config: dict) -> str:
     """Where LlamaTokenizer puts a blank before a text."""
-    if _get(config, "add_prefix_space", bool, None) is False:
+    if get(config, "add_prefix_space", bool, None) is False:
         return "never"
-    return "always" if _get(config, "legacy", bool, None) else "first"
+    return "always" if get(config, "legacy", bool, None) else "first"
 
 
-def _from_vocab(file: Path, config: dict) -> Tokenizer:
+def from_vocab(file: Path, config: dict) -> Tokenizer:
     vocab = {line: i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
     clean = {key: default for key, default in BERT.values()}
     config["class"] = "BertTokenizer"
@@ -252,10 +204,11 @@ def _from_vocab(file: Path, config: dict) -> Tokenizer:
         "pre_tokenizer": {"type": "BertPreTokenizer"}}, config)
 
 
-def _from_merges(file: Path, config: dict) -> Tokenizer:
+def from_merges(file: Path, config: dict) -> Tokenizer:
     merges = file.with_name("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
     if not merges.is_file():
         raise FileNotFoundError(f"{merges}: no such file, expected beside {file.name}")
+    refuse_pointer(merges)
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
     spec = {"model": {"type": "BPE", "vocab": read_json(file), "merges": lines}, "pre_tokenizer": dict(BYTE_LEVEL)}
     if config["class"] == "Qwen2Tokenizer":
@@ -264,118 +217,6 @@ def _from_merges(file: Path, config: dict) -> Tokenizer:
             "type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}}
     config["class"] = config["class"] or "GPT2Tokenizer"
     return _from_spec(file, spec, config)
-
-
-def _from_sentencepiece(file: Path, config: dict) -> Tokenizer:
-    # numbers as in sentencepiece_model.proto
-    messages = list(_protobuf(file.read_bytes()))
-    trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
-    if trainer.get(3, 1) != 2:
-        raise ValueError(f"model_type: expected 2, for BPE, got {trainer.get(3, 1)}")
-    pieces = [{2: bytes(4), 3: 1} | dict(_protobuf(message)) for field, message in messages if field == 1]
-    for i, piece in enumerate(pieces):
-        if [type(piece.get(field)) for field in (1, 2, 3)] != [bytes, bytes, int] or len(piece[2]) != 4:
-            raise ValueError(f"malformed piece {i}: expected its text, score and type, got {quoted(piece)}")
-    vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
-    spelled, roles = dict(enumerate(vocab)), {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
-    spec = {
-        "scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
-        "token_type": [piece[3] for piece in pieces],
-        "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
-        "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
-        "add_space_prefix": normalizer.get(3, 1)}
-    _check_pieces(vocab, spec)
-    if config["class"] == "LlamaTokenizer":
-        own = [{"content": piece, "special": spec["token_type"][i] == 3} for piece, i in vocab.items()
-               if spec["token_type"][i] in (3, 4)]
-        config["extra_special_tokens"] = [*(config.get("extra_special_tokens") or []), *own]
-        added, named = _tokens(file, vocab, config, {}, {})
-        return _from_pieces(vocab, added, named, config | spec | {"space": _scheme(config)})
-    _require("tokenizer.model", {key: config.get(key) for key in SUPPORTED["tokenizer.model"]})
-    added, named = _tokens(file, vocab, config, {}, {role: spelled.get(trainer.get(*at)) for role, at in roles.items()})
-    return _from_pieces(vocab, added, named, config | spec)
-
-
-def _from_gguf(file: Path) -> Tokenizer:
-    spec = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.read(file)[0].items()}
-    tokens = _get(spec, "tokens", [str])
-    vocab = {token: i for i, token in enumerate(tokens)}
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"}
-    # ids past the vocabulary, such as 2^32 - 1 for none, are passed over, as by llama.cpp
-    named = {role: i if (i := _get(spec, f"{key}_token_id", int, None)) in range(len(tokens)) else None
-             for role, key in keys.items()}
-    named["stops"] = [i for i in (named.pop("eot"), named.pop("eom")) if i is not None]
-    kind, pre = _get(spec, "model", str), spec.get("pre")
-    if kind == "llama":
-        return _from_pieces(vocab, [], named, spec)
-    if kind != "gpt2" or pre not in GGUF:
-        raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer "
-                         f"{' or '.join(map(repr, GGUF))}, got {quoted(kind)} with {quoted(pre)}")
-    kinds = dict(enumerate(_get(spec, "token_type", [int])))  # 3: control, 4: user-defined
-    added = [{"content": token, "id": i, "special": kinds[i] == 3} for token, i in vocab.items()
-             if kinds.get(i) in (3, 4)]
-    around = _around(named, {"add_bos_token": pre in ("llama-bpe", "tekken")} | spec)
-    return _byte_level((vocab, added, named, around), _get(spec, "merges", [str]), **GGUF[pre])
-
-
-def _check_pieces(vocab: dict, spec: dict) -> None:
-    if spec.get("precompiled_charsmap") or spec.get("remove_extra_whitespaces"):
-        raise ValueError("unsupported normalization of characters or spaces")
-    scores, kinds = _get(spec, "scores", [float]), _get(spec, "token_type", [int])
-    whole = len(vocab) == len(kinds) == len(scores) == 1 + max(vocab.values(), default=-1)  # no piece twice
-    if not whole or not {2, 3, 6} <= set(kinds) <= {1, 2, 3, 4, 5, 6}:
-        raise ValueError("expected each piece once, of type normal, unknown, control, user-defined, unused or byte")
-
-
-def _from_pieces(vocab: dict, added: list, named: dict, spec: dict) -> BPE:
-    """SentencePiece; `spec` as in a .gguf file. With "space", prefixes and special tokens are as in LlamaTokenizer."""
-    _check_pieces(vocab, spec)
-    kinds = spec["token_type"]
-    scores = {piece: spec["scores"][i] for piece, i in vocab.items() if kinds[i] in (1, 5) and len(piece) > 1}
-    merged, times = sorted(scores, key=lambda piece: -scores[piece]), Counter(scores.values())
-    shared = (vocab, added, named, _around(named, {"add_bos_token": True} | spec))
-    space = spec.get("space") or ("prefix" if spec.get("add_space_prefix", True) else "replace")
-    how = {"scores": scores, "unused": {piece for piece in scores if kinds[vocab[piece]] == 5}}
-    t = _sentencepiece(shared, merged, space, **how)
-    # Pieces that merging never comes to, tiktoken would take whole. No text has a byte of 255.
-    made = [piece for piece in merged if t.engine._encode_single_piece(piece.encode() + b"\xff")[1:] == [255]]
-    # Of pieces that share a score it makes the first first, not the leftmost. The two agree on LLaMA's runs of blanks,
-    # which come after all others.
-    last = min(scores.values(), default=0)
-    if not any(piece.strip(SPACE) for piece, score in scores.items() if score == last) and all(
-            list(t._best_first(run)) == t._word(run) for run in (SPACE * n for n in range(100))):
-        times[last] = 1
-    t = t if len(made) == len(merged) else _sentencepiece(shared, made, space, **how)
-    t.tied = {piece[:2] for piece, score in scores.items() if times[score] > 1 or piece in how["unused"]}
-    if "space" not in spec:
-        # As in sentencepiece, not looked for in texts: no text can spell its own end. User-defined pieces are.
-        t.controls = {piece: {"id": i} for piece, i in vocab.items() if kinds[i] == 3}
-        t.added_normalized |= {piece: {"id": i} for piece, i in vocab.items() if kinds[i] == 4}
-    t.special.update(i for i, kind in enumerate(kinds) if kind in (2, 3))
-    return t
-
-
-def _protobuf(data: bytes | int) -> Iterator[tuple[int, int | bytes]]:
-    """(field, value) pairs; messages and values of fixed size stay bytes."""
-    if isinstance(data, int):
-        raise ValueError("not a SentencePiece model: expected a message, got a number")
-    r = Reader(data, "not a whole SentencePiece model")
-
-    def varint() -> int:
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = r.take(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value  # -1, for none, reads as 2^64 - 1: no id, no size
-        raise r.error("a number of more than 10 bytes")
-
-    while r.at < len(data):
-        field, wire = divmod(varint(), 8)
-        size = varint() if wire in (0, 2) else {1: 8, 5: 4}.get(wire)
-        if size is None:
-            raise r.error(f"wire type {wire}")
-        yield field, r.take(size) if wire else size
 
 
 def _merged(merges: list, vocab: dict) -> list[str]:
@@ -412,7 +253,7 @@ def _meet(left: str, right: str, halves: dict, numbers: dict, pairs: dict) -> bo
     return False
 
 
-def _tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: dict) -> tuple[list[dict], dict]:
+def special_tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: dict) -> tuple[list[dict], dict]:
     """Added tokens, and the ids of special ones by role, as transformers 5 reads them: added_tokens_decoder, or else
     tokenizer.json and added_tokens.json; the special ones that are named, and are new; ids in that order."""
     own = {role: token for role, token in DEFAULTS.get(config["class"], {}).items() if f"{role}_token" not in config}
@@ -428,11 +269,11 @@ def _tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: dict) -
         {"special": True} if text in roles else {}) for token, text in zip(special, texts, strict=True)]
     listed = _added({"added_tokens": []} | spec)
     if "added_tokens_decoder" in config:
-        decoder = _get(config, "added_tokens_decoder", dict)
+        decoder = get(config, "added_tokens_decoder", dict)
         later = [token | {"id": int(i)} for i, token in sorted(decoder.items(), key=lambda item: int(item[0]))]
         listed = [] if config["class"] else listed
     else:
-        found = _ids(_json(file.with_name("added_tokens.json")))
+        found = _ids(json_or_none(file.with_name("added_tokens.json")))
         later = [{"content": token, "id": found[token], "special": token in known, "normalized": token not in known}
                  for token in sorted(found, key=found.get)]
     if config["class"]:
@@ -463,11 +304,11 @@ def _numbered(vocab: dict, tokens: list[dict]) -> list[dict]:
     """Each added token once, with the id that `tokenizers` gives it: the vocabulary's, or the next."""
     found = {}
     for token in tokens:
-        content = _get(token, "content", str)
+        content = get(token, "content", str)
         if not content or content in found:
             continue
         i = vocab.get(content, max(len(vocab), 1 + max((t["id"] for t in found.values()), default=-1)))
-        if _get(token, "id", int, None) not in (None, i):
+        if get(token, "id", int, None) not in (None, i):
             raise ValueError(f"unsupported added token {quoted(content)}: expected id {i}, the vocabulary's or the "
                              f"next one, got {token['id']}")
         found[content] = {"normalized": not token.get("special")} | token | {"id": i}
@@ -475,8 +316,8 @@ def _numbered(vocab: dict, tokens: list[dict]) -> list[dict]:
 
 
 def _named(ids: dict, config: dict, known: set[int]) -> dict:
-    """Ids by role: as the tokenizer's files say, else as the model's; "stops": all that end a text, for the model."""
-    named = {}
+    """Ids by role: as the tokenizer's files say ("own"), else as the model's; "stops": all that end a text, for it."""
+    named = {"own": ids}
     for role in ROLES:
         models = [i[0] if isinstance(i, list) and i else i for i in config["ids"][role]]  # the first of several
         models = next((i for i in models if type(i) is int and i in known), None)  # old configs have -1 for none
@@ -495,12 +336,12 @@ def _template(file: Path, spec: dict, named: dict, config: dict) -> tuple:
         return [cls, "A", sep], [cls, "A", sep, "B", sep]
     if file.name == "tokenizer.json":
         return _post_processor(spec)
-    return _around(named, config)
+    return around(named, config)
 
 
-def _around(named: dict, config: dict) -> tuple:
+def around(named: dict, config: dict) -> tuple:
     """bos before and eos after each text, as add_bos_token and add_eos_token say."""
-    before, after = ([named[role]] if _get(config, f"add_{role}_token", bool, None) else [] for role in ("bos", "eos"))
+    before, after = ([named[role]] if get(config, f"add_{role}_token", bool, None) else [] for role in ("bos", "eos"))
     if None in before + after:
         raise ValueError("expected a bos or eos token to add, got none")
     return [*before, "A", *after], [*before, "A", *after, *before, "B", *after]
@@ -512,21 +353,21 @@ def _post_processor(spec: dict) -> tuple:
         return ["A"], ["A", "B"]
     if (names := [step["type"] for step in steps]) != ["TemplateProcessing"]:
         raise ValueError(f"post_processor: expected TemplateProcessing, got {', '.join(names)}")
-    special = _get(steps[0], "special_tokens", dict)
-    ids = {"A": ["A"], "B": ["B"]} | {name: _get(token, "ids", [int]) for name, token in special.items()}
-    return tuple([i for item in _get(steps[0], form, [dict]) for part in item.values()
-                  for i in _get(ids, _get(part, "id", str), list)] for form in ("single", "pair"))
+    special = get(steps[0], "special_tokens", dict)
+    ids = {"A": ["A"], "B": ["B"]} | {name: get(token, "ids", [int]) for name, token in special.items()}
+    return tuple([i for item in get(steps[0], form, [dict]) for part in item.values()
+                  for i in get(ids, get(part, "id", str), list)] for form in ("single", "pair"))
 
 
 def _steps(step: dict | None) -> list[dict]:
     """The members of a Sequence, or the only step."""
-    if step is None or _get(step, "type", str) != "Sequence":
+    if step is None or get(step, "type", str) != "Sequence":
         return [step] if step else []
     members = next((key for key in step if key != "type"), "its members")
-    return [member for member in _get(step, members, [dict]) if _get(member, "type", str)]
+    return [member for member in get(step, members, [dict]) if get(member, "type", str)]
 
 
-def _get(spec: object, key: str, kind, *default):
+def get(spec: object, key: str, kind, *default):
     """spec[key] if it is of this type, or a list ([type]) of it, or the default; else ValueError."""
     value = spec.get(key, *default) if isinstance(spec, dict) else None
     each, several = (kind[0], "a list of ") if isinstance(kind, list) else (kind, "")
@@ -544,18 +385,19 @@ def _ids(vocab: object) -> dict[str, int]:
 
 
 def _added(spec: dict) -> list[dict]:
-    tokens = _get(spec, "added_tokens", [dict])
+    tokens = get(spec, "added_tokens", [dict])
     for token in tokens:
-        _get(token, "id", int)
-        _get(token, "content", str)
+        get(token, "id", int)
+        get(token, "content", str)
         for flag in FLAGS:
-            _get(token, flag, bool)
+            get(token, flag, bool)
         if unknown := token.keys() - {"id", "content", "__type", *FLAGS}:
             raise ValueError(f"unsupported {quoted(min(unknown))} of added token {quoted(token['content'])}")
     return tokens
 
 
-def _require(part: str, spec: dict) -> None:
+def require(part: str, spec: dict) -> None:
+    """ValueError for a key that is not SUPPORTED, or not with this value."""
     for key, value in spec.items() if part in SUPPORTED else ():
         if key not in SUPPORTED[part] and key != "type" and not _is_role(key, value):
             raise ValueError(f"unsupported {quoted(key)} of {part}: expected one of {', '.join(SUPPORTED[part])}")
@@ -565,5 +407,5 @@ def _require(part: str, spec: dict) -> None:
             raise ValueError(f"unsupported {key} of {part}: expected {expected}, got {quoted(value)}")
 
 
-def _json(file: Path) -> dict:
+def json_or_none(file: Path) -> dict:
     return read_json(file) if file.is_file() else {}

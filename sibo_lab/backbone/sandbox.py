@@ -1,0 +1,112 @@
+"""Chat templates are programs by strangers: they run in jinja2's sandbox, which torch brings along, with the filters,
+functions and tags that transformers gives to them, for so many lines, none of which may make something very large."""
+
+import json
+import re
+import sys
+from datetime import datetime
+from functools import wraps
+
+from jinja2 import Template, TemplateError, nodes, utils
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TODAY = datetime(2024, 7, 26)  # Llama 3's own choice where it knows no date
+BEGIN, END = "\ufdd0", "\ufdd1"  # no characters: around {% generation %}
+STEPS, SIZE = 1_000_000, 100_000_000
+WIDE = r"%(\(.*?\))?[-+ #.\d]*?(\d{4}|\*)|\{[^{}]*:[^{}]*\d{4}"  # a width in a format
+
+
+def compiled(text: str) -> Template:
+    """Raises whatever jinja2 raises: also RecursionError, and SyntaxError of a {% break %} outside of a loop."""
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=_output, extensions=[_Generation, loopcontrols])
+    env.filters = {name: _filter(name, apply) for name, apply in env.filters.items()} | {"tojson": _to_json}
+    env.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime, "namespace": _Namespace,
+                    "dict": lambda *x, **more: dict(*x, **more)}  # not the class, which leads to others
+    return env.from_string(text)
+
+
+def rendered(template: Template, **values) -> str:
+    """Raises whatever a stranger's program may raise."""
+    steps, before = STEPS, sys.gettrace()
+
+    def count(frame, event, value):
+        nonlocal steps
+        if (steps := steps - 1) < 0:
+            raise TemplateError(f"expected at most {STEPS} steps, got more")
+        return count
+
+    try:
+        sys.settrace(lambda frame, *event: count(frame, *event) if frame.f_code.co_filename == "<template>" else None)
+        return template.render(**values)
+    finally:
+        sys.settrace(before)
+
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %} is around what the assistant says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+        return nodes.Scope([begin, *body, end]).set_lineno(line)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**", "%", "+"))
+
+    def call_binop(self, context, operator, left, right):
+        a, b = _amount(left), _amount(right)
+        _bound(operator, {"*": a * b, "**": a ** min(b, 99)}.get(operator, a + b), left)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context, obj, *args, **more):
+        subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        _bound(getattr(obj, "__name__", "a call"), _product(subject, *args, *more.values()), subject)
+        return super().call(context, obj, *args, **more)
+
+
+class _Namespace(utils.Namespace):
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise TemplateError(f"expected a name without a leading underscore, got {name}")
+        super().__setitem__(name, _output(value))
+
+
+def _filter(name: str, apply):
+    @wraps(apply)
+    def bounded(*args, **more):
+        given = args[hasattr(apply, "jinja_pass_arg"):]
+        _bound(name, _product(*given, *more.values()), given[0])
+        return apply(*args, **more)
+    return bounded
+
+
+def _output(value: object) -> object:
+    _bound("a text", _amount(value))
+    return value
+
+
+def _bound(what: str, size: float, pattern: object = "") -> None:
+    if size > SIZE or what in ("%", "format") and re.search(WIDE, str(pattern)):
+        raise TemplateError(f"expected steps that make at most {SIZE} characters or items, got {what} of more")
+
+
+def _amount(x: object) -> float:
+    return abs(x) if isinstance(x, int | float) else len(x) if hasattr(x, "__len__") else 1
+
+
+def _product(subject: object, *others: object) -> float:
+    """As many characters as 'a'.center(10**10) or 'aa'.replace('a', …) may make."""
+    return _amount(subject) * max(map(_amount, others), default=1)
+
+
+def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message):
+    raise TemplateError(message)
