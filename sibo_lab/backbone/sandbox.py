@@ -1,13 +1,13 @@
 """Chat templates are programs by strangers: they run in jinja2's sandbox, which torch brings along, with the filters,
-functions and tags that transformers gives to them, for so many lines, none of which may make something very large."""
+functions and tags that transformers gives to them, for so many rounds of loops and calls, none of which may make
+something very large."""
 
 import json
 import re
-import sys
 from datetime import datetime
 from functools import wraps
 
-from jinja2 import Template, TemplateError, nodes, utils
+from jinja2 import Template, TemplateError, nodes, pass_context, utils
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -20,27 +20,20 @@ WIDE = r"%(\(.*?\))?[-+ #.\d]*?(\d{4}|\*)|\{[^{}]*:[^{}]*\d{4}"  # a width in a 
 def compiled(text: str) -> Template:
     """Raises whatever jinja2 raises: also RecursionError, and SyntaxError of a {% break %} outside of a loop."""
     env = _Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=_output, extensions=[_Generation, loopcontrols])
-    env.filters = {name: _filter(name, apply) for name, apply in env.filters.items()} | {"tojson": _to_json}
+    env.filters = {name: _filter(name, apply) for name, apply in env.filters.items()} | {
+        "tojson": _to_json, "each round": _each_round}
     env.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime, "namespace": _Namespace,
                     "dict": lambda *x, **more: dict(*x, **more)}  # not the class, which leads to others
-    return env.from_string(text)
+    tree = env.parse(text)
+    for loop in tree.find_all(nodes.For):
+        loop.iter = nodes.Filter(loop.iter, "each round", [], [], None, None, lineno=loop.lineno, environment=env)
+    return env.from_string(tree)
 
 
 def rendered(template: Template, **values) -> str:
     """Raises whatever a stranger's program may raise."""
-    steps, before = STEPS, sys.gettrace()
-
-    def count(frame, event, value):
-        nonlocal steps
-        if (steps := steps - 1) < 0:
-            raise TemplateError(f"expected at most {STEPS} steps, got more")
-        return count
-
-    try:
-        sys.settrace(lambda frame, *event: count(frame, *event) if frame.f_code.co_filename == "<template>" else None)
-        return template.render(**values)
-    finally:
-        sys.settrace(before)
+    template.environment.steps = STEPS
+    return template.render(**values)
 
 
 class _Generation(Extension):
@@ -57,13 +50,20 @@ class _Generation(Extension):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
+    steps = STEPS
+
+    def count(self, steps):
+        self.steps -= steps
+        if self.steps < 0:
+            raise TemplateError(f"expected at most {STEPS} steps, got more")
 
     def call_binop(self, context, operator, left, right):
         a, b = _amount(left), _amount(right)
-        _bound(operator, {"*": a * b, "**": a ** min(b, 99)}.get(operator, a + b), left)
+        _bound(operator, a * b if operator == "*" else a ** min(b, 99) if operator == "**" else a + b, left)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context, obj, *args, **more):
+        self.count(10)
         subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         _bound(getattr(obj, "__name__", "a call"), _product(subject, *args, *more.values()), subject)
         return super().call(context, obj, *args, **more)
@@ -83,6 +83,13 @@ def _filter(name: str, apply):
         _bound(name, _product(*given, *more.values()), given[0])
         return apply(*args, **more)
     return bounded
+
+
+@pass_context  # not at compile time, once for all
+def _each_round(context, items):
+    items = items if hasattr(items, "__len__") else list(items)
+    context.environment.count(len(items))
+    return items
 
 
 def _output(value: object) -> object:
