@@ -150,6 +150,19 @@ def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path
     assert torch.equal(model.from_pretrained(tmp_path / "hf")(ids()), ours(ids()))
 
 
+def test_a_gguf_files_tokenizer_that_tokenizer_json_cannot_say_leaves_the_weights_to_write(tmp_path, capsys):
+    import fuzz
+
+    fields, tensors = fuzz.gguf_parts()
+    fields["tokenizer.ggml.scores"][-3:] = [-9.0] * 3
+    (tmp_path / "m.gguf").write_bytes(fuzz.a_gguf(fields, tensors))
+    ours = model.from_pretrained(tmp_path / "m.gguf")
+    export.to_hugging_face(inject(ours, "lora"), tmp_path / "hf", tmp_path / "m.gguf")
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+    line = capsys.readouterr().err
+    assert "got pieces of one score; bring the tokenizer" in line and line.count("\n") == 1
+
+
 def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):
     _, ours = twins("llama", tmp_path / "base")
     sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj")

@@ -14,10 +14,11 @@ from sibo_lab.backbone import gguf
 from sibo_lab.files import quoted
 
 
-def tensors(path: Path) -> files.Tensors:
-    """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
+def tensors(path: Path, numbers: bool = True) -> files.Tensors:
+    """(Hugging Face's name, tensor), on the CPU, one shard at a time: mapped, so that shapes alone take no reading;
+    without `numbers` a .gguf file's are not dequantized."""
     if path.suffix == ".gguf":
-        return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
+        return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path, numbers))
     return chain.from_iterable(map(*chosen(path)))
 
 
