@@ -342,7 +342,7 @@ class Bert(Transformer):
         "embeddings.word_embeddings": "embeddings.word", "embeddings.position_embeddings": "embeddings.position",
         "embeddings.token_type_embeddings": "embeddings.segment", "embeddings.LayerNorm": "embeddings.norm",
         "pooler.dense": "classifier.pooler", "classifier": "classifier.out",
-        "cls.seq_relationship": None, "cls.predictions.decoder": None,  # the heads of pre-training
+        "qa_outputs": None, "cls.seq_relationship": None, "cls.predictions.decoder": None,  # other tasks' heads
         "cls.predictions.transform.dense": None, "cls.predictions.transform.LayerNorm": None,
     }, "encoder.layer.{}", {
         "attention.self.query": "attn.q_proj", "attention.self.key": "attn.k_proj",

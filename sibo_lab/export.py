@@ -218,6 +218,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
     kind = "BertForSequenceClassification" if head else m.config.architecture
+    spec.pop("torch_dtype", None)  # the older name of dtype
     spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
     if hasattr(m, "head"):  # one that was adapted or trained whole is no longer the embedding
         spec["tie_word_embeddings"] = "lm_head.weight" not in tensors

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
 from transformers import AutoModelForCausalLM
-from twins import edit_tensors, pair
+from twins import edit_config, edit_tensors, pair
 
 import eval as evaluation
 import model
@@ -72,9 +72,10 @@ def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, t
 def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, tmp_path):
     theirs, ours = pair(family, tmp_path / "base")
     expected = stir(inject(ours, "lora"))(ids())
+    edit_config(tmp_path / "base", torch_dtype="bfloat16")
     export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    assert type(loaded) is type(theirs)
+    assert type(loaded) is type(theirs) and "torch_dtype" not in (tmp_path / "hf" / "config.json").read_text()
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 

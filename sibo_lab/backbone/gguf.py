@@ -118,6 +118,8 @@ def spec(path: Path, fields: dict, stored: dict[str, StoredTensor]) -> dict:
             raise ValueError(f"{path}: expected {key} {expected}, got {quoted(got)}")
 
     family, parts = fields.get("general.architecture"), fields.get("split.count", 0)
+    kind = fields.get("general.type", "model")
+    expect("general.type", "'model'", kind, kind == "model")
     expect("general.architecture", f"one of {', '.join(FAMILIES)}", family, family in list(FAMILIES))
     expect("split.count", "1, a whole model in one file", parts, parts in (0, 1))
     found = {key.removeprefix(f"{family}."): v for key, v in fields.items() if key.startswith(f"{family}.")}

@@ -175,11 +175,13 @@ def test_factors_of_frequencies_are_refused_where_llama_cpp_reads_none(tmp_path)
         model.from_pretrained(file)
 
 
-def test_one_part_of_a_split_file_is_refused(tmp_path):
+def test_a_part_of_a_model_and_an_adapter_are_refused(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", theirs_of("llama"))
     fields, stored = ours.read(file)
     with refused("expected split.count 1, a whole model in one file, got 2"):
         ours.spec(file, fields | {"split.count": 2}, stored)
+    with refused("expected general.type 'model', got 'adapter'"):
+        ours.spec(file, fields | {"general.type": "adapter"}, stored)
 
 
 @pytest.mark.parametrize("family", ours.FAMILIES)
