@@ -57,7 +57,8 @@ def their_name(m: nn.Module, ours: str) -> str:
 
 def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights. ValueError for
-    what peft cannot express: adapters, λ > 0, full fine-tuning."""
+    what peft cannot express: adapters, λ > 0, full fine-tuning; and for a folder with files in it."""
+    _require_empty(folder)
     s = getattr(m, "sibo", None)
     got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else s.lam and f"λ = {s.lam}"
     if got:
@@ -208,7 +209,9 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
 
 def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     """Folds the LoRA of `m`, in place, and writes a Hugging Face folder, with config and tokenizer from the backbone's
-    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold."""
+    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold,
+    and for a `folder` with files in it."""
+    _require_empty(folder)
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
@@ -234,6 +237,12 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         files.write_tensors(folder / "h0_branch.safetensors", branch, {})
     files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
+
+
+def _require_empty(folder: Path) -> None:
+    """Older weights would be loaded in place of the export's; the backbone's own would be lost."""
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: expected a new folder to export to, or an empty one, got one with files in it")
 
 
 def _tokenizer(source: Path) -> dict[str, dict]:

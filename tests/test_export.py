@@ -164,6 +164,16 @@ def test_a_gguf_files_tokenizer_that_tokenizer_json_cannot_say_leaves_the_weight
     assert "got pieces of one score; bring the tokenizer" in line and line.count("\n") == 1
 
 
+@pytest.mark.parametrize("to", [lambda m, base: export.to_hugging_face(m, base, base),
+                                lambda m, base: export.to_peft(m, base, "base")], ids=["hf", "peft"])
+def test_a_folder_with_files_such_as_the_backbones_own_is_left_as_it_is(to, tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    before = {f: f.read_bytes() for f in (tmp_path / "base").iterdir()}
+    with pytest.raises(ValueError, match="expected a new folder to export to, or an empty one, got one with files"):
+        to(inject(ours, "lora"), tmp_path / "base")
+    assert {f: f.read_bytes() for f in (tmp_path / "base").iterdir()} == before and sibo_layers(ours)
+
+
 def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):
     _, ours = twins("llama", tmp_path / "base")
     sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj")
