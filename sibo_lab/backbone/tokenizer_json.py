@@ -69,7 +69,6 @@ DEFAULTS = {  # the special tokens of each class, ids of roles as far as its voc
     "GPT2Tokenizer": dict.fromkeys(("bos", "eos"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("eos", "pad"), "<|endoftext|>"),
     "LlamaTokenizer": {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 
 
 def byte_level(shared: tuple, merges: list, words: str, ignore_merges: bool = False, **how) -> BPE:
@@ -171,12 +170,12 @@ def _as_class(config: dict, spec: dict, kind: str) -> None:
     """What a class of transformers builds in place of the file's steps, from its flags."""
     steps = {step["type"]: step for step in _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))}
     if config["class"] == "BertTokenizer" and "BertNormalizer" in steps:
+        clean = steps["BertNormalizer"]
         for flag, (key, default) in BERT.items():
-            value = get(config, flag, bool, None) if flag in config else default
-            if flag not in config and steps["BertNormalizer"].get(key) != default:
+            if flag not in config and clean.get(key) != default:
                 raise ValueError(f"{key}: expected {default}, as BertTokenizer has it where tokenizer_config.json does "
-                                 f"not say {flag}, got {quoted(steps['BertNormalizer'].get(key))}; say {flag} there")
-            steps["BertNormalizer"][key] = value
+                                 f"not say {flag}, got {quoted(clean.get(key))}; say {flag} there")
+            clean[key] = get(config, flag, bool, None) if flag in config else default
     if config["class"] == "LlamaTokenizer" and kind == "BPE":
         spec |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "split": False,
                                                        "prepend_scheme": lead_of_llama(config)}}
@@ -195,12 +194,11 @@ def lead_of_llama(config: dict) -> str:
 
 def from_vocab(file: Path, config: dict) -> Tokenizer:
     vocab = {line: i for i, line in enumerate(file.read_text("utf-8").removesuffix("\n").split("\n"))}
-    clean = {key: default for key, default in BERT.values()}
     config["class"] = "BertTokenizer"
     return _from_spec(file, {
         "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                   "max_input_chars_per_word": 100},
-        "normalizer": {"type": "BertNormalizer", "clean_text": True} | clean,
+        "normalizer": {"type": "BertNormalizer", "clean_text": True} | dict(BERT.values()),
         "pre_tokenizer": {"type": "BertPreTokenizer"}}, config)
 
 
@@ -210,13 +208,14 @@ def from_merges(file: Path, config: dict) -> Tokenizer:
         raise FileNotFoundError(f"{merges}: no such file, expected beside {file.name}")
     refuse_pointer(merges)
     lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
-    spec = {"model": {"type": "BPE", "vocab": read_json(file), "merges": lines}, "pre_tokenizer": dict(BYTE_LEVEL)}
-    if config["class"] == "Qwen2Tokenizer":
-        split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
-        spec |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {
-            "type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}}
+    qwen = config["class"] == "Qwen2Tokenizer"
+    split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not qwen}
     config["class"] = config["class"] or "GPT2Tokenizer"
-    return _from_spec(file, spec, config)
+    return _from_spec(file, {
+        "model": {"type": "BPE", "vocab": read_json(file), "merges": lines},
+        "normalizer": {"type": "NFC"} if qwen else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level] if qwen else [level]}}, config)
 
 
 def _merged(merges: list, vocab: dict) -> list[str]:
@@ -258,7 +257,7 @@ def special_tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: 
     tokenizer.json and added_tokens.json; the special ones that are named, and are new; ids in that order."""
     own = {role: token for role, token in DEFAULTS.get(config["class"], {}).items() if f"{role}_token" not in config}
     names = {role: config[f"{role}_token"] for role in ROLES if config.get(f"{role}_token") is not None}
-    others = [token for key, token in config.items() if _is_role(key, token) and key[:-6] not in ROLES]
+    others = [token for key, token in config.items() if _is_token(token, key) and key[:-6] not in ROLES]
     extra, late = (_several(config.get(f"{kind}_special_tokens")) for kind in ("extra", "additional"))
     special = [*names.values(), *own.values(), *others, *extra, *late]
     if strange := [token for token in special if not _is_token(token)]:
@@ -292,12 +291,8 @@ def _several(tokens: object) -> list:
         token for token in (tokens,) if token is not None]
 
 
-def _is_role(key: str, token: object) -> bool:
-    return key.endswith("_token") and _is_token(token)
-
-
-def _is_token(token: object) -> bool:
-    return isinstance(token.get("content") if isinstance(token, dict) else token, str)
+def _is_token(token: object, key: str = "a_token") -> bool:
+    return key.endswith("_token") and isinstance(token.get("content") if isinstance(token, dict) else token, str)
 
 
 def _numbered(vocab: dict, tokens: list[dict]) -> list[dict]:
@@ -399,7 +394,7 @@ def _added(spec: dict) -> list[dict]:
 def require(part: str, spec: dict) -> None:
     """ValueError for a key that is not SUPPORTED, or not with this value."""
     for key, value in spec.items() if part in SUPPORTED else ():
-        if key not in SUPPORTED[part] and key != "type" and not _is_role(key, value):
+        if key not in SUPPORTED[part] and key != "type" and not _is_token(value, key):
             raise ValueError(f"unsupported {quoted(key)} of {part}: expected one of {', '.join(SUPPORTED[part])}")
     for key, values in SUPPORTED.get(part, {}).items():
         if (value := spec.get(key)) not in values:
