@@ -91,6 +91,7 @@ def shown(t, row: batch.Row) -> str:
 
 def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
     """A file's first rows, or a task's first training examples, as the model will see them, with their tokens."""
+    tasks.require_own(args.ignore_columns, task)
     glue = task.num_labels > 0
     if glue and args.protocol:
         raise ValueError(f"--protocol: expected a text-to-text task, got {task.name}")

@@ -134,6 +134,12 @@ def parse(*names: str, ignore_columns: str | None = None) -> list[Task]:
     return found
 
 
+def require_own(ignore_columns: str | None, *given: Task) -> None:
+    """ValueError for columns to ignore where no task is a user's own file."""
+    if ignore_columns and all(t.kind != "own" for t in given):
+        raise ValueError(f"--ignore-columns {ignore_columns}: expected a file of your own, got {given[0].name}")
+
+
 def scored_whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:
     """The tests; a file that was not trained on is scored whole, not only its held-out part."""
     return [t if t in trained else replace(t, test=t.test or t.train) for t in tests]

@@ -66,6 +66,7 @@ def complete(args: argparse.Namespace) -> None:
     trained = tasks.parse(run.get("task", "word-problems"), ignore_columns=ignored)
     names = args.task.split(",") if args.task else run.get("test")
     tests = tasks.parse(*names, ignore_columns=ignored) if names else trained
+    tasks.require_own(args.ignore_columns, *tests)
     args.tests = tasks.scored_whole(tests, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
     if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):

@@ -83,10 +83,10 @@ def test_n_takes_the_first_examples(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.json", '[\n{"instruction": "q",\n oops}]', r"a.json, line 3: not valid JSON"),
-    ("a.json", '{"instruction": "q", "output": "a"}', r"a.json, line 1: expected a JSON list of objects, got dict"),
+    ("a.json", "5", r"a.json, entry 1: expected an object in braces, got int"),
     ("a.json", "[1]", r"a.json, entry 1: expected an object in braces, got int"),
     ("a.json", "[]", r"a.json: expected examples, got none"),
-    ("a.json", "", r"a.json, line 1: not valid JSON"),
+    ("a.json", "", r"a.json: expected examples, got none"),
     ("a.json", "[" * 100_000, r"a.json, line 1: nested too deeply"),
     ("a.json", b'[\n\n{"instruction": "caf\xe9"}]', r"a.json, line 3: expected UTF-8 text, got byte 0xe9"),
     ("a.json", '[{"output": "a"}]', r"a.json, entry 1: expected the key 'instruction', got output$"),
@@ -95,8 +95,8 @@ def test_n_takes_the_first_examples(tmp_path):
     ("a.json", '[{"instruction": "q", "output": ["a"]}]', r"a.json, entry 1: 'output': expected str, got list"),
     ("a.json", '[{"instruction": "q", "output": "a", "answer": [5]}]',
      r"a.json, entry 1: 'answer': expected str, got list"),
-    ("a.json", '[{"instruction": "q", "input": 5, "output": "a"}]',
-     r"a.json, entry 1: 'input': expected str, got int"),
+    ("a.json", '[{"instruction": "q", "input": [5], "output": "a"}]',
+     r"a.json, entry 1: 'input': expected str, got list"),
     ("a.json", '[{"instruction": "q\\ud800", "output": "a"}]',
      r"entry 1: 'instruction': expected text, got half a surrogate"),
     ("a.json", '[{"instruction": "q", "output": "a"}]', r"a.json: expected two or more different questions, got one"),
