@@ -116,7 +116,7 @@ TASKS = {task.name: task for task in (
 def task(name: str, ignore_columns: str | None = None) -> Task:
     """By short name, or the path of a user's own file, without the columns of "A,B"; ValueError for other names."""
     if OWN.search(name):
-        path = str(Path(name).expanduser().absolute())  # a saved run finds it from any working directory
+        path = str(Path(name).expanduser().resolve())  # one name, from any working directory and by any way
         return Task(path, "own", (path,), held_out=200,
                     ignored=tuple(filter(None, (ignore_columns or "").split(","))))
     if name not in TASKS:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sibo_lab.data import batch, entries, own, readers, tasks
+from sibo_lab.data import batch, commands, entries, own, readers, tasks
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)
 HI = [("user", "Hi"), ("assistant", "Ho")]
@@ -305,6 +305,15 @@ def test_a_path_with_any_of_the_endings_is_a_users_own_file(name):
 def test_another_ending_is_none(name):
     with pytest.raises(ValueError, match=r"unknown task .*path of a .json, .jsonl, .csv or .parquet file"):
         tasks.task(name)
+
+
+def test_show_prints_all_rows_that_are_learned_and_no_other(tmp_path, capsys, tiny_llama):
+    rows = [{"instruction": f"q{i}", "output": f"Ho {i}" * (i != 1), "answer": "7"} for i in range(4)]
+    path = write(tmp_path / "a.json", rows)
+    commands.main(commands.parser().parse_args(["show", str(path), "--backbone", str(tiny_llama), "--rows", "9"]))
+    out, err = capsys.readouterr()
+    assert [f"Ho {i}" in out for i in range(4)] == [True, False, True, True] and "q1" not in out
+    assert err == f"{path}: 1 of 4 rows have no output: left out of training\n"
 
 
 # ------------------------------------------------------------------------------------------------- what stays as it was
