@@ -13,18 +13,19 @@ from pathlib import Path
 from sibo_lab.files import one_line, parse_json, quoted, refuse_pointer
 
 Entry = tuple[str, dict]  # its place, for errors, and its values
-UNPACKED = 1 << 30  # bytes at most of a .gz, which a thousandth of them may hold
+UNPACKED = 1 << 30  # bytes at most of a .gz: a thousandth of them may hold more than memory
 
 
 def text(path: Path) -> str:
     """A file's text; ValueError names it, and the line that is not UTF-8."""
     refuse_pointer(path)
+    packed = path.suffix == ".gz"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            data = f.read(UNPACKED + 1 if path.suffix == ".gz" else -1)
+        with (gzip.open if packed else open)(path, "rb") as f:
+            data = f.read(UNPACKED + 1 if packed else -1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(f"{path}: not a whole gzip file ({one_line(e)}); fetch or copy it again") from None
-    if path.suffix == ".gz" and len(data) > UNPACKED:
+    if packed and len(data) > UNPACKED:
         raise ValueError(f"{path}: expected at most {UNPACKED:,} bytes once unpacked, got more; unpack it yourself")
     try:
         return data.decode("utf-8-sig")  # MRPC, and files written on Windows, begin with a BOM
@@ -49,24 +50,23 @@ def read(path: Path) -> Iterator[Entry]:
 
 def in_json(path: Path, text: str) -> Iterator[Entry]:
     """The objects of a JSON list, or of JSON lines, whichever of the two the file is called; or its only one."""
-    as_lines = path.name.removesuffix(".gz").endswith(".jsonl") and not re.match(r"\s*\[\s*\{", text)
-    if as_lines or _begins_with_an_object(text):
-        entries = [(f"{path}, line {i}", parse_json(line, path, i)) for i, line in lines(text) if line.strip()]
+    called_lines = path.name.removesuffix(".gz").endswith(".jsonl") and not re.match(r"\s*\[\s*\{", text)
+    if called_lines or _begins_with_an_object(text):
+        unit, found = "line", ((i, parse_json(line, path, i)) for i, line in lines(text) if line.strip())
     else:
         content = parse_json(text, path) if text.strip() else []
-        entries = [(f"{path}, entry {i}", entry)
-                   for i, entry in enumerate(content if isinstance(content, list) else [content], 1)]
-    for place, entry in entries:
+        unit, found = "entry", enumerate(content if isinstance(content, list) else [content], 1)
+    for i, entry in found:
         if not isinstance(entry, dict):
-            raise ValueError(f"{place}: expected an object in braces, got {type(entry).__name__}")
-        yield place, entry
+            raise ValueError(f"{path}, {unit} {i}: expected an object in braces, got {type(entry).__name__}")
+        yield f"{path}, {unit} {i}", entry
 
 
 def _begins_with_an_object(text: str) -> bool:
-    """Whether the first of several lines is an object."""
-    first, _, rest = text.strip().partition("\n")
+    """Whether the first line is an object."""
+    first = text.lstrip().partition("\n")[0]
     try:
-        return bool(rest) and isinstance(json.loads(first), dict)
+        return first.startswith("{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -49,8 +49,10 @@ def answered(rows: list[Example], paths: str, split: str, scored_only: bool) -> 
     return found
 
 
-def _ignoring(unused: list[str]) -> str:
-    return f"--ignore-columns {quoted(shlex.quote(','.join(unused)))[1:-1]}"
+def _require_none(place: str, unused: list[str], *form: str) -> None:
+    if unused:
+        raise ValueError(f"{place}: nothing would use {entries.listed(unused)} beside {entries.listed(form)}; put its "
+                         f"text there, or pass --ignore-columns {quoted(shlex.quote(','.join(unused)))[1:-1]}")
 
 
 def _missing(value: object) -> bool:
@@ -67,10 +69,8 @@ def _example(place: str, row: dict, ignored: tuple) -> Example:
     if says not in row:
         hint = next((f"; {hint}" for key, hint in OTHERS.items() if key in row), "")
         raise ValueError(f"{place}: expected the key {says or 'instruction'!r}, got {entries.listed(row)}{hint}")
-    if unused := [key for key in given if key not in (asks, says, *BESIDE[0 if answers else 2:])]:
-        form = entries.listed(dict.fromkeys((asks, says)))
-        raise ValueError(f"{place}: nothing would use {entries.listed(unused)} beside {form}; put its text into one of "
-                         f"those, or pass {_ignoring(unused)}")
+    used = dict.fromkeys((asks, says))
+    _require_none(place, [key for key in given if key not in (*used, *BESIDE[0 if answers else 2:])], *used)
     if answers and not isinstance(row[asks], list):
         turns = _texts(place, row, given, asks, says)
     else:
@@ -110,7 +110,7 @@ def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> lis
     instruction = entries.field(place, row, asks)
     if asks != "input" and "input" in given:
         instruction += "\n\n" + entries.field(place, row, "input", TEXT)
-    output = "" if says in row and _missing(row[says]) else entries.field(place, row, says, TEXT)
+    output = entries.field(place, row, says, TEXT) if says in given else ""
     return [*turns, ("user", instruction), ("assistant", output)]
 
 
@@ -125,9 +125,7 @@ def _turns(place: str, row: dict, key: str, ignored: tuple) -> list[tuple[str, s
             raise ValueError(f"{here}: expected an object in braces, got {type(message).__name__}")
         who, what = ("from", "value") if "from" in message else ("role", "content")
         unused = [k for k, v in message.items() if k not in (who, what, *ignored) and not _missing(v)]
-        if unused:
-            raise ValueError(f"{here}: nothing would use {entries.listed(unused)} beside {who} and {what}; leave it "
-                             f"out, or pass {_ignoring(unused)}")
+        _require_none(here, unused, who, what)
         role = ROLES.get(entries.field(here, message, who))
         if not role:
             raise ValueError(f"{here}: {who!r}: expected one of {', '.join(ROLES)}, got {quoted(message[who])}")

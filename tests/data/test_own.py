@@ -123,7 +123,7 @@ def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, te
     ({"messages": ["Hi"]}, "message 1: expected an object in braces, got str"),
     ({"messages": [{"role": "user", "content": "q", "weight": 0}]}, "message 1: nothing would use weight beside role"),
     ({"messages": [MESSAGES[0] | {"tool_calls": [1]}]}, "1: nothing would use tool_calls .*columns tool_calls$"),
-    ({"messages": [MESSAGES[0] | {"from": "human"}]}, "nothing would use role, content beside from and value"),
+    ({"messages": [MESSAGES[0] | {"from": "human"}]}, "nothing would use role, content beside from, value"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "'role': expected one of system, user, .*, got 'tool'"),
     ({"messages": [{"role": "user"}]}, "message 1: expected the key 'content', got role"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content': expected str, got list"),
@@ -263,7 +263,7 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     ("a.jsonl.gz", gzip.compress(b"\n[1]"), "a.jsonl.gz, line 2: expected an object in braces, got list"),
     ("a.parquet", b"PAR1 and so on", "a.parquet: not a whole Parquet file"),
     ("a.json", '{"instruction": "q", "output": "a"}\n{"instr', "a.json, line 2: not valid JSON"),
-    ("a.json", '{"train": [{"instruction": "q"}]}', "a.json, entry 1: expected the key 'instruction', got train"),
+    ("a.json", '{"train": [{"instruction": "q"}]}', "a.json, line 1: expected the key 'instruction', got train"),
     *((f"a.{kind}", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git-LFS pointer to it")
       for kind in ("jsonl", "csv", "json.gz", "parquet")),
 ])
