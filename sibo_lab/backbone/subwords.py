@@ -2,7 +2,8 @@
 byte fallback (LLaMA). Sources: Wu et al. 2016, Sennrich et al. 2016, Radford et al. 2019, Kudo & Richardson 2018.
 
 The ids are those of `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model), but for WordPiece on 749
-characters on which Unicode tables disagree, all but four newer than Unicode 3.2; Qwen's NFC is Python's."""
+characters on which Unicode tables disagree, all but four newer than Unicode 3.2; Qwen's NFC is Python's, and
+the letters beside a single word are those of `regex`."""
 
 import heapq
 import re
