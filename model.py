@@ -4,6 +4,7 @@ Sources: Devlin et al. 2019 (BERT), Wang and Komatsuzaki 2021 (GPT-J), Touvron e
 Hugging Face transformers. Departs from the official code: padding changes no result.
 Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen so far (T without a cache), V words."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from sibo_lab import fast, files
+from sibo_lab import fast, files, parallel
 from sibo_lab.backbone import config, locate, quantized, weights
 from sibo_lab.backbone.generate import KeyValues, generate, to_float32  # noqa: F401  (model.generate is public)
 
@@ -196,6 +197,7 @@ class BertBlock(nn.Module):
 
 
 class Transformer(nn.Module):
+    drawn = ()  # the parameters that load_weights drew at random
     grad_checkpoint = False  # compute a block's activations again in the backward pass instead of keeping them
     kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for what adapts this model
 
@@ -340,7 +342,7 @@ class Bert(Transformer):
         "embeddings.word_embeddings": "embeddings.word", "embeddings.position_embeddings": "embeddings.position",
         "embeddings.token_type_embeddings": "embeddings.segment", "embeddings.LayerNorm": "embeddings.norm",
         "pooler.dense": "classifier.pooler", "classifier": "classifier.out",
-        "cls.seq_relationship": None, "cls.predictions.decoder": None,  # the heads of pre-training
+        "qa_outputs": None, "cls.seq_relationship": None, "cls.predictions.decoder": None,  # other tasks' heads
         "cls.predictions.transform.dense": None, "cls.predictions.transform.LayerNorm": None,
     }, "encoder.layer.{}", {
         "attention.self.query": "attn.q_proj", "attention.self.key": "attn.k_proj",
@@ -405,13 +407,18 @@ def build(spec: dict, path: object = "config.json", num_labels: int | None = Non
         return family(c, num_labels) if num_labels else family(c)
 
 
-def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base_bits: int | None) -> nn.Module:
-    """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
+def check(m: nn.Module, path: Path) -> None:
+    """Whether load_weights could fill `m`, by the names and shapes alone; says on stderr if a pooler is drawn."""
+    found = {name for name, _ in fitting(m, path, numbers=False)}
+    if getattr(m, "classifier", None) and "classifier.pooler.weight" not in found and not parallel.rank():
+        print(f"{path}: has no pooler; a random one is trained with the head", file=sys.stderr)
 
-    A BERT's head that the file lacks starts small and random. `base_bits` 8 or 4: the blocks' matrices are quantized as
-    they come from disk. ValueError names a missing, unexpected or mis-shaped tensor."""
+
+def fitting(m: nn.Module, path: Path, numbers: bool = True) -> files.Tensors:
+    """The tensors of the folder or .gguf file at `path` by our names; without `numbers` a .gguf file's are on the meta
+    device. ValueError names a missing, unexpected or mis-shaped one."""
     expected = dict(m.named_parameters())
-    for name, tensor in weights.tensors(path):
+    for name, tensor in weights.tensors(path, numbers):
         new = weights.rename(name, m.names, path, m.prefix)
         if new is None or new.startswith("classifier.") and m.classifier is None:
             continue
@@ -420,34 +427,44 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base
         if tensor.shape != expected[new].shape or tensor.dtype not in weights.DTYPES:
             raise ValueError(f"{path}: tensor {name!r}: expected float16 to float64 numbers of shape "
                              f"{list(expected[new].shape)}, got {tensor.dtype} of shape {list(tensor.shape)}")
-        if base_bits and new.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
-            name = new.removesuffix(".weight")
-            m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))
-        else:
-            put(m, new, tensor.to(device, dtype))
         del expected[new]
-    if m.config.tie_word_embeddings:
-        tie(m, expected)
+        yield new, tensor
+    if m.config.tie_word_embeddings and expected.pop("head.weight", None) is None:  # one of the two is enough
+        expected.pop("embed.weight", None)
     if missing := [n for n in expected if not n.startswith("classifier.")]:
         raise ValueError(f"{path}: {len(missing)} tensors are missing for a {type(m).__name__}, such as {missing[0]!r}")
-    for name, empty in expected.items():  # a new head: small weights, no bias
+
+
+def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base_bits: int | None) -> nn.Module:
+    """Fills `m`, as built, from the folder or .gguf file at `path`; returns it in eval mode.
+
+    A BERT's head that the file lacks starts small and random: `m.drawn`. `base_bits` 8 or 4: the blocks' matrices are
+    quantized as they come from disk. ValueError as in `fitting`."""
+    empty = dict(m.named_parameters())
+    for name, tensor in fitting(m, path):
+        del empty[name]
+        if base_bits and name.startswith("blocks.") and tensor.ndim == 2:  # norms and biases stay as they are
+            name = name.removesuffix(".weight")
+            m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))
+        else:
+            put(m, name, tensor.to(device, dtype))
+    if m.config.tie_word_embeddings:
+        tie(m, empty)
+    for name, like in empty.items():  # a new head: small weights, no bias
         draw = torch.randn if name.endswith("weight") else torch.zeros
-        put(m, name, (draw(empty.shape, dtype=dtype) * 0.02).to(device))
+        put(m, name, (draw(like.shape, dtype=dtype) * 0.02).to(device))
+    m.drawn = tuple(empty)
     return m.eval()
 
 
 def tie(m: nn.Module, missing: dict) -> None:
     """The head becomes the embedding, or what is there of the two both; as in transformers, a head that the file has
     and that differs stays a head of its own."""
-    names = "head.weight", "embed.weight"
-    ends = [m.get_parameter(name) for name in names]
-    there = [w for name, w in zip(names, ends, strict=True) if missing.pop(name, None) is None]
+    there = [m.get_parameter(name) for name in ("head.weight", "embed.weight") if missing.pop(name, None) is None]
     if len(there) == 2 and not torch.equal(*there):
         m.config = replace(m.config, tie_word_embeddings=False)
-    elif there:
-        m.head.weight = m.embed.weight = there[-1]
     else:
-        missing["embed.weight"] = ends[1]
+        m.head.weight = m.embed.weight = there[-1]
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):

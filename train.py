@@ -21,7 +21,7 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import cli, files
-from sibo_lab.backbone import chat_template, config, locate, tokenizer, weights
+from sibo_lab.backbone import chat_template, config, locate, tokenizer
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
@@ -216,9 +216,9 @@ def find_backbone(args: Namespace, task: tasks.Task, protocol: str, dry: bool) -
     if len(task.columns) > 2 and c.type_vocab_size == 1:
         raise ValueError(f"--task {task.name}: its pairs of sentences need a BERT of two segments, got --backbone "
                          f"{args.backbone}, with type_vocab_size 1")
-    if not dry and path.suffix != ".gguf":
-        weights.chosen(path)  # what is missing is said before anything is written
     m = model.build(spec, args.backbone, task.num_labels or None)
+    if not dry:
+        model.check(m, path)  # what is missing is said before anything is written
     t = None if dry else tokenizer.for_model(path, m.config.vocab_size, "pad" if task.num_labels else "eos")
     return Backbone(path, spec, m, chat_template.Chat(path, t) if t and protocol == "chat" else t)
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config, tokenizer_out, weights
-from sibo_lab.stacks import Anatomy
+from sibo_lab.stacks import Anatomy, find_all
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
@@ -56,7 +57,8 @@ def their_name(m: nn.Module, ours: str) -> str:
 
 def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights. ValueError for
-    what peft cannot express: adapters, λ > 0, full fine-tuning."""
+    what peft cannot express: adapters, λ > 0, full fine-tuning; and for a folder with files in it."""
+    _require_empty(folder)
     s = getattr(m, "sibo", None)
     got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else s.lam and f"λ = {s.lam}"
     if got:
@@ -101,6 +103,9 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
         raise ValueError(f"{path}: tensor {files.quoted(strange[0])}: expected LoRA on this model's target_modules, "
                          f"and modules_to_save; {MERGE}")
     files.require_shapes(expected, stored, path)
+    if drawn := [their_name(m, n) for n in getattr(m, "drawn", ()) if PEFT + their_name(m, n) not in kept]:
+        raise ValueError(f"{path}: tensor {PEFT + drawn[0]!r}: expected it here, as this backbone's files lack it, got "
+                         "none, and a random one answers at random; load the backbone that the LoRA was trained on")
     for n, p in frozen.items():  # peft adds an adapted lm_head's
         if not torch.equal(stored[n].to(p), p):
             raise ValueError(f"{path}: tensor {n!r}: expected this backbone's own weight, got another; load the one "
@@ -111,7 +116,11 @@ def from_peft(m: nn.Module, folder: Path) -> nn.Module:
 
 def _put(m: nn.Module, dropout: float, loras: dict[str, tuple], whole: dict[str, Tensor], path: Path) -> nn.Module:
     """`loras`: rank, scale, A (r, d_in), B (d_out, r) by our module; `whole`: what was trained whole."""
-    rank = max(r for r, *_ in loras.values())
+    rank, saved = max(r for r, *_ in loras.values()), tuple({n.rpartition(".")[0] for n in whole})
+    if more := sorted({f"{n}.{leaf}" for n in find_all(m, saved) for leaf, _ in m.get_submodule(n).named_parameters()}
+                      - whole.keys()):
+        raise ValueError(f"{path.with_name(CONFIG)}: modules_to_save: expected modules that a name tells apart here, "
+                         f"got one that {files.quoted(more[0])} would be trained with; {MERGE}")
     if rank > (most := max(A.shape[1] + len(B) for _, _, A, B in loras.values())):
         raise ValueError(f"{path}: expected ranks up to {most}, as wide as the modules, got {rank}")
     scale = Counter(s for _, s, *_ in loras.values()).most_common(1)[0][0] or 1.0
@@ -119,7 +128,7 @@ def _put(m: nn.Module, dropout: float, loras: dict[str, tuple], whole: dict[str,
         m.head.weight = nn.Parameter(m.head.weight.detach().clone())
     try:
         sibo.inject(m, "lora", 0.0, targets=tuple(loras), rank=rank, alpha=scale * rank, dropout=dropout,
-                    modules_to_save=tuple({n.rpartition(".")[0] for n in whole}))
+                    modules_to_save=saved)
     except ValueError as e:
         raise ValueError(f"{path.with_name(CONFIG)}: {e}") from None
     for n, (r, s, A, B) in loras.items():
@@ -200,17 +209,19 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
 
 def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
     """Folds the LoRA of `m`, in place, and writes a Hugging Face folder, with config and tokenizer from the backbone's
-    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold."""
+    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold,
+    and for a `folder` with files in it."""
+    _require_empty(folder)
     s = getattr(m, "sibo", None)
     if s and s.lam and s.frozen_too:
         raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
     if s and s.lam and s.h0 not in (None, "blocks.0", "embed", "embeddings"):  # older adapter files name the last two
         raise ValueError(f"--export hf: expected an h0 that the first block reads, got h0={s.h0!r}")
-    made = tokenizer_out.from_gguf(source) if source.suffix == ".gguf" else {}
     sibo.merge(m)
     tensors, branch = _folded(m)
     head, spec = getattr(m, "classifier", None), config.read_spec(source)
     kind = "BertForSequenceClassification" if head else m.config.architecture
+    spec.pop("torch_dtype", None)  # the older name of dtype
     spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
     if hasattr(m, "head"):  # one that was adapted or trained whole is no longer the embedding
         spec["tie_word_embeddings"] = "lm_head.weight" not in tensors
@@ -218,7 +229,7 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         n = head.out.out_features
         spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
                  "problem_type": "regression" if n == 1 else "single_label_classification"}
-    for name, content in made.items():
+    for name, content in _tokenizer(source).items():
         files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
         files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
@@ -226,6 +237,21 @@ def to_hugging_face(m: nn.Module, folder: Path, source: Path) -> None:
         files.write_tensors(folder / "h0_branch.safetensors", branch, {})
     files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
+
+
+def _require_empty(folder: Path) -> None:
+    """Older weights would be loaded in place of the export's; the backbone's own would be lost."""
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: expected a new folder to export to, or an empty one, got one with files in it")
+
+
+def _tokenizer(source: Path) -> dict[str, dict]:
+    """What tokenizer_out makes of a .gguf file's, or {}, and a line on stderr, where tokenizer.json cannot say it."""
+    try:
+        return tokenizer_out.from_gguf(source) if source.suffix == ".gguf" else {}
+    except ValueError as e:
+        print(f"{e}; the weights are written without a tokenizer", file=sys.stderr)
+        return {}
 
 
 def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

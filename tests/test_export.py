@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
 from transformers import AutoModelForCausalLM
-from twins import edit_tensors, pair
+from twins import edit_config, edit_tensors, pair
 
 import eval as evaluation
 import model
@@ -72,9 +72,10 @@ def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, t
 def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, tmp_path):
     theirs, ours = pair(family, tmp_path / "base")
     expected = stir(inject(ours, "lora"))(ids())
+    edit_config(tmp_path / "base", torch_dtype="bfloat16")
     export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    assert type(loaded) is type(theirs)
+    assert type(loaded) is type(theirs) and "torch_dtype" not in (tmp_path / "hf" / "config.json").read_text()
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -148,6 +149,29 @@ def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path
     assert t.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
     assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (1, 2)
     assert torch.equal(model.from_pretrained(tmp_path / "hf")(ids()), ours(ids()))
+
+
+def test_a_gguf_files_tokenizer_that_tokenizer_json_cannot_say_leaves_the_weights_to_write(tmp_path, capsys):
+    import fuzz
+
+    fields, tensors = fuzz.gguf_parts()
+    fields["tokenizer.ggml.scores"][-3:] = [-9.0] * 3
+    (tmp_path / "m.gguf").write_bytes(fuzz.a_gguf(fields, tensors))
+    ours = model.from_pretrained(tmp_path / "m.gguf")
+    export.to_hugging_face(inject(ours, "lora"), tmp_path / "hf", tmp_path / "m.gguf")
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+    line = capsys.readouterr().err
+    assert "got pieces of one score; bring the tokenizer" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", [lambda m, base: export.to_hugging_face(m, base, base),
+                                lambda m, base: export.to_peft(m, base, "base")], ids=["hf", "peft"])
+def test_a_folder_with_files_such_as_the_backbones_own_is_left_as_it_is(to, tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    before = {f: f.read_bytes() for f in (tmp_path / "base").iterdir()}
+    with pytest.raises(ValueError, match="expected a new folder to export to, or an empty one, got one with files"):
+        to(inject(ours, "lora"), tmp_path / "base")
+    assert {f: f.read_bytes() for f in (tmp_path / "base").iterdir()} == before and sibo_layers(ours)
 
 
 def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):

@@ -276,3 +276,21 @@ def test_a_key_is_refused_before_the_backbone_is_looked_for(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(spec))
     with refused("expected use_dora None or False"):
         evaluation.main(evaluation.parser().parse_args(["--backbone", "no-such", "--peft", str(tmp_path)]))
+
+
+def test_a_norm_that_no_name_tells_apart_is_refused_before_the_model_is_touched(tmp_path):
+    _, ours = saved(tmp_path, "gptj", modules_to_save=["ln_f"])  # here each block has a norm of that name
+    with refused("adapter_config.json: modules_to_save: ", "'blocks.0.norm.bias'"):
+        export.from_peft(ours, tmp_path / "peft")
+    assert not hasattr(ours, "sibo")
+
+
+@pytest.mark.parametrize(("spec", "fits"), [({}, False), ({"modules_to_save": ["pooler", "classifier"]}, True)])
+def test_a_pooler_that_neither_backbone_nor_lora_has_is_never_drawn(spec, fits, tmp_path):
+    theirs, _ = saved(tmp_path, "bert", 3, task_type="SEQ_CLS", **spec)
+    twins.edit_tensors(tmp_path / "base", lambda stored: [stored.pop(n) for n in list(stored) if "pooler" in n])
+    ours = model.from_pretrained(tmp_path / "base", num_labels=3)
+    if fits:
+        return assert_as_reloaded(theirs, ours, tmp_path / "peft")
+    with refused("'base_model.model.bert.pooler.dense.weight'", "this backbone's files lack it"):
+        export.from_peft(ours, tmp_path / "peft")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import twins
 from run_train import run_train
 from safetensors.torch import load_file
 
@@ -57,6 +58,29 @@ def test_weights_that_are_not_there_are_said_before_anything_is_written(monkeypa
     code, _, err = run_train(monkeypatch, capsys, "--backbone", folder, "--steps", 1, "--out", tmp_path / "run")
     assert code == 2 and ("got none" if missing else "got a Git-LFS pointer") in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda stored: stored.update({"model.norm.weight": torch.ones(31)}), "'model.norm.weight': expected"),
+    (lambda stored: stored.update({"model.norm.bias": stored.pop("model.norm.weight")}), "unexpected tensor"),
+    (lambda stored: stored.pop("model.norm.weight"), "1 tensors are missing for a Llama, such as 'norm.weight'"),
+    (lambda stored: stored.update({"model.norm.weight": torch.ones(32).int()}), "got torch.int32")], ids=range(4))
+def test_tensors_that_do_not_fit_are_said_before_anything_is_written(monkeypatch, capsys, tmp_path, tiny_llama, change,
+                                                                     says):
+    twins.edit_tensors(folder := shutil.copytree(tiny_llama, tmp_path / "backbone"), change)
+    code, _, err = run_train(monkeypatch, capsys, "--backbone", folder, "--steps", 1, "--out", tmp_path / "run")
+    assert code == 2 and says in err.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_pooler_that_is_drawn_is_said_once(capsys, tmp_path, tiny_bert, pooler):
+    folder = shutil.copytree(tiny_bert, tmp_path / "backbone")
+    if not pooler:
+        twins.edit_tensors(folder, lambda stored: [stored.pop(f"pooler.dense.{leaf}") for leaf in ("weight", "bias")])
+    args = train.parser().parse_args(["--backbone", str(folder), "--task", "mrpc"])
+    train.find_backbone(args, tasks.parse("mrpc")[0], "clean", dry=False)
+    assert capsys.readouterr().err == (
+        "" if pooler else f"{folder}: has no pooler; a random one is trained with the head\n")
 
 
 def test_pairs_are_not_for_a_bert_of_one_segment(monkeypatch, capsys, tmp_path, tiny_bert):

@@ -174,9 +174,10 @@ ONLY = {  # of settings that change the result, the values that are implemented,
     LlamaConfig: {"sliding_window": [None], "layer_types": [None]},
     MistralConfig: {"layer_types": [None]},
 }
+EACH = "long_factor", "short_factor"  # a number for each frequency
 ROPE_SCALINGS = {"default": (), "linear": ("factor",),
                  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-                 "longrope": ("factor", "attention_factor")}  # with the same factors at all lengths, as in a .gguf file
+                 "longrope": ("factor", "attention_factor", *EACH)}  # the same at all lengths, as in a .gguf file
 ROPE_FIXED = {"partial_rotary_factor": 1, "attention_factor": 1}
 # The largest values; for all others 2^20, so that no weight can take 2^63 bytes.
 LARGEST = {"num_hidden_layers": 1000} | dict.fromkeys(
@@ -246,7 +247,7 @@ def _check_layers(c: LlamaStyle, wrong) -> None:
     if any(map(c.slides, range(c.num_hidden_layers))) and not (c.use_sliding_window and c.sliding_window):
         raise wrong("layer_types", "full_attention where no sliding_window is in use", c.layer_types)
     factors = (c.rope_scaling or {}).get("long_factor")
-    if factors and len(factors) != c.d_head // 2:
+    if factors is not None and len(factors) != c.d_head // 2:
         raise wrong("rope scaling: long_factor", f"{c.d_head // 2} numbers", factors)
 
 
@@ -281,20 +282,16 @@ def _rope(known: dict, kind: type[LlamaStyle], wrong) -> dict:
         rope[trained] = known.get(trained, rope.get(trained, known.get(
             "max_position_embeddings", kind.max_position_embeddings)))
     for name in ROPE_SCALINGS[scaling]:
-        if type(value := rope.get(name)) not in (int, float) or not 0 < value <= 1e12:
-            raise wrong(f"rope scaling {scaling!r}: {name}", "a positive number", value)
+        value, expected = rope.get(name), "positive numbers" if name in EACH else "a positive number"
+        each = value if name in EACH else [value]
+        if not isinstance(each, list) or not all(type(x) in (int, float) and 0 < x <= 1e12 for x in each):
+            raise wrong(f"rope scaling {scaling!r}: {name}", expected, value)
     if scaling == "llama3" and (low := rope["low_freq_factor"]) >= (high := rope["high_freq_factor"]):
         raise wrong("low_freq_factor", f"less than high_freq_factor {high}", low)
-    if scaling == "longrope":
-        factors = rope.pop("long_factor", None)
-        if not isinstance(factors, list) or not all(type(x) in (int, float) and 0 < x <= 1e12 for x in factors):
-            raise wrong("rope scaling 'longrope': long_factor", "positive numbers", factors)
-        if (short := rope.pop("short_factor", None)) != factors:
-            raise wrong("rope scaling 'longrope': short_factor", "the same as long_factor", short)
+    if scaling == "longrope" and rope["short_factor"] != rope["long_factor"]:
+        raise wrong("rope scaling 'longrope': short_factor", "the same as long_factor", rope["short_factor"])
     for name in rope.keys() - {"rope_type", "type", "rope_theta", trained, *ROPE_SCALINGS[scaling]} | ROPE_FIXED.keys():
         if (value := rope.get(name)) not in (None, (fixed := ROPE_FIXED.get(name))):
             raise wrong(f"rope scaling {scaling!r}: {name}", fixed and str(fixed) or "no such setting", value)
-    if scaling == "longrope":
-        rope |= {"long_factor": factors}
     return {"rope_theta": rope.get("rope_theta", known.get("rope_theta", kind.rope_theta)),
             "rope_scaling": rope or None}

@@ -28,6 +28,7 @@ PERMUTED = "llama", "smollm3"  # rows of q and k: the converter makes neighbours
 NEEDED = {"embedding_length": "hidden_size", "attention.head_count": "num_attention_heads",
           "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
           "attention.layer_norm_rms_epsilon": "rms_norm_eps", "context_length": "max_position_embeddings"}
+PER_LAYER = "attention.head_count", "attention.head_count_kv", "feed_forward_length"  # also a number for each layer
 READ = (*NEEDED, "attention.head_count_kv", "attention.key_length", "rope.freq_base", "rope.scaling.type",
         "rope.scaling.factor", "rope.scale_linear")
 INERT = ("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned",
@@ -117,9 +118,16 @@ def spec(path: Path, fields: dict, stored: dict[str, StoredTensor]) -> dict:
             raise ValueError(f"{path}: expected {key} {expected}, got {quoted(got)}")
 
     family, parts = fields.get("general.architecture"), fields.get("split.count", 0)
+    kind = fields.get("general.type", "model")
+    expect("general.type", "'model'", kind, kind == "model")
     expect("general.architecture", f"one of {', '.join(FAMILIES)}", family, family in list(FAMILIES))
     expect("split.count", "1, a whole model in one file", parts, parts in (0, 1))
     found = {key.removeprefix(f"{family}."): v for key, v in fields.items() if key.startswith(f"{family}.")}
+    for key in PER_LAYER:
+        if isinstance(each := found.get(key), list):
+            alike = len(set(each)) == 1 and len(each) == found.get("block_count")
+            expect(f"{family}.{key}", "the same number for each layer", each, alike)
+            found[key] = each[0]
     if missing := [key for key in NEEDED if key not in found] + [k for k in ("token_embd.weight",) if k not in stored]:
         raise ValueError(f"{path}: expected a {family}'s metadata and embedding, got no {missing[0]!r}")
     config = {name: found[key] for key, name in NEEDED.items()}
@@ -154,14 +162,17 @@ def _scaling(family: str, found: dict, stored: dict[str, StoredTensor], expect) 
             "long_factor": factors, "original_max_position_embeddings": found["context_length"]}
 
 
-def tensors(path: Path) -> files.Tensors:
-    """(llama.cpp's name, dequantized tensor) of each weight."""
+def tensors(path: Path, numbers: bool = True) -> files.Tensors:
+    """(llama.cpp's name, dequantized tensor) of each weight; without `numbers` an empty one of its shape."""
     fields, stored = read(path)
     config = spec(path, fields, stored)
     family = config["model_type"]
     from gguf.quants import dequantize
     for name, t in stored.items():
         if name == "rope_freqs.weight" and family == "llama":  # stands in the config
+            continue
+        if not numbers:
+            yield name, torch.empty(t.shape, device="meta")
             continue
         weight = torch.from_numpy(dequantize(t.data.reshape(*t.shape[:-1], -1), t.kind).copy())
         if family in PERMUTED and (m := re.search(r"attn_([qk])\.(weight|bias)", name)):

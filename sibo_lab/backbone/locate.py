@@ -66,6 +66,9 @@ def locate(name_or_dir: str | Path, config_only: bool = False) -> Path:
     path, name = Path(name_or_dir), str(name_or_dir)
     if path.is_file() and path.suffix == ".gguf" or (path / "config.json").is_file():
         return path
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path}: expected a model, got a peft adapter; name the backbone that it was trained on, and "
+                         "the adapter with eval.py --peft")
     if path.is_dir():
         raise FileNotFoundError(f"{path}: expected a folder as Hugging Face writes it, got one without config.json")
     if path.exists():

@@ -60,8 +60,8 @@ def _pieces(spec: dict, t: Tokenizer, file: Path) -> dict:
              "pieces of one score" if len({scores[vocab[piece]] for piece in made}) < len(made) else
              "pieces whose characters are none" if not own >= set("".join(made)) else "")
     if wrong:
-        raise ValueError(f"{file}: --export hf: expected a vocabulary that tokenizer.json splits as SentencePiece "
-                         f"does, got {wrong}; export from the folder that the .gguf file was made of")
+        raise ValueError(f"{file}: expected a vocabulary that tokenizer.json splits as SentencePiece does, got "
+                         f"{wrong}; bring the tokenizer of the folder that the .gguf file was made of")
     merges = [[piece[:k], piece[k:]] for piece in made for k in range(1, len(piece)) if {piece[:k], piece[k:]} <= own]
     lead = t.space == "prefix"
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

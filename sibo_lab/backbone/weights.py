@@ -14,16 +14,20 @@ from sibo_lab.backbone import gguf
 from sibo_lab.files import quoted
 
 
-def tensors(path: Path) -> files.Tensors:
-    """(Hugging Face's name, tensor), on the CPU, one shard at a time."""
+def tensors(path: Path, numbers: bool = True) -> files.Tensors:
+    """(Hugging Face's name, tensor), on the CPU, one shard at a time: mapped, so that shapes alone take no reading;
+    without `numbers` a .gguf file's are not dequantized."""
     if path.suffix == ".gguf":
-        return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path))
+        return ((rename(name, gguf.NAMES, path), tensor) for name, tensor in gguf.tensors(path, numbers))
     return chain.from_iterable(map(*chosen(path)))
 
 
 def chosen(path: Path) -> tuple[Callable[[Path], files.Tensors], list[Path]]:
     """What reads a folder's weights, and the files: as in transformers, one whole file goes before an index, which may
-    be older. ValueError or FileNotFoundError names one that is not there, or a pointer to it."""
+    be older. ValueError or FileNotFoundError names one that is not there, or a pointer to it, or an adapter."""
+    if (adapter := path / "adapter_config.json").is_file():  # transformers would load it too
+        raise ValueError(f"{path}: expected a model alone, got one with peft's {adapter.name}; keep them apart, and "
+                         "load the adapter with eval.py --peft")
     for file, read in (("model.safetensors", files.read_safetensors), ("pytorch_model.bin", pickled_tensors)):
         shards = [path / file] if (path / file).is_file() else _shards(path / f"{file}.index.json")
         for shard in shards:

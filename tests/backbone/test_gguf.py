@@ -49,8 +49,8 @@ def write_gguf(file: Path, theirs: torch.nn.Module, kind: gguf.GGMLQuantizationT
              "attention.key_length": head_dim, "attention.value_length": head_dim, "vocab_size": c.vocab_size}
     for key, value in (known | (fields or {})).items():
         if value is not None:
-            add = {int: w.add_uint32, float: w.add_float32, str: w.add_string, bool: w.add_bool}[type(value)]
-            add(f"{arch}.{key}", value)
+            add = {int: w.add_uint32, float: w.add_float32, str: w.add_string, bool: w.add_bool, list: w.add_array}
+            add[type(value)](f"{arch}.{key}", value)
 
     def add(name: str, data: np.ndarray) -> None:
         if arch in ("llama", "smollm3") and name.split(".")[-2] in ("attn_q", "attn_k"):
@@ -175,11 +175,13 @@ def test_factors_of_frequencies_are_refused_where_llama_cpp_reads_none(tmp_path)
         model.from_pretrained(file)
 
 
-def test_one_part_of_a_split_file_is_refused(tmp_path):
+def test_a_part_of_a_model_and_an_adapter_are_refused(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", theirs_of("llama"))
     fields, stored = ours.read(file)
     with refused("expected split.count 1, a whole model in one file, got 2"):
         ours.spec(file, fields | {"split.count": 2}, stored)
+    with refused("expected general.type 'model', got 'adapter'"):
+        ours.spec(file, fields | {"general.type": "adapter"}, stored)
 
 
 @pytest.mark.parametrize("family", ours.FAMILIES)
@@ -211,3 +213,28 @@ def test_without_the_gguf_package_folders_load_and_a_gguf_file_says_what_to_inst
     assert_same_model(model.from_pretrained(tmp_path / "folder"), theirs_of("llama"))
     with refused("a .gguf file needs the gguf package: pip install gguf"):
         model.from_pretrained(file)
+
+
+EACH = {"attention.head_count": [4, 4], "attention.head_count_kv": [2, 2], "feed_forward_length": [48, 48]}
+
+
+def test_numbers_for_each_layer_are_one_where_they_are_equal(tmp_path):
+    theirs = theirs_of("llama")
+    assert_same_model(model.from_pretrained(write_gguf(tmp_path / "m.gguf", theirs, fields=EACH)), theirs)
+
+
+@pytest.mark.parametrize("key", EACH)
+@pytest.mark.parametrize("each", [[4, 2], [4], [4, 4, 4]], ids=str)
+def test_numbers_that_differ_by_layer_are_refused_by_their_key(tmp_path, key, each):
+    with refused(f"llama.{key} the same number for each layer, got {each}"):
+        model.from_pretrained(write_gguf(tmp_path / "m.gguf", theirs_of("llama"), fields={key: each}))
+
+
+def test_shapes_are_looked_at_without_numbers(tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "m.gguf", theirs_of("llama", intermediate_size=64), kind=Q8)
+    m = model.build(model.config.read_spec(file))
+    monkeypatch.setattr(gguf.quants, "dequantize", None)
+    model.check(m, file)
+    m.head = torch.nn.Linear(32, 60, bias=False, device="meta")
+    with refused("m.gguf: tensor 'lm_head.weight'", "shape [60, 32], got torch.float32 of shape [61, 32]"):
+        model.check(m, file)

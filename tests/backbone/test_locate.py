@@ -21,6 +21,12 @@ def test_a_folder_needs_a_config(tmp_path):
         locate.locate(tmp_path)
 
 
+def test_an_adapter_is_no_backbone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused(str(tmp_path), "expected a model, got a peft adapter; name the backbone", "--peft"):
+        locate.locate(tmp_path)
+
+
 @pytest.mark.parametrize("name, hint", [
     ("smollm2", "smollm2-135m"), ("lama7b", "llama7b"), ("gptj-6b", "gptj6b"), ("BERT-base", "bert-base")])
 def test_an_unknown_backbone_is_refused_with_the_names_near_it(name, hint):

@@ -131,7 +131,7 @@ def test_a_llama_vocabulary_is_the_same_in_transformers(more, tmp_path):
     ("thecat", 1, -3.0, "pieces of one score"), ("ÿþ", 1, -900.0, "pieces whose characters are none")])
 def test_what_tokenizer_json_cannot_say_is_refused(piece, kind, score, says, tmp_path):
     source = llama_gguf(tmp_path, [(piece, kind, score)])
-    with refused("m.gguf", says, "export from the folder"):
+    with refused("m.gguf", says, "bring the tokenizer of the folder"):
         tokenizer_out.from_gguf(source)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -58,6 +59,25 @@ def test_old_bert_files_with_gamma_and_beta_and_a_language_model_head_are_unders
               .replace("bert.", prefix): t for n, t in theirs.state_dict().items()}
     assert any("gamma" in n for n in stored) and any(n.startswith("cls.") for n in stored)
     assert_same_model(model.from_pretrained(bin_files(theirs, tmp_path, stored, zipped=False)), theirs.bert)
+
+
+@pytest.mark.parametrize("task", ["MaskedLM", "PreTraining", "QuestionAnswering", "TokenClassification",
+                                  "NextSentencePrediction", "MultipleChoice", "SequenceClassification"])
+def test_a_bert_with_the_head_of_another_task_is_its_base(tmp_path, task):
+    theirs = theirs_of("bert", kind=f"BertFor{task}")
+    theirs.save_pretrained(tmp_path)
+    assert_same_model(model.from_pretrained(tmp_path), theirs.bert)
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused_as_transformers_would_load_both(tmp_path):
+    theirs = theirs_of("llama")
+    theirs.save_pretrained(tmp_path)
+    lora = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    both = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any("lora_A" in n for n in both.state_dict())
+    with refused(str(tmp_path), "expected a model alone, got one with peft's adapter_config.json", "--peft"):
+        model.from_pretrained(tmp_path)
 
 
 def test_files_of_a_base_model_have_no_prefix_and_may_lack_a_tied_head(tmp_path):
