@@ -186,6 +186,7 @@ def read_data(args: Namespace, dry: bool) -> Data:
     learned = parse(args.task)
     task = learned[0]
     tests = tasks.scored_whole(parse(*args.test), learned) if args.test else learned
+    tasks.require_own(args.ignore_columns, *learned, *tests)
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
     if task.num_labels and args.protocol in ("paper", "chat"):

@@ -9,6 +9,7 @@ import re
 import reprlib
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -159,8 +160,14 @@ def parse_json(text: str | bytes, file: object, line: int = 1) -> object:
     def refuse(constant: str):
         raise ValueError(f"{constant} is no number")
 
+    def once(pairs: list) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError(f"a second {quoted(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
+        return found
+
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse)
+        return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=refuse,
+                          object_pairs_hook=once)
     except ValueError as e:  # also NaN, or an integer of more than 4300 digits
         line, what = line + getattr(e, "lineno", 1) - 1, f"not valid JSON ({getattr(e, 'msg', e)})"
     except RecursionError:

@@ -107,3 +107,9 @@ def test_a_reader_takes_no_more_bytes_than_there_are():
     assert (r.take(2), r.take(0), r.take(3)) == (b"ab", b"", b"cde")
     with refused("m.gguf: not a whole GGUF file (found 1 bytes to come, at byte 5 of 5)"):
         r.take(1)
+
+
+def test_an_object_that_says_one_key_twice_is_refused_as_only_one_of_the_two_could_count():
+    with pytest.raises(ValueError, match=r"^a.json, line 2: not valid JSON \(a second 'b'\)$"):
+        files.parse_json('{"a": [{"b": 1, "c": 2, "b": 1}]}', "a.json", 2)
+    assert files.parse_json('{"a": {"b": 1}, "b": 1}', "a.json") == {"a": {"b": 1}, "b": 1}

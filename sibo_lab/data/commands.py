@@ -91,12 +91,13 @@ def shown(t, row: batch.Row) -> str:
 
 def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
     """A file's first rows, or a task's first training examples, as the model will see them, with their tokens."""
+    tasks.require_own(args.ignore_columns, task)
     glue = task.num_labels > 0
     if glue and args.protocol:
         raise ValueError(f"--protocol: expected a text-to-text task, got {task.name}")
     if task.kind == "own":
         task, = tasks.scored_whole([task], [])  # in the file's order, none held out
-    split = "test" if task.test and (task.kind == "own" or not task.train) else "train"
+    split = "train" if task.train or not task.test else "test"
     examples = readers.load(task, split, data_dir, args.rows)
     protocol = batch.protocol_for(args.protocol, examples)
     name = args.backbone or ("minilm" if glue else "smollm2-135m")

@@ -10,19 +10,23 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from sibo_lab.files import one_line, parse_json, quoted
+from sibo_lab.files import one_line, parse_json, quoted, refuse_pointer
 
 Entry = tuple[str, dict]  # its place, for errors, and its values
+UNPACKED = 1 << 30  # bytes at most of a .gz: a thousandth of them may hold more than memory
 
 
 def text(path: Path) -> str:
     """A file's text; ValueError names it, and the line that is not UTF-8."""
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: not a whole gzip file ({one_line(e)}); fetch or copy it again") from None
+    refuse_pointer(path)
+    packed = path.suffix == ".gz"
+    try:
+        with (gzip.open if packed else open)(path, "rb") as f:
+            data = f.read(UNPACKED + 1 if packed else -1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path}: not a whole gzip file ({one_line(e)}); fetch or copy it again") from None
+    if packed and len(data) > UNPACKED:
+        raise ValueError(f"{path}: expected at most {UNPACKED:,} bytes once unpacked, got more; unpack it yourself")
     try:
         return data.decode("utf-8-sig")  # MRPC, and files written on Windows, begin with a BOM
     except UnicodeDecodeError as e:
@@ -45,40 +49,41 @@ def read(path: Path) -> Iterator[Entry]:
 
 
 def in_json(path: Path, text: str) -> Iterator[Entry]:
-    """The objects of a JSON list, or of JSON lines, which some call .json too."""
-    if path.name.removesuffix(".gz").endswith(".jsonl") or _begins_with_an_object(text):
-        entries = [(f"{path}, line {i}", parse_json(line, path, i)) for i, line in lines(text) if line.strip()]
-    elif isinstance(content := parse_json(text, path), list):
-        entries = [(f"{path}, entry {i}", entry) for i, entry in enumerate(content, 1)]
+    """The objects of a JSON list, or of JSON lines, whichever of the two the file is called; or its only one."""
+    called_lines = path.name.removesuffix(".gz").endswith(".jsonl") and not re.match(r"\s*\[\s*\{", text)
+    if called_lines or _begins_with_an_object(text):
+        unit, found = "line", ((i, parse_json(line, path, i)) for i, line in lines(text) if line.strip())
     else:
-        raise ValueError(f"{path}, line 1: expected a JSON list of objects, got {type(content).__name__}")
-    for place, entry in entries:
+        content = parse_json(text, path) if text.strip() else []
+        unit, found = "entry", enumerate(content if isinstance(content, list) else [content], 1)
+    for i, entry in found:
         if not isinstance(entry, dict):
-            raise ValueError(f"{place}: expected an object in braces, got {type(entry).__name__}")
-        yield place, entry
+            raise ValueError(f"{path}, {unit} {i}: expected an object in braces, got {type(entry).__name__}")
+        yield f"{path}, {unit} {i}", entry
 
 
 def _begins_with_an_object(text: str) -> bool:
-    """Whether the first of several lines is an object."""
-    first, _, rest = text.strip().partition("\n")
+    """Whether the first line is an object."""
+    first = text.lstrip().partition("\n")[0]
     try:
-        return bool(rest) and isinstance(json.loads(first), dict)
+        return first.startswith("{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
 
 
 def _csv(path: Path, text: str) -> Iterator[Entry]:
     csv.field_size_limit(1 << 30)  # of a text, not of a number
-    rows, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    head = text.partition("\n")[0]
+    comma = next((mark for mark in ",;\t" if mark in head), ",")  # semicolons: spreadsheets, in half of Europe
+    rows, start = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=comma), 1
     try:
         # what has no name, such as an index, gets the one that pandas gives it
         names = [name or f"Unnamed: {i}" for i, name in enumerate(next(rows, []))]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path}, line 1: expected columns of different names, got {listed(names)}")
+        _require_different(f"{path}, line 1", names)
         for row in rows:
             place, start = f"{path}, line {start + 1}", rows.line_num
             if row and len(row) != len(names):
-                raise ValueError(f"{place}: expected {len(names)} columns separated by commas, got {len(row)}")
+                raise ValueError(f"{place}: expected {len(names)} columns separated by {comma!r}, got {len(row)}")
             if row:
                 yield place, dict(zip(names, row, strict=True))
     except csv.Error as e:
@@ -86,16 +91,24 @@ def _csv(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _parquet(path: Path) -> Iterator[Entry]:
+    refuse_pointer(path)
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise ValueError(f"{path}: a .parquet file needs pyarrow: pip install pyarrow") from None
     try:
-        rows = parquet.ParquetFile(path).read().to_pylist()
+        table = parquet.ParquetFile(path).read()
+        rows = table.to_pylist()
     except (ArrowException, OSError, ValueError) as e:
         raise ValueError(f"{path}: not a whole Parquet file ({one_line(e)}); fetch or copy it again") from None
+    _require_different(path, table.column_names)
     for i, row in enumerate(rows, 1):
         yield f"{path}, row {i}", row
+
+
+def _require_different(place: object, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{place}: expected columns of different names, got {listed(names)}")
 
 
 def listed(names: Iterable[str]) -> str:

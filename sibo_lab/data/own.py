@@ -1,5 +1,7 @@
 """A user's own rows, in the forms that people have, as examples: FORMS and BESIDE are all that a row may hold."""
 
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,24 +16,43 @@ FORMS = {  # the column that asks, or holds the conversation: those that may ans
 BESIDE = "input", "history", "system", "answer"  # a conversation has only the last two; answer: what is scored
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TEXT = str, int, float, bool  # of what answers
+OTHERS = {  # columns of data for something else, and what to do with them
+    "chosen": "of each pair of answers keep the better: rename 'chosen' to 'completion' or, if a list, 'messages'",
+    "parent_id": "these are single messages; join those of a conversation to a list 'messages'",
+    "text": "it holds both what is asked and its answer; divide it into 'instruction' and 'output'"}
 
 
-def read(task: Task, path: Path) -> list[Example]:
-    """A file's rows; ValueError names the column that nothing would use."""
-    return [_example(place, {k: v for k, v in entry.items() if k not in task.ignored}, task.ignored)
-            for place, entry in entries.read(path)]
+def read(task: Task, path: Path, again: bool = False) -> list[Example]:
+    """A file's rows; ValueError names the column that nothing would use, stderr, unless read `again`, one that is
+    ignored and not there."""
+    rows, absent = [], () if again else task.ignored
+    for place, entry in entries.read(path):
+        if absent:
+            inner = (message for value in entry.values() if isinstance(value, list) for message in value)
+            keys = set(entry).union(*(message for message in inner if isinstance(message, dict)))
+            absent = [key for key in absent if key not in keys]
+        rows.append(_example(place, {k: v for k, v in entry.items() if k not in task.ignored}, task.ignored))
+    if absent and rows and not rank():
+        print(f"{path}: no row has {entries.listed(absent)}, which --ignore-columns names", file=sys.stderr)
+    return rows
 
 
-def answered(rows: list[Example], paths: str, split: str) -> list[Example]:
-    """The rows with an output; stderr says how many have none."""
-    found = [row for row in rows if row.output]
+def answered(rows: list[Example], paths: str, split: str, scored_only: bool) -> list[Example]:
+    """The rows with an output, or, where nothing is learned from them, an answer; stderr says how many have none."""
+    found = [row for row in rows if (row.answer if scored_only else row.output)]
+    what, of = "answer" if scored_only else "output", "training" if split == "train" else "the test"
     if not found:
-        raise ValueError(f"{paths}: expected outputs, got none in {len(rows)} rows")
+        raise ValueError(f"{paths}: expected {what}s, got none in {len(rows)} rows")
     if len(found) < len(rows) and not rank():
-        of = "training" if split == "train" else "the test"
-        print(f"{paths}: {len(rows) - len(found)} of {len(rows)} rows have no output: left out of {of}",
+        print(f"{paths}: {len(rows) - len(found)} of {len(rows)} rows have no {what}: left out of {of}",
               file=sys.stderr)
     return found
+
+
+def _require_none(place: str, unused: list[str], *form: str) -> None:
+    if unused:
+        raise ValueError(f"{place}: nothing would use {entries.listed(unused)} beside {entries.listed(form)}; put its "
+                         f"text there, or pass --ignore-columns {quoted(shlex.quote(','.join(unused)))[1:-1]}")
 
 
 def _missing(value: object) -> bool:
@@ -41,19 +62,15 @@ def _missing(value: object) -> bool:
 def _example(place: str, row: dict, ignored: tuple) -> Example:
     given = [key for key in row if not _missing(row[key])]
     asks = next((key for keys in (given, row) for key in FORMS if key in keys), None)
-    if asks is None:
-        if "text" in row:
-            raise ValueError(f"{place}: expected what is asked apart from its answer, such as 'instruction' and "
-                             "'output', got 'text', which holds both")
-        raise ValueError(f"{place}: expected the key 'instruction', got {entries.listed(row)}")
-    answers = FORMS[asks]
+    if asks and not given:  # such as an empty conversation, or the empty lines below a sheet
+        return Example("")
+    answers = FORMS[asks] if asks else ()
     says = next((key for keys in (given, row) for key in answers if key in keys), answers[0] if answers else asks)
     if says not in row:
-        raise ValueError(f"{place}: expected the key {says!r}, got {entries.listed(row)}")
-    if unused := [key for key in given if key not in (asks, says, *BESIDE[0 if answers else 2:])]:
-        form = entries.listed(dict.fromkeys((asks, says)))
-        raise ValueError(f"{place}: nothing would use {entries.listed(unused)} beside {form}; put its text into one of "
-                         f"those, or pass --ignore-columns {quoted(','.join(unused))[1:-1]}")
+        hint = next((f"; {hint}" for key, hint in OTHERS.items() if key in row), "")
+        raise ValueError(f"{place}: expected the key {says or 'instruction'!r}, got {entries.listed(row)}{hint}")
+    used = dict.fromkeys((asks, says))
+    _require_none(place, [key for key in given if key not in (*used, *BESIDE[0 if answers else 2:])], *used)
     if answers and not isinstance(row[asks], list):
         turns = _texts(place, row, given, asks, says)
     else:
@@ -73,6 +90,8 @@ def _example(place: str, row: dict, ignored: tuple) -> Example:
                          f"last, got {', '.join(roles[-6:])}")
     scored = "answer" in given and says != "answer"
     answer = entries.field(place, row, "answer", TEXT) if scored else turns[-1][1]
+    if mark := re.search(r"\n#### ([-\d.,]+)\s*$", answer):  # GSM8K's last line is what its worked answer comes to
+        answer = mark[1]
     if len(turns) > 2 or isinstance(row[asks], list):
         return Chat.of(turns, answer)
     return Example(turns[0][1], turns[1][1], answer)
@@ -90,8 +109,8 @@ def _texts(place: str, row: dict, given: list[str], asks: str, says: str) -> lis
                   ("assistant", entries.field(here, both, "answered", TEXT))]
     instruction = entries.field(place, row, asks)
     if asks != "input" and "input" in given:
-        instruction += "\n\n" + entries.field(place, row, "input")
-    output = "" if says in row and _missing(row[says]) else entries.field(place, row, says, TEXT)
+        instruction += "\n\n" + entries.field(place, row, "input", TEXT)
+    output = entries.field(place, row, says, TEXT) if says in given else ""
     return [*turns, ("user", instruction), ("assistant", output)]
 
 
@@ -106,9 +125,7 @@ def _turns(place: str, row: dict, key: str, ignored: tuple) -> list[tuple[str, s
             raise ValueError(f"{here}: expected an object in braces, got {type(message).__name__}")
         who, what = ("from", "value") if "from" in message else ("role", "content")
         unused = [k for k, v in message.items() if k not in (who, what, *ignored) and not _missing(v)]
-        if unused:
-            raise ValueError(f"{here}: nothing would use {entries.listed(unused)} beside {who} and {what}; leave it "
-                             f"out, or pass --ignore-columns {quoted(','.join(unused))[1:-1]}")
+        _require_none(here, unused, who, what)
         role = ROLES.get(entries.field(here, message, who))
         if not role:
             raise ValueError(f"{here}: {who!r}: expected one of {', '.join(ROLES)}, got {quoted(message[who])}")

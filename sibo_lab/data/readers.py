@@ -31,13 +31,13 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
         raise ValueError(f"{task.name} has no training file: train on math10k, math-mix, gsm8k, mawps or aqua")
     apart = split == "test" and bool(task.test)  # a file for the test alone
     names, published = task.test if apart else task.train, task.counts[apart]
-    rows = [row for name in names for row in _read(task, Path(data_dir), name)]
+    rows = [row for name in names for row in _read(task, Path(data_dir), name, split == "test" and not apart)]
     paths = " + ".join(str(Path(data_dir, name)) for name in names)
-    if published and len(rows) != published:
+    if published and len(rows) != published and not rank():
         print(f"warning: {paths}: expected the {published} published examples, got {len(rows)}; using these",
               file=sys.stderr)
     if task.kind == "own":
-        rows = own.answered(rows, paths, split)
+        rows = own.answered(rows, paths, split, apart)
     if not task.test:
         rows = hold_out(rows, task.held_out)[split == "test"]
         if not rows:
@@ -79,7 +79,7 @@ def _texts(row: Example | Sentence) -> tuple[str | None, ...]:
     return (*(text for _, text in row.turns[:-1]),) if isinstance(row, Example) else (row.text, row.pair)
 
 
-def _read(task: Task, data_dir: Path, name: str) -> list:
+def _read(task: Task, data_dir: Path, name: str, again: bool) -> list:
     path = data_dir / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; " + (
@@ -87,7 +87,7 @@ def _read(task: Task, data_dir: Path, name: str) -> list:
             f"`python -m sibo_lab data fetch {task.name} --data-dir {data_dir}` brings it from "
             f"https://{download.address(name)}; or set --data-dir or $SIBO_DATA"))
     if task.kind == "own":
-        rows = own.read(task, path)
+        rows = own.read(task, path, again)
     else:
         read = {GSM8K: _gsm8k, MAWPS: _mawps, AQUA: _aqua}.get(name, _sentences if task.kind == "glue" else _examples)
         rows = list(read(task, path, entries.text(path)))

@@ -116,7 +116,7 @@ TASKS = {task.name: task for task in (
 def task(name: str, ignore_columns: str | None = None) -> Task:
     """By short name, or the path of a user's own file, without the columns of "A,B"; ValueError for other names."""
     if OWN.search(name):
-        path = str(Path(name).expanduser().absolute())  # a saved run finds it from any working directory
+        path = str(Path(name).expanduser().resolve())  # one name, from any working directory and by any way
         return Task(path, "own", (path,), held_out=200,
                     ignored=tuple(filter(None, (ignore_columns or "").split(","))))
     if name not in TASKS:
@@ -132,6 +132,12 @@ def parse(*names: str, ignore_columns: str | None = None) -> list[Task]:
     if len({t.num_labels and t.name for t in found}) > 1:
         raise ValueError(f"task {'+'.join(names)}: expected text-to-text tasks or one GLUE task, got several heads")
     return found
+
+
+def require_own(ignore_columns: str | None, *given: Task) -> None:
+    """ValueError for columns to ignore where no task is a user's own file."""
+    if ignore_columns and all(t.kind != "own" for t in given):
+        raise ValueError(f"--ignore-columns {ignore_columns}: expected a file of your own, got {given[0].name}")
 
 
 def scored_whole(tests: Sequence[Task], trained: Sequence[Task]) -> list[Task]:

@@ -32,5 +32,5 @@ def is_right(task: tasks.Task, text: str, gold: str) -> bool:
         return answer_of(task, text) == gold
     if re.fullmatch(tasks.NUMBER, number := gold.replace(",", "")):
         return abs(float(last_number(text) or "nan") - float(number)) <= 1e-3  # nan is close to nothing
-    ours, theirs = (re.sub(r"(?<![\s.!?)])[\s.!?)]++$", "", words.strip().lower()) for words in (text, gold))
+    ours, theirs = (re.sub(r"(?<=[^\s.!?)])[\s.!?)]++$", "", words.strip().lower()) for words in (text, gold))
     return re.search(rf"(?<!\w){re.escape(theirs)}$", ours) is not None

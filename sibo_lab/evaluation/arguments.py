@@ -66,11 +66,16 @@ def complete(args: argparse.Namespace) -> None:
     trained = tasks.parse(run.get("task", "word-problems"), ignore_columns=ignored)
     names = args.task.split(",") if args.task else run.get("test")
     tests = tasks.parse(*names, ignore_columns=ignored) if names else trained
+    tasks.require_own(args.ignore_columns, *tests)
     args.tests = tasks.scored_whole(tests, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
-    if args.export and (args.export[0] not in ("peft", "hf") or not run or args.merge or run.get("base_bits")):
-        raise ValueError(f"--export: expected peft or hf, with a run of 16-bit weights or wider and no --merge, got "
-                         f"{args.export[0]}")
+    unfit = args.export and (
+        args.export[0] if args.export[0] not in ("peft", "hf") else "no run" if not run else "both" if args.merge else
+        f"one of {run['base_bits']} bits" if run.get("base_bits") else
+        "an adapter's, whose tanh does not fold" if run.get("method", "").startswith("adapter") else "")
+    if unfit:
+        raise ValueError(f"--export: expected peft or hf, with a run of LoRA or full, of 16-bit weights or wider, and "
+                         f"no --merge, got {unfit}")
     if args.merge and not (run or args.peft):
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:

@@ -175,8 +175,13 @@ def resolve(args: Namespace, family: str, task: tasks.Task, examples: int) -> Ru
     left = examples - min(run.validate, examples // 10)
     steps = run.steps or math.ceil(run.epochs * max(left, 1) / run.batch_size)
     return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size),
-                   task="+".join(t.name for t in tasks.parse(args.task)),
+                   task=_full_name(args.task), test=tuple(map(_full_name, run.test)),
                    data_dir=str(tasks.data_dir(args.data_dir).absolute()))
+
+
+def _full_name(task: str) -> str:
+    """With the whole path of a file, which a saved run finds from any folder."""
+    return "+".join(t.name for t in tasks.parse(task))
 
 
 def fast_bfloat16() -> bool:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sibo_lab.data import batch, entries, own, readers, tasks
+from sibo_lab.data import batch, commands, entries, own, readers, tasks
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)
 HI = [("user", "Hi"), ("assistant", "Ho")]
@@ -78,6 +78,16 @@ def test_what_is_scored_may_stand_beside_the_output(tmp_path):
         assert (found.instruction, found.output, found.answer) == ("q", "So 7.", "7")
 
 
+@pytest.mark.parametrize(("output", "answer"), [
+    ("48/2 = <<48/2=24>>24\n#### 1,072", "1,072"), ("No.\n#### -3.5\n", "-3.5"), ("7", "7"),
+    ("A heading\n#### 7 of them\nand text", "A heading\n#### 7 of them\nand text"), ("#### 7", "#### 7")])
+def test_of_an_answer_worked_out_as_in_gsm8k_its_last_line_is_scored(tmp_path, output, answer):
+    said = [MESSAGES[0], {"role": "assistant", "content": output}]
+    for row in ({"question": "Hi", "answer": output}, {"messages": said}):
+        found = read(tmp_path, row)
+        assert (found.output, found.answer) == (output, answer)
+
+
 @pytest.mark.parametrize(("value", "text"), [(7, "7"), (-0.5, "-0.5"), (2.0, "2.0"), (True, "true"), (0, "0"),
                                              (10**30, "1" + "0" * 30), (False, "false")])
 def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, text):
@@ -95,8 +105,11 @@ def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, te
     ({"messages": MESSAGES, "tools": [{"name": "f"}]}, "nothing would use tools beside messages"),
     ({"instruction": "q", "question": "p", "output": "a"}, "nothing would use question beside instruction, output"),
     ({"instruction": "q", "output": "a", "response": "b"}, "nothing would use response beside instruction, output"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "expected the key 'completion', got prompt, chosen, rejected"),
-    ({"text": "all of it"}, "expected what is asked apart from its answer, .*got 'text', which holds both"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "the key 'completion', got prompt, chosen, rejected; .*rename"),
+    ({"chosen": MESSAGES, "rejected": MESSAGES}, "the key 'instruction', got chosen, rejected; of each pair .*better"),
+    ({"prompt": "q", "completion": "a", "label": False}, "nothing would use label beside prompt, completion"),
+    ({"text": "all of it"}, "expected the key 'instruction', got text; it holds both what is asked and its answer"),
+    ({"text": "Hi", "role": "prompter", "parent_id": None}, "got text, role, parent_id; these are single messages"),
     ({"foo": 1}, "expected the key 'instruction', got foo"),
     ({"instruction": None, "output": "a"}, "'instruction': expected str, got NoneType"),
     ({"instruction": "q", "output": "a", "system": ["x"]}, "'system': expected str, got list"),
@@ -104,11 +117,13 @@ def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, te
     ({"instruction": "q", "output": "a", "history": [["x"]]}, "'history', pair 1: expected what was asked"),
     ({"instruction": "q", "output": "a", "history": [["x", ""]]}, "pair 1: 'answered': expected text, got none"),
     ({"messages": "Hi"}, "'messages': expected a list of messages, got 'Hi'"),
-    ({"messages": []}, r"'messages': expected a list of messages, got \[\]"),
+    ({"messages": [], "system": "s"}, r"'messages': expected a list of messages, got \[\]"),
+    ({"conversations": ["Hi", "Ho"]}, "message 1: expected an object in braces, got str"),
+    ({"messages": json.dumps(MESSAGES)}, "'messages': expected a list of messages, got '"),
     ({"messages": ["Hi"]}, "message 1: expected an object in braces, got str"),
     ({"messages": [{"role": "user", "content": "q", "weight": 0}]}, "message 1: nothing would use weight beside role"),
     ({"messages": [MESSAGES[0] | {"tool_calls": [1]}]}, "1: nothing would use tool_calls .*columns tool_calls$"),
-    ({"messages": [MESSAGES[0] | {"from": "human"}]}, "nothing would use role, content beside from and value"),
+    ({"messages": [MESSAGES[0] | {"from": "human"}]}, "nothing would use role, content beside from, value"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "'role': expected one of system, user, .*, got 'tool'"),
     ({"messages": [{"role": "user"}]}, "message 1: expected the key 'content', got role"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'content': expected str, got list"),
@@ -145,19 +160,46 @@ def test_ignored_columns_are_those_of_messages_too_and_even_those_that_would_be_
     assert read(tmp_path, row, "input,system") == tasks.Example("Hi", "Ho", "Ho")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_an_ignored_column_that_no_row_has_is_named_once(tmp_path, capsys, again):
+    rows = [{"messages": MESSAGES, "id": 1}, {"messages": [m | {"name": None} for m in MESSAGES]}]
+    path = write(tmp_path / "a.json", rows)
+    own.read(tasks.task(str(path), "id,nam,name,idd"), path, again)
+    assert capsys.readouterr().err == (
+        "" if again else f"{path}: no row has nam, idd, which --ignore-columns names\n")
+
+
+def test_columns_to_ignore_are_refused_where_no_file_is_ones_own():
+    own_file, gsm8k = tasks.parse("a.json", "gsm8k")
+    tasks.require_own("id", gsm8k, own_file)
+    tasks.require_own(None, gsm8k)
+    with pytest.raises(ValueError, match="--ignore-columns id: expected a file of your own, got gsm8k"):
+        tasks.require_own("id", gsm8k)
+
+
 # -------------------------------------------------------------------------------------------------------- empty outputs
 def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
     rows = [{"instruction": f"q{i}", "output": x} for i, x in enumerate(["a", "", None, " \n", "b"])]
     rows += [{"messages": MESSAGES[:1]}, {"messages": [MESSAGES[0], {"role": "assistant", "content": ""}]}]
+    rows += [{"conversations": []}, {"instruction": "", "output": ""}]
     path = write(tmp_path / "a.json", rows)
     assert [row.output for row in whole(path)] == ["a", "b"]
-    assert capsys.readouterr().err == f"{path}: 5 of 7 rows have no output: left out of the test\n"
+    assert capsys.readouterr().err == f"{path}: 7 of 9 rows have no answer: left out of the test\n"
     readers.load(tasks.task(str(path)), "train", Path("/nowhere"))
-    assert capsys.readouterr().err == f"{path}: 5 of 7 rows have no output: left out of training\n"
+    assert capsys.readouterr().err == f"{path}: 7 of 9 rows have no output: left out of training\n"
+
+
+def test_an_answer_without_an_output_is_scored_but_never_learned_or_held_out_of_training(tmp_path):
+    rows = [{"instruction": f"q{i}", "output": "", "answer": "7"} for i in range(20)] + [
+        {"instruction": f"p{i}", "output": "So 7."} for i in range(20)]
+    path = write(tmp_path / "a.json", rows)
+    assert len(whole(path)) == 40 and whole(path)[0] == tasks.Example("q0", "", "7")
+    for split, n in (("train", 18), ("test", 2)):
+        assert [r.output for r in readers.load(tasks.task(str(path)), split, Path("/nowhere"))] == ["So 7."] * n
 
 
 def test_a_file_of_empty_outputs_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="a.json: expected outputs, got none in 2 rows"):
+    with pytest.raises(ValueError, match="a.json: expected answers, got none in 2 rows"):
         whole(write(tmp_path / "a.json", [{"instruction": "q", "output": ""}] * 2))
 
 
@@ -177,8 +219,12 @@ def test_every_kind_of_file_gives_back_the_same_rows(tmp_path_factory, pairs):
     for name, content in (("a.json", json.dumps(rows)), ("a.jsonl", lines), ("a.csv", table.getvalue())):
         assert whole(write(folder / name, content)) == expected
         assert whole(write(folder / f"{name}.gz", gzip.compress(content.encode()))) == expected
-    if len(rows) > 1:
-        assert whole(write(folder / "lines.json", lines)) == expected
+    assert whole(write(folder / "lines.json", lines)) == expected
+    assert whole(write(folder / "list.jsonl", json.dumps(rows, indent=1))) == expected
+    for mark in ";\t":
+        table = io.StringIO()
+        csv.writer(table, delimiter=mark).writerows([["instruction", "output"], *pairs])
+        assert whole(write(folder / "other.csv", "\ufeff" + table.getvalue())) == expected
     parquet.write_table(Table.from_pylist(rows), folder / "a.parquet")
     assert whole(folder / "a.parquet") == expected
 
@@ -201,14 +247,15 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
-    ("a.csv", "instruction,output\nq\n", "a.csv, line 2: expected 2 columns separated by commas, got 1"),
-    ("a.csv", 'instruction,output\n"q\n\n",a\nq,a,b\n', "a.csv, line 5: expected 2 columns separated by commas, got 3"),
+    ("a.csv", "instruction,output\nq\n", "a.csv, line 2: expected 2 columns separated by ',', got 1"),
+    ("a.csv", 'instruction,output\n"q\n\n",a\nq,a,b\n', "a.csv, line 5: expected 2 columns separated by ',', got 3"),
     ("a.csv", "instruction,instruction\nq,a\n", "line 1: expected columns of different names, got instruction, instr"),
     ("a.csv", 'instruction,output\n"q"x,a\n', "a.csv, line 2: not valid CSV"),
     ("a.csv", 'instruction,output\n"q', "a.csv, line 2: not valid CSV"),
     ("a.csv", "", "a.csv: expected examples, got none"),
-    ("a.csv", "instruction;output\nq;a\n", "line 2: expected the key 'instruction', got instruction;output"),
-    ("a.csv", ",instruction,output\n0,q,a\n", "nothing would use Unnamed: 0 beside .*--ignore-columns Unnamed: 0$"),
+    ("a.csv", "instruction;output\nq;a;b\n", "line 2: expected 2 columns separated by ';', got 3"),
+    ("a.csv", "instruction|output\nq|a\n", "line 2: expected the key 'instruction', got instruction|output"),
+    ("a.csv", ",instruction,output\n0,q,a\n", "nothing would use Unnamed: 0 beside .*--ignore-columns 'Unnamed: 0'$"),
     ("a.csv", b"instruction,output\ncaf\xe9,a\n", "a.csv, line 2: expected UTF-8 text, got byte 0xe9"),
     ("a.json.gz", b"[]", "a.json.gz: not a whole gzip file"),
     ("a.json.gz", gzip.compress(b"[]" * 99)[:-9], "a.json.gz: not a whole gzip file"),
@@ -216,12 +263,33 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     ("a.jsonl.gz", gzip.compress(b"\n[1]"), "a.jsonl.gz, line 2: expected an object in braces, got list"),
     ("a.parquet", b"PAR1 and so on", "a.parquet: not a whole Parquet file"),
     ("a.json", '{"instruction": "q", "output": "a"}\n{"instr', "a.json, line 2: not valid JSON"),
-    ("a.json", '{"train": [{"instruction": "q"}]}', "a.json, line 1: expected a JSON list of objects, got dict"),
+    ("a.json", '{"train": [{"instruction": "q"}]}', "a.json, line 1: expected the key 'instruction', got train"),
+    *((f"a.{kind}", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "got a Git-LFS pointer to it")
+      for kind in ("jsonl", "csv", "json.gz", "parquet")),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, says):
     with pytest.raises(ValueError, match=says) as error:
         whole(write(tmp_path / name, content))
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_of_the_same_name_are_refused_in_parquet_too(tmp_path):
+    from pyarrow import Table, array, parquet
+
+    names = ["instruction", "output", "output"]
+    parquet.write_table(Table.from_arrays([array(["q"])] * 3, names), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: expected columns of different names, got instruction, output, o"):
+        whole(tmp_path / "a.parquet")
+
+
+def test_a_small_gz_that_unpacks_to_more_than_memory_is_refused_before_it_takes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "UNPACKED", 1000)
+    row = json.dumps({"instruction": "q", "output": "a"}).encode()
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(row + b" " * (1000 - len(row))))
+    assert len(whole(path)) == 1
+    write(path, gzip.compress(row + b" " * (1001 - len(row))))
+    with pytest.raises(ValueError, match=r"a.jsonl.gz: expected at most 1,000 bytes once unpacked, got more; unpack"):
+        whole(path)
 
 
 def test_a_text_of_a_csv_may_be_long(tmp_path):
@@ -237,6 +305,15 @@ def test_a_path_with_any_of_the_endings_is_a_users_own_file(name):
 def test_another_ending_is_none(name):
     with pytest.raises(ValueError, match=r"unknown task .*path of a .json, .jsonl, .csv or .parquet file"):
         tasks.task(name)
+
+
+def test_show_prints_all_rows_that_are_learned_and_no_other(tmp_path, capsys, tiny_llama):
+    rows = [{"instruction": f"q{i}", "output": f"Ho {i}" * (i != 1), "answer": "7"} for i in range(4)]
+    path = write(tmp_path / "a.json", rows)
+    commands.main(commands.parser().parse_args(["show", str(path), "--backbone", str(tiny_llama), "--rows", "9"]))
+    out, err = capsys.readouterr()
+    assert [f"Ho {i}" in out for i in range(4)] == [True, False, True, True] and "q1" not in out
+    assert err == f"{path}: 1 of 4 rows have no output: left out of training\n"
 
 
 # ------------------------------------------------------------------------------------------------- what stays as it was

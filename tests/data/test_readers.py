@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sibo_lab.data import own as own_rows
 from sibo_lab.data import readers, tasks
 from sibo_lab.evaluation import answers
 
@@ -83,10 +84,10 @@ def test_n_takes_the_first_examples(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.json", '[\n{"instruction": "q",\n oops}]', r"a.json, line 3: not valid JSON"),
-    ("a.json", '{"instruction": "q", "output": "a"}', r"a.json, line 1: expected a JSON list of objects, got dict"),
+    ("a.json", "5", r"a.json, entry 1: expected an object in braces, got int"),
     ("a.json", "[1]", r"a.json, entry 1: expected an object in braces, got int"),
     ("a.json", "[]", r"a.json: expected examples, got none"),
-    ("a.json", "", r"a.json, line 1: not valid JSON"),
+    ("a.json", "", r"a.json: expected examples, got none"),
     ("a.json", "[" * 100_000, r"a.json, line 1: nested too deeply"),
     ("a.json", b'[\n\n{"instruction": "caf\xe9"}]', r"a.json, line 3: expected UTF-8 text, got byte 0xe9"),
     ("a.json", '[{"output": "a"}]', r"a.json, entry 1: expected the key 'instruction', got output$"),
@@ -95,8 +96,8 @@ def test_n_takes_the_first_examples(tmp_path):
     ("a.json", '[{"instruction": "q", "output": ["a"]}]', r"a.json, entry 1: 'output': expected str, got list"),
     ("a.json", '[{"instruction": "q", "output": "a", "answer": [5]}]',
      r"a.json, entry 1: 'answer': expected str, got list"),
-    ("a.json", '[{"instruction": "q", "input": 5, "output": "a"}]',
-     r"a.json, entry 1: 'input': expected str, got int"),
+    ("a.json", '[{"instruction": "q", "input": [5], "output": "a"}]',
+     r"a.json, entry 1: 'input': expected str, got list"),
     ("a.json", '[{"instruction": "q\\ud800", "output": "a"}]',
      r"entry 1: 'instruction': expected text, got half a surrogate"),
     ("a.json", '[{"instruction": "q", "output": "a"}]', r"a.json: expected two or more different questions, got one"),
@@ -122,6 +123,19 @@ def test_a_missing_file_is_named_with_its_source_and_what_to_do(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- published files
+def test_of_several_processes_only_the_first_says_what_it_found(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "llm_adapters/gsm8k/test.json", [{"instruction": "q", "output": "", "answer": "9.0"}])
+    mine = str(write(tmp_path / "a.json", [{"instruction": f"q{i}", "output": "a" * i} for i in range(4)]))
+    for rank, notes in ((0, 5), (1, 0)):
+        for module in (readers, own_rows):
+            monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        load("gsm8k", "test", tmp_path)
+        readers.load_tests(tasks.parse(mine), tmp_path, None)
+        readers.load(tasks.task(mine, "id"), "train", tmp_path)
+        # another count than published; rows without output, twice; no test file; a column that no row has
+        assert capsys.readouterr().err.count("\n") == notes
+
+
 def test_the_model_written_output_of_an_arithmetic_test_file_is_not_kept(tmp_path, capsys):
     write(tmp_path / "llm_adapters/gsm8k/test.json",
           [{"instruction": "q", "input": "", "output": "The answer is 8.", "answer": "9.0"}])

@@ -41,3 +41,13 @@ def test_the_data_directory_is_the_given_one_then_the_environments_then_the_cach
     assert tasks.data_dir(None) == Path("/env")
     monkeypatch.delenv("SIBO_DATA")
     assert tasks.data_dir(None) == Path("/cache/data")
+
+
+def test_a_file_has_one_name_by_whatever_way_it_is_reached(tmp_path, monkeypatch):
+    """Or the file that a run learned from would be scored whole, for another."""
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    names = ["../a.jsonl", "../folder/../a.jsonl", "../link.jsonl", str(tmp_path / "folder" / ".." / "a.jsonl")]
+    assert {tasks.task(name).name for name in names} == {str(tmp_path / "a.jsonl")}

@@ -57,6 +57,7 @@ def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
     ("mine.json", "The capital is Paris", "Paris", True),
     ("mine.json", "It is untrue", "true", False),
     ("mine.json", "1,234", "1234", True),
+    ("mine.json", "", "...", False), ("mine.json", "(no)", "?", False), ("mine.json", " ?!", "?!", True),
 ])
 def test_right_is_a_number_within_a_thousandth_or_the_very_word(name, response, gold, right):
     assert answers.is_right(tasks.task(name), response, gold) is right

@@ -52,8 +52,9 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
     (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, got --task mawps,aqua"),
     (("RUN", "--task", "rte"), "expected a run that can answer rte, got one on word-problems"),
     (("RUN", "--export", "onnx", "DIR"), "--export: expected peft or hf, with a run .* no --merge, got onnx"),
-    (("RUN", "--export", "hf", "DIR", "--merge"), "--export: expected peft or hf, .* no --merge, got hf"),
-    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export: expected peft or hf, .* no --merge, got hf"),
+    (("RUN", "--export", "hf", "DIR", "--merge"), "--export: expected peft or hf, .* no --merge, got both"),
+    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export: expected peft or hf, .* no --merge, got no run"),
+    (("RUN", "--ignore-columns", "id"), "--ignore-columns id: expected a file of your own, got word-problems"),
     (("--backbone", "minilm"), "minilm: expected a trained classifier head, got none; name a run"),
     (("--backbone", "minilm", "--ask", "How many?"), "minilm: expected a trained classifier head, got none"),
     (("--backbone", "smollm2-135m", "--task", "rte"), "smollm2-135m: expected a trained classifier head, got none"),
@@ -70,6 +71,9 @@ def test_a_classifier_cannot_be_asked_nor_scored_on_another_kind_of_task(complet
         complete("RUN", "--task", "mawps", task="rte")
 
 
-def test_a_quantised_backbone_cannot_be_exported(complete):
-    with pytest.raises(ValueError, match="16-bit weights or wider"):
+def test_what_cannot_be_exported_is_refused_before_weights_are_read(complete):
+    with pytest.raises(ValueError, match="16-bit weights or wider, and no --merge, got one of 8 bits"):
         complete("RUN", "--export", "peft", "DIR", base_bits=8)
+    for method in ("adapter", "adapter-sibo"):
+        with pytest.raises(ValueError, match="expected peft or hf, with a run of LoRA .* got an adapter's, whose tanh"):
+            complete("RUN", "--export", "hf", "DIR", method=method)

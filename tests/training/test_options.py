@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 from run_train import run_train
 
+from sibo_lab.data import tasks
 from sibo_lab.settings import Settings
 from sibo_lab.training import options, recipes
 
@@ -77,3 +78,11 @@ def test_lists_of_options_make_every_combination_once_and_only_where_a_method_us
                      ("lora-sibo", 0.2, 0), ("lora-sibo", 0.2, 1)]
     with pytest.raises(ValueError, match="--lam: expected a method that uses it, got --method lora,adapter"):
         options.grid(options.parser().parse_args(["--method", "lora,adapter", "--lam", "0.1"]))
+
+
+def test_a_run_names_its_files_so_that_they_are_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args, = options.grid(options.parser().parse_args(["--task", "a.json", "--test", "b.csv,gsm8k+mawps"]))
+    args.protocol = "clean"
+    run = options.resolve(args, "llama", tasks.task("a.json"), 10)
+    assert (run.task, run.test) == (str(tmp_path / "a.json"), (str(tmp_path / "b.csv"), "gsm8k+mawps"))
