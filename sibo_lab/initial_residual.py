@@ -25,6 +25,7 @@ class InitialResidual:
 
     def __init__(self):
         self.live, self.order, self.repeats = threading.local(), [], 1
+        self.told = False  # whether a pass that could tell (B, T, …) from (T, B, …) ended well
 
     def hook(self, m: nn.Module, stack: Stack) -> None:
         """Has every pass of the stack through `m` filled in, and forgotten at its end, also if an exception ends it."""
@@ -117,9 +118,13 @@ class InitialResidual:
         if not torch.compiler.is_compiling():  # in a reentrant checkpoint: the copy hangs on nothing
             self.live.lost = x.requires_grad and not self.live.h0.requires_grad and trains(x)
         self.fold_h0()
-        if x.dim() > 2 and len(x) == x.shape[1] > 1 and not torch.compiler.is_compiling() and not self.live.watch:
-            self.live.watch = Turning(x.shape)
-            self.live.watch.__enter__()
+        if x.dim() > 2 and len(x) == x.shape[1] > 1 and not self.live.watch:
+            if not torch.compiler.is_compiling():
+                self.live.watch = Turning(x.shape)
+                self.live.watch.__enter__()
+            elif not self.told:
+                raise RuntimeError("h0: expected more or fewer sequences than tokens in a first compiled pass, as no "
+                                   f"shape tells them apart, got {len(x)} of both; run one outside of torch.compile")
 
     def fold_h0(self) -> None:
         self.live.low = self.down and self.down(self.live.h0).split(self.rank, -1)
@@ -130,6 +135,8 @@ class InitialResidual:
         try:
             self.mark(owner, args, output)
         finally:
+            if output is not None and not torch.compiler.is_compiling():
+                self.told = True
             outer = self.live.outer
             self.keep(None, None)
             self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
