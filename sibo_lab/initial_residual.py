@@ -135,8 +135,8 @@ class InitialResidual:
         try:
             self.mark(owner, args, output)
         finally:
-            if output is not None and not torch.compiler.is_compiling():
-                self.told = True
+            if not torch.compiler.is_compiling():  # if it was not read, nothing was compared with it
+                self.told |= output is not None and self.live.h0 is not None and self.live.read
             outer = self.live.outer
             self.keep(None, None)
             self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
