@@ -54,8 +54,8 @@ class SIBOLayer(Wrapper):
         turned = self.residual.turned or any(map(is_turned, read)) and not is_turned(h0)
         if h0 is None or h0.shape != shape or turned:  # nothing is broadcast
             got = h0 if h0 is None else f"{tuple(h0.shape)}" + ", its dimensions in another order" * turned
-            todo = "call the whole model" if h0 is None else "leave what reads other tokens than block 0 out of sibo_at"
-            raise RuntimeError(f"{self.name}: expected h0 {shape}, got {got}; {todo}")
+            hint = "call the whole model" if h0 is None else "leave what reads other tokens than block 0 out of sibo_at"
+            raise RuntimeError(f"{self.name}: expected h0 {shape}, got {got}; {hint}")
         return h0
 
     def mix(self, h: Tensor, *read: Tensor) -> Tensor:
