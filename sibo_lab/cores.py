@@ -10,6 +10,8 @@ from time import monotonic
 import torch
 from torch import nn
 
+from sibo_lab import fast
+
 PAUSE = 0.5  # seconds between looks: Linux counts the time of processors in hundredths
 
 
@@ -45,9 +47,8 @@ def shared(m: nn.Module) -> Iterator[None]:
     """Inside, each forward pass of `m` uses as many threads as cores are free, and the first change is said on stderr.
     Not where OMP_NUM_THREADS says how many, on GPUs, where blocks are compiled (for one number of threads), and outside
     of Linux."""
-    most, compiled = torch.get_num_threads(), any(x._compiled_call_impl for x in m.modules())
-    fixed = "OMP_NUM_THREADS" in os.environ or most == 1 or compiled or not sys.platform.startswith("linux")
-    if fixed or next(m.parameters()).device.type != "cpu":
+    most, elsewhere = torch.get_num_threads(), next(m.parameters()).device.type != "cpu" or sys.platform != "linux"
+    if elsewhere or "OMP_NUM_THREADS" in os.environ or most == 1 or fast.is_compiled(m):
         yield
         return
     sharing, said = Sharing(most, len(os.sched_getaffinity(0))), []

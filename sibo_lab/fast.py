@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -115,6 +115,16 @@ def _packed_linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 _ops.impl("packed_linear", _packed_linear, "CPU")
 _ops.impl("packed_linear", lambda x, W, b: x.new_empty(*x.shape[:-1], len(W)), "Meta")
+
+
+def is_compiled(m: nn.Module) -> bool:
+    return any(x._compiled_call_impl for x in getattr(m, "blocks", ()))
+
+
+def compiled_where(asked: bool, m: nn.Module) -> AbstractContextManager:
+    """Inside, the blocks of `m` that were compiled run so if `asked`, else as they are written: prompts come in too
+    many shapes."""
+    return torch.compiler.set_stance("default" if asked else "force_eager") if is_compiled(m) else nullcontext()
 
 
 class PackedLinear(nn.Linear):

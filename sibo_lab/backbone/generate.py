@@ -54,7 +54,7 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     pad = pad_token_id if pad_token_id is not None else (eos or [0])[0]
     eos = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
-    with fast.packed_weights(m) as pack:
+    with fast.packed_weights(m) as pack, fast.compiled_where(False, m):
         if num_beams > 1:
             return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad, pack)
         return _greedy(m, input_ids, mask, max_new_tokens, eos, pad, pack)
@@ -90,12 +90,13 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tens
         unfinished &= ~torch.isin(new[:, 0], eos)
         if end + 1 == T + max_new or not unfinished.any():
             return out[:, : end + 1]
-        if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them
+        if 1 < unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them (one row compiles anew)
             new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
             cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
         pack(len(rows))
         mask = F.pad(mask, (0, 1), value=1)
-        logits = m(new, mask, cache=cache)
+        with fast.compiled_where(True, m):
+            logits = m(new, mask, cache=cache)
 
 
 def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int,
@@ -134,7 +135,8 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
         rows = (each + parent.gather(1, best)).flatten()
         cache = [kv.select(rows) for kv in cache]
         mask = F.pad(mask, (0, 1), value=1)
-        logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
+        with fast.compiled_where(True, m):
+            logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
     ended = torch.isin(done[:, 0, T:T + n], eos)
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
     return done[:, 0, :T + int(longest)]
