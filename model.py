@@ -118,11 +118,11 @@ class Attention(nn.Module):
         mask = ctx.near if self.slides else ctx.mask
         groups, causal = q.shape[1] // k.shape[1], self.causal and mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
-            q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
+            q, causal = q.reshape(q.shape[0], -1, groups, self.head_dim), False
         elif groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         out = fast.attend(q, k, v, mask, causal, self.p if self.training else 0.0)
-        out = out.reshape(len(out), -1, T, self.head_dim).transpose(1, 2).flatten(2)
+        out = out.reshape(out.shape[0], -1, T, self.head_dim).transpose(1, 2).flatten(2)
         return self.dropout(self.o_proj(ctx.shared.pack(out) if ctx.shared else out))  # (B, T, d)
 
 

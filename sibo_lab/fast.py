@@ -145,7 +145,7 @@ def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], 
 
     def pack(rows: int) -> None:
         for W in weights:
-            if W.dtype == torch.float32 and (rows > max(W.rows, 1) or 16 < 2 * rows <= W.rows):
+            if W.dtype == torch.float32 and (rows > max(W.rows, 1) or 2 * rows <= W.rows > 16):
                 W.packed, W.rows = torch.ops.mkl._mkl_reorder_linear_weight(W.detach(), rows), rows
 
     try:

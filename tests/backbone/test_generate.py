@@ -1,5 +1,7 @@
 """generate.py against transformers' generate, and against running the whole prefix again for each token."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from transformers import GenerationConfig
 from twins import CAUSAL, assert_near, padded, pair, words
 
 import model
+import sibo
 from sibo_lab.backbone import generate, locate, tokenizer
 
 PROMPTS = ["The capital of France is Paris, and the river that runs through it is called the Seine.",
@@ -173,3 +176,25 @@ def test_generate_refuses_prompts_padded_on_the_right(tmp_path, num_beams):
     _, m = pair("llama", tmp_path)
     with pytest.raises(ValueError, match="expected padding on the left"):
         generate.generate(m, *padded(ROWS, "right"), num_beams=num_beams)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_blocks_write_the_same_tokens_and_compile_only_the_step_once_for_all_lengths_and_rows(tmp_path):
+    _, m = pair("llama", tmp_path, vocab_size=17)
+    sibo.inject(m, "lora", 0.3, rank=4).eval()
+    with torch.no_grad():
+        for x in m.modules():
+            if isinstance(x, sibo.LoRA):
+                x.up.normal_(std=0.2)
+    rows = [words(1, n, 17, seed=n)[0].tolist() for n in range(1, 14)]  # 13 and 11 are no other size of the model
+    inputs = [(padded(rows[:n], "left"), most, eos) for n, most, eos in ((13, 9, None), (11, 30, None), (13, 30, 7))]
+    plain = [generate.generate(m, *of, max_new_tokens=most, eos_token_id=eos) for of, most, eos in inputs]
+    torch._dynamo.reset()
+    for block in m.blocks[1:]:
+        block.compile(dynamic=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    with torch.compiler.set_stance("force_eager"):  # as after training
+        for (of, most, eos), expected in zip(inputs, plain, strict=True):
+            assert torch.equal(generate.generate(m, *of, max_new_tokens=most, eos_token_id=eos), expected)
+            assert eos or graphs["unique_graphs"] == 1
