@@ -26,7 +26,7 @@ def scaling(case: Case | None = None) -> Rows:
             some = random_batches(3, size, length)
             yield paired(f"training, {axis} {x}", "tokens/s", [speed(step, rows) for rows in some][1:])
             ids = torch.tensor([r.ids for r in some[0]])
-            found = [size / seconds_a_token(m, ids) for _ in range(2)]
+            found = [size / seconds_a_token(m, ids, 8) for _ in range(2)]
             yield paired(f"decoding, {axis} {x}", "tokens/s", found[1:])
 
 

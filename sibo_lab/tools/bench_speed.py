@@ -24,7 +24,7 @@ from sibo_lab import export, files
 from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.generate import generate
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.tools.bench_large import Batch, trainer, write_shape
+from sibo_lab.tools.bench_large import Batch, random_batches, trainer, write_shape
 from sibo_lab.tools.bench_rows import DTYPE, Row, Rows, clocked, in_turn, named, paired, seconds
 from sibo_lab.training import estimate, loop, recipes
 
@@ -250,12 +250,12 @@ def seconds_a_token(m: nn.Module, ids: Tensor, n: int = 16) -> float:
 
 
 def overhead(case: Case) -> Rows:
-    """SIBO against the plain method, and folded LoRA-SIBO against the frozen model."""
+    """SIBO against the plain method, and folded LoRA-SIBO against the frozen model: many short pairs."""
     n = PAIRS["overhead"]
-    some, ids = batches(case, n, 1), [torch.arange(100, 108, device=case.device).repeat(4, 1)] * n  # (4, 8)
+    some, ids = random_batches(n, 1, 48), [torch.arange(100, 108, device=case.device).repeat(4, 1)] * n  # (4, 8)
 
     def decoding(m: nn.Module) -> Callable:
-        return partial(generate, m.eval(), max_new_tokens=4)
+        return partial(generate, m.eval(), max_new_tokens=3)
 
     for method in ("adapter", "lora"):
         sides = [ours(case, method), ours(case, f"{method}-sibo"), ours(case, f"{method}-sibo", learn_lam=True)]
