@@ -85,6 +85,9 @@ class Context:  # of one forward pass
     shared: SharedPrefix | None = None
 
 
+Past = tuple[Tensor, Tensor] | None  # a layer's keys and values, (B, H, S, D), the last T to be written
+
+
 class Attention(nn.Module):
     """Groups of query heads may share a key/value head (GQA). `slides`: only the last tokens are seen."""
 
@@ -99,18 +102,21 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.dropout = head_norm(), head_norm(), nn.Dropout(out_dropout)
         self.head_dim, self.causal, self.rotate, self.p, self.slides = D, causal, rotate, dropout, slides
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: Past) -> Tensor:
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if ctx.shared:
             q, k, v = map(ctx.shared.unpack, (q, k, v))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        T = q.shape[2]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotate:
             q, k = (self.rotate(x, ctx.cos, ctx.sin) for x in (q, k))
         if past:
-            k, v = past.extend(k, v)  # (B, H, S, D)
+            for seen, new in zip(past, (k, v), strict=True):
+                seen[:, :, -T:] = new
+            k, v = past  # (B, H, S, D)
         mask = ctx.near if self.slides else ctx.mask
-        groups, T, causal = q.shape[1] // k.shape[1], q.shape[2], self.causal and mask is None
+        groups, causal = q.shape[1] // k.shape[1], self.causal and mask is None
         if T == 1:  # a group's heads pass as queries of one head, without copies of k and v
             q, causal = q.reshape(len(q), -1, groups, self.head_dim), False
         elif groups > 1:
@@ -164,7 +170,7 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: Past) -> Tensor:
         h = h + self.attn(self.attn_norm(h), ctx, past)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -177,7 +183,7 @@ class GPTJBlock(nn.Module):
                               dropout=c.attn_pdrop, out_dropout=c.resid_pdrop)
         self.mlp = MLP(c, c.resid_pdrop)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: Past) -> Tensor:
         normed = self.norm(h)
         return h + self.attn(normed, ctx, past) + self.mlp(normed)  # both in parallel
 
@@ -191,7 +197,7 @@ class BertBlock(nn.Module):
         self.mlp = MLP(c, c.hidden_dropout_prob)
         self.mlp_norm = layer_norm(c)
 
-    def forward(self, h: Tensor, ctx: Context, past: KeyValues | None) -> Tensor:
+    def forward(self, h: Tensor, ctx: Context, past: Past) -> Tensor:
         h = self.attn_norm(h + self.attn(h, ctx, past))
         return self.mlp_norm(h + self.mlp(h))
 
@@ -202,8 +208,9 @@ class Transformer(nn.Module):
     kernels = {"dropout": fast.dropout, "linear": fast.mixed_linear}  # for what adapts this model
 
     def run(self, h: Tensor, ctx: Context, cache: list[KeyValues] | None = None) -> list[Tensor]:
-        states = [h]  # (B, T, d)
+        states, T = [h], h.shape[1]  # (B, T, d)
         for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            past = past and past.grow(T)
             step = partial(recompute, block, use_reentrant=False) if self.grad_checkpoint and self.training else block
             states.append(step(states[-1], ctx, past))
         return states

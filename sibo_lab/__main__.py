@@ -3,8 +3,6 @@
 import importlib
 import sys
 
-from sibo_lab import cli
-
 COMMANDS = {  # the module that carries it out; the options it takes, from what follows the command's name
     "data": ("sibo_lab.data.commands", list),
     "study": ("sibo_lab.tools.study", list),
@@ -32,6 +30,7 @@ def main() -> None:
             raise ValueError(f"expected python -m sibo_lab {'|'.join(COMMANDS)}, got {name or 'no command'}")
         module, options = COMMANDS[name]
         room = importlib.import_module(module)  # only this one: `data list` need not wait for the others' libraries
+        from sibo_lab import cli  # nor --help for torch
     except (ValueError, ModuleNotFoundError) as e:
         need = "; run it in a checkout, after pip install -r requirements.txt" if isinstance(e, ImportError) else ""
         print(f"error: {e}{need}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Operations that PyTorch has too, but slower on CPUs or with more memory."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -97,23 +97,67 @@ class _CrossEntropy(torch.autograd.Function):
         return *(x if x is None else x * g.to(x.dtype) for x in ctx.saved_tensors), None, None, None
 
 
+PACKERS = {torch.bfloat16: torch.backends.mkldnn, torch.float32: torch.backends.mkl}  # of weights of these types
+_ops = torch.library.Library("sibo", "FRAGMENT")  # torch.compile cannot look into packed weights
+_ops.define("packed_linear(Tensor x, Tensor W, Tensor? b) -> Tensor")
+
+
+def _packed_linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b, with W.packed instead of W where it serves as many rows as x has."""
+    rows = x.numel() // x.shape[-1]
+    if W.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._linear_pointwise(x, W.packed, b, "none", [], "")
+    if rows > W.rows:
+        return F.linear(x, W, b)
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, W.rows - rows))  # MKL's layout is for a number of rows
+    return torch.ops.mkl._mkl_linear(filled, W.packed, W, b, W.rows)[:rows].view(*x.shape[:-1], -1)
+
+
+_ops.impl("packed_linear", _packed_linear, "CPU")
+_ops.impl("packed_linear", lambda x, W, b: x.new_empty(*x.shape[:-1], len(W)), "Meta")
+
+
+def is_compiled(m: nn.Module) -> bool:
+    return any(x._compiled_call_impl for x in getattr(m, "blocks", ()))
+
+
+def compiled_where(asked: bool, m: nn.Module) -> AbstractContextManager:
+    """Inside, the blocks of `m` that were compiled run so if `asked`, else as they are written: prompts come in too
+    many shapes."""
+    return torch.compiler.set_stance("default" if asked else "force_eager") if is_compiled(m) else nullcontext()
+
+
+class PackedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.sibo.packed_linear(x, self.weight, self.bias)
+
+
 @contextmanager
-def prepacked_weights(m: nn.Module, most: int = 2**30) -> Iterator[None]:
-    """Inside, each nn.Linear of a bfloat16 CPU model multiplies with a copy of its weight in oneDNN's layout, in half
-    the time for few rows: PyTorch repacks the weight in every call. Not for more than `most` bytes."""
+def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], None]]:
+    """Inside, each nn.Linear of a CPU model multiplies with a copy of its weight in the layout of oneDNN (bfloat16) or
+    MKL (float32), in half the time for few rows: PyTorch packs the weight in every call. Not for more than `most`
+    bytes. MKL's copies are made when the function that it yields is told how many rows come next."""
     linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
-               and x.weight.device.type == "cpu" and x.weight.dtype == torch.bfloat16]
-    if sum(x.weight.nbytes for x in linears) > most or not torch.backends.mkldnn.is_available():
+               and x.weight.device.type == "cpu" and x.weight.dtype in PACKERS and PACKERS[x.weight.dtype].is_available()]
+    if sum(x.weight.nbytes for x in linears) > most:
         linears = []
-    ops = torch.ops.mkldnn
+    weights = [x.weight for x in linears]
+
+    def pack(rows: int) -> None:
+        for W in weights:
+            if W.dtype == torch.float32 and (rows > max(W.rows, 1) or 16 < 2 * rows <= W.rows):
+                W.packed, W.rows = torch.ops.mkl._mkl_reorder_linear_weight(W.detach(), rows), rows
+
     try:
         for x in linears:
-            x.forward = partial(ops._linear_pointwise, W=ops._reorder_linear_weight(x.weight.detach()), B=x.bias,
-                                attr="none", scalars=[], algorithm="")
-        yield
+            x.__class__, x.weight.rows, x.weight.packed = PackedLinear, 0, None
+            if x.weight.dtype == torch.bfloat16:
+                x.weight.packed = torch.ops.mkldnn._reorder_linear_weight(x.weight.detach())
+        yield pack
     finally:
         for x in linears:
-            del x.forward
+            x.__class__ = nn.Linear
+            del x.weight.packed, x.weight.rows
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from sibo_lab import __main__ as sibo_lab_main
 from sibo_lab import cli
 
+ROOT = Path(__file__).parent.parent
 
 def ended(capsys, main, *args, parser=None):
     """(exit code, lines on stderr) of a command that ends early."""
@@ -130,3 +133,20 @@ def test_an_unknown_command_is_one_line_that_lists_all(monkeypatch, capsys, args
     line, = capsys.readouterr().err.splitlines()
     assert e.value.code == 2
     assert line.startswith("error: expected python -m sibo_lab data|study|bench|export|table, got ")
+
+
+SLOW = ("matplotlib", "huggingface_hub", "gguf", "pyarrow", "transformers", "datasets", "jinja2", "pip", "bitsandbytes",
+        "sympy", "torch._dynamo", "torch._inductor")  # to import, and needed by some work alone
+
+
+@pytest.mark.parametrize("module", ["train", "eval", "sibo_lab.data.commands", "sibo_lab.tools.bench"])
+def test_a_command_starts_without_what_only_some_work_needs(module):
+    code = f"import sys, {module}; {module}.parser(); print('slow:', *sys.modules.keys() & {set(SLOW)})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "slow:\n"
+
+
+def test_the_list_of_commands_needs_no_torch():
+    code = ("import sys; from sibo_lab import __main__; sys.argv[1:] = ['--help']; __main__.main(); "
+            "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m sibo_lab")

@@ -6,16 +6,17 @@ fixed day, so that numbers do not change overnight; and a turn that it leaves ou
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from sibo_lab import parallel
-from sibo_lab.backbone import gguf, sandbox
-from sibo_lab.backbone.sandbox import BEGIN, END, TODAY
+from sibo_lab.backbone import gguf
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.files import one_line, quoted, read_json
 
-SAID = "\ufdd2"  # no character: in place of what is said
+TODAY = datetime(2024, 7, 26)  # Llama 3's own choice where it knows no date
+BEGIN, END, SAID = "\ufdd0", "\ufdd1", "\ufdd2"  # no characters: around {% generation %}; in place of what is said
 Turns = Sequence[tuple[str, str]]  # role (system, user or assistant) and text
 
 
@@ -52,12 +53,14 @@ class Chat:
     """A tokenizer in its backbone's chat template: encode adds nothing to a text, eos_id ends the assistant's turn."""
 
     def __init__(self, path: Path, t: Tokenizer):
+        from sibo_lab.backbone import sandbox  # jinja2 is slow to import
+
         text, self.place = read(path)
         if "strftime_now" in text and not parallel.rank():
             print(f"{self.place} writes today's date: fixed at {TODAY:%d %b %Y} here, so that numbers do not change by "
                   "the day", file=sys.stderr)
         try:
-            self.template = sandbox.compiled(text)
+            self.rendered = partial(sandbox.rendered, sandbox.compiled(text, TODAY, (BEGIN, END)))
         except Exception as e:
             raise ValueError(f"{self.place}: not a Jinja template ({one_line(e)})") from None
         self.encode, self.decode, self.pad_id = partial(t.encode, add_special_tokens=False), t.decode, t.pad_id
@@ -150,8 +153,8 @@ class Chat:
     def _render(self, turns: Turns, answer: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return sandbox.rendered(self.template, messages=messages, tools=None, documents=None,
-                                    add_generation_prompt=answer, **self.tokens)
+            return self.rendered(messages=messages, tools=None, documents=None, add_generation_prompt=answer,
+                                 **self.tokens)
         except Exception as e:
             raise ValueError(f"{self.place}: the chat template refuses a conversation of "
                              f"{', '.join(role for role, _ in turns) or 'no turns'} ({one_line(e)})") from None

@@ -18,10 +18,9 @@ class KeyValues:
     values: Tensor
     length: int = 0
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k and v (B, H, T, D) and returns all, (B, H, S, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = k, v
+    def grow(self, T: int) -> tuple[Tensor, Tensor]:
+        """All keys and values, (B, H, S, D), with T empty places at their end, to be written by the caller."""
+        self.length += T
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
     def select(self, rows: Tensor) -> "KeyValues":
@@ -55,10 +54,10 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     pad = pad_token_id if pad_token_id is not None else (eos or [0])[0]
     eos = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
-    with fast.prepacked_weights(m):
+    with fast.packed_weights(m) as pack, fast.compiled_where(False, m):
         if num_beams > 1:
-            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad)
-        return _greedy(m, input_ids, mask, max_new_tokens, eos, pad)
+            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad, pack)
+        return _greedy(m, input_ids, mask, max_new_tokens, eos, pad, pack)
 
 
 def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: int = 1) -> tuple:
@@ -74,12 +73,13 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: in
     if common:
         m(shifted[:1, :common], cache=(shared := m.new_cache(1, common)))
         for kv, once in zip(cache, shared, strict=True):
-            kv.extend(once.keys, once.values)
+            for places, x in zip(kv.grow(common), (once.keys, once.values), strict=True):
+                places.copy_(x)
         mask = ((i < common) | (i >= start + common)).to(mask.dtype)
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int) -> Tensor:
+def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int, pack) -> Tensor:
     B, T = prompts.shape
     out = F.pad(prompts, (0, max_new), value=pad)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
@@ -90,14 +90,17 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tens
         unfinished &= ~torch.isin(new[:, 0], eos)
         if end + 1 == T + max_new or not unfinished.any():
             return out[:, : end + 1]
-        if unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them
+        if 1 < unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them (one row compiles anew)
             new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
             cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
+        pack(len(rows))
         mask = F.pad(mask, (0, 1), value=1)
-        logits = m(new, mask, cache=cache)
+        with fast.compiled_where(True, m):
+            logits = m(new, mask, cache=cache)
 
 
-def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int) -> Tensor:
+def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int,
+                 pack) -> Tensor:
     """Keeps each prompt's K likeliest continuations; a finished one scores log p / its new tokens. A prompt is done
     when its K finished ones all score better than an open one could at its present length."""
     (B, T), device = prompts.shape, prompts.device
@@ -110,6 +113,7 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     rows = each.expand(B, K).flatten() // K  # read once, continued by K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
+    pack(B * K)
     most = min(max(2, 1 + len(eos)) * K, K * logits.shape[-1])  # however many end here, K go on
     for n in range(1, max_new + 1):
         logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]
@@ -131,7 +135,8 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
         rows = (each + parent.gather(1, best)).flatten()
         cache = [kv.select(rows) for kv in cache]
         mask = F.pad(mask, (0, 1), value=1)
-        logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
+        with fast.compiled_where(True, m):
+            logits = m(running[:, :, -1].reshape(-1, 1), mask, cache=cache)
     ended = torch.isin(done[:, 0, T:T + n], eos)
     longest = torch.where(ended.any(1), ended.int().argmax(1) + 1, n).max()  # with its EOS
     return done[:, 0, :T + int(longest)]

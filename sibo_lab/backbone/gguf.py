@@ -56,7 +56,7 @@ class Reader(files.Reader):
 
     def text(self) -> str:
         try:
-            return self.take(self.number(U64)).decode()
+            return self.take(int.from_bytes(self.take(8), "little")).decode()  # a vocabulary has 100,000 of them
         except UnicodeDecodeError:
             raise self.error("a string that is not UTF-8") from None
 

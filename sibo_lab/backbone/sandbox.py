@@ -11,19 +11,19 @@ from jinja2 import Template, TemplateError, nodes, pass_context, utils
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-TODAY = datetime(2024, 7, 26)  # Llama 3's own choice where it knows no date
-BEGIN, END = "\ufdd0", "\ufdd1"  # no characters: around {% generation %}
 STEPS, SIZE = 1_000_000, 100_000_000
 WIDE = r"%(\(.*?\))?[-+ #.\d]*?(\d{4}|\*)|\{[^{}]*:[^{}]*\d{4}"  # a width in a format
 
 
-def compiled(text: str) -> Template:
-    """Raises whatever jinja2 raises: also RecursionError, and SyntaxError of a {% break %} outside of a loop."""
+def compiled(text: str, today: datetime, marks: tuple[str, str]) -> Template:
+    """With the marks around what the assistant says. Raises whatever jinja2 raises: also RecursionError, and
+    SyntaxError of a {% break %} outside of a loop."""
     env = _Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=_output, extensions=[_Generation, loopcontrols])
     env.filters = {name: _filter(name, apply) for name, apply in env.filters.items()} | {
         "tojson": _to_json, "each round": _each_round}
-    env.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime, "namespace": _Namespace,
+    env.globals |= {"raise_exception": _refuse, "strftime_now": today.strftime, "namespace": _Namespace,
                     "dict": lambda *x, **more: dict(*x, **more)}  # not the class, which leads to others
+    env.marks = marks
     tree = env.parse(text)
     for loop in tree.find_all(nodes.For):
         loop.iter = nodes.Filter(loop.iter, "each round", [], [], None, None, lineno=loop.lineno, environment=env)
@@ -44,7 +44,7 @@ class _Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in self.environment.marks)
         return nodes.Scope([begin, *body, end]).set_lineno(line)
 
 

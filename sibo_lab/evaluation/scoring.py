@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sibo_lab import fast, parallel
+from sibo_lab import cores, fast, parallel
 from sibo_lab.backbone import generate, subwords
 from sibo_lab.data import batch, tasks
 from sibo_lab.evaluation import answers, metrics
@@ -65,7 +65,7 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
     generate.require_eval(m)
     order = sorted(range(len(items)), key=lambda i: length(items[i]))[parallel.rank()::parallel.world()]
     found, hidden = {}, not bar or parallel.rank() > 0
-    with parallel.in_step(m):
+    with parallel.in_step(m), cores.shared(m):
         for start in tqdm(range(0, len(order), batch_size), bar, unit="batch", leave=False, disable=hidden):
             some = order[start:start + batch_size]
             found |= zip(some, work([items[i] for i in some]), strict=True)
@@ -92,7 +92,7 @@ def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], cho
     once, with what all its choices begin with."""
     spelled = [[batch.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
     work = partial(_log_probabilities, m)
-    with fast.prepacked_weights(m):
+    with fast.packed_weights(m):
         return _in_batches(m, spelled, lambda some: len(some[0][0]), batch_size, work, "choices")
 
 

@@ -95,9 +95,8 @@ def described(x: nn.Module) -> str:
 
 def dry_run(run: Run, spec: dict, task: tasks.Task, unknown: str = "") -> str:
     """The tree, parameters, memory, FLOPs (from config.json alone) and recipe, but what is `unknown` ("steps")."""
-    with FakeTensorMode():
-        m = fake_model(spec, run, task.num_labels)
-        tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
+    m = tied(model.build(spec, run.backbone, task.num_labels))
+    tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
     total, trained = quantized.parameters(m), sum(p.numel() for p in m.parameters() if p.requires_grad)
     flops = 4 * total + 2 * trained  # per weight two forward, two backward, two more if it is trained
     python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels)
@@ -146,33 +145,63 @@ def memory(spec: dict, run: Run, num_labels: int = 0) -> dict[str, int]:
         m = fake_model(spec, run, num_labels).train()
         if run.settings:
             sibo.inject(m, **vars(run.settings))
-        trained, weights = [p for p in m.parameters() if p.requires_grad], [*m.parameters(), *m.buffers()]
-        earlier = trained if run.batch_size > run.micro_batch_size else []
-        for p in earlier:  # micro-batches before this one left gradients
-            p.grad = torch.empty_like(p)
-        ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
-        with Alive([*weights, *(p.grad for p in earlier)]) as alive:
-            if num_labels:
-                model.loss(m, ids, ids[:, 0]).backward()
-            else:
-                h, labels = m(ids, return_hidden=True)[-1].flatten(0, 1), ids.flatten()
-                if type(m.head) is nn.Linear:
-                    fast.cross_entropy(h, m.head.weight, m.head.bias, labels, torch.ones_like(labels)).backward()
-                else:  # a head with LoRA on it
-                    nn.functional.cross_entropy(to_float32(m.head(h)), labels).backward()
-    share = sum(p.nbytes for p in trained)
-    return {"frozen": sum(t.nbytes for t in weights) - share, "trained": 3 * share,
-            "step": alive.peak + sum(p.nbytes for p in earlier)}
+        share = sum(p.nbytes for p in m.parameters() if p.requires_grad)
+        frozen = sum(t.nbytes for t in (*m.parameters(), *m.buffers())) - share
+        earlier = share if run.batch_size > run.micro_batch_size else 0  # gradients of micro-batches before this one
+        return {"frozen": frozen, "trained": 3 * share, "step": peak(m, run, bool(earlier)) + earlier}
+
+
+def peak(m: nn.Module, run: Run, earlier: bool) -> int:
+    """Of what a step makes. Where all blocks are alike, two and three of them tell what each further one adds: in the
+    forward pass always the same; after it what the pass keeps of the block or, at the backward's end, gradients."""
+    blocks, few = m.blocks, []
+    if len(blocks) > 3 and len({kind(block) for block in blocks}) == 1:
+        for n in 2, 3:
+            m.blocks = blocks[:n]
+            few.append(one_step(m, run, earlier))
+        m.blocks, added = blocks, [b - a for a, b in zip(*few, strict=True)]
+        gradients = 0 if earlier else sum(p.nbytes for p in blocks[0].parameters() if p.requires_grad)
+        if added[1] == max(added[2], gradients):  # else the larger of the two takes over later
+            return max(x + (len(blocks) - 3) * more for x, more in zip(few[1][:2], added, strict=False))
+    return max(one_step(m, run, earlier)[:2])
+
+
+def kind(block: nn.Module) -> tuple:
+    """What makes a block's step another one's."""
+    return block.attn.rotate is None, block.attn.slides, *map(described, block.modules())
+
+
+def one_step(m: nn.Module, run: Run, earlier: bool) -> tuple[int, int, int]:
+    """The most bytes that are alive until the model returns, and after that; those that it keeps. `earlier`: there are
+    gradients."""
+    for p in (trained := [p for p in m.parameters() if p.requires_grad]):
+        p.grad = torch.empty_like(p) if earlier else None
+    ids = torch.zeros(run.micro_batch_size, run.cutoff, dtype=torch.int64, device=run.device)
+    with Alive([*m.parameters(), *m.buffers(), *(p.grad for p in trained if earlier)]) as alive:
+        out = model.loss(m, ids, ids[:, 0]) if isinstance(m, model.Bert) else m(ids, return_hidden=True)[-1]
+        forward, kept, alive.peak = alive.peak, alive.now, alive.now
+        if not isinstance(m, model.Bert):
+            h, labels = out.flatten(0, 1), ids.flatten()
+            if type(m.head) is nn.Linear:
+                out = fast.cross_entropy(h, m.head.weight, m.head.bias, labels, torch.ones_like(labels))
+            else:  # a head with LoRA on it
+                out = nn.functional.cross_entropy(to_float32(m.head(h)), labels)
+        out.backward()
+    return forward, alive.peak, kept
 
 
 def fake_model(spec: dict, run: Run, num_labels: int) -> nn.Module:
     m = model.build(spec, run.backbone, num_labels)
     for name, p in list(m.named_parameters()):
         model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
-    if getattr(m.config, "tie_word_embeddings", False):
-        m.head.weight = m.embed.weight
     for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
         if isinstance(x, nn.Linear):
             m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))
     m.grad_checkpoint = run.grad_checkpoint
+    return tied(m)
+
+
+def tied(m: nn.Module) -> nn.Module:
+    if m.config.tie_word_embeddings:
+        m.head.weight = m.embed.weight
     return m

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import model
-from sibo_lab import cli, files
+from sibo_lab import cli, cores, files
 from sibo_lab.data import batch
 from sibo_lab.parallel import accumulating, all_reduce, full_tensor, rank, world, wrap
 from sibo_lab.training import resume
@@ -195,7 +195,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
     began = saved - progress.seconds
     batches = islice(batch.batches([len(r.ids) for r in rows], run.batch_size, run.seed), progress.step, run.steps)
     bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=rank() > 0)
-    with open_log(training.out, progress.step) as log, cli.stop_asked() as asked:
+    with open_log(training.out, progress.step) as log, cli.stop_asked() as asked, cores.shared(m):
         for picked in bar:
             line = training.take_step(picked)
             due = last = progress.step == run.steps

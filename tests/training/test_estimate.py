@@ -150,3 +150,31 @@ def test_lora_on_the_head_makes_its_logits_whole():
 def test_earlier_micro_batches_leave_their_gradients():
     alone, after = (small_estimate(2, small_run("lora", batch_size=n)) for n in (2, 4))
     assert alone["step"] < after["step"] <= alone["step"] + after["trained"] // 3
+
+
+GPTJ = {"model_type": "gptj", "vocab_size": 50, "n_embd": 64, "n_head": 4, "rotary_dim": 8}
+BERT = {"model_type": "bert", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(("spec", "method", "changes"), [
+    (SMALL, "adapter-sibo", {"dtype": "bfloat16"}), (SMALL, "full", {"micro_batch_size": 1, "cutoff": 2}),
+    (GPTJ, "lora-sibo", {"grad_checkpoint": True, "batch_size": 2}), (BERT, "lora", {"batch_size": 2}),
+    (BERT, "full", {"batch_size": 2}),
+], ids=lambda x: x.get("model_type") if isinstance(x, dict) else x)
+def test_what_two_and_three_blocks_tell_of_many_is_what_many_take(monkeypatch, spec, method, changes):
+    run, labels = small_run(method, **changes), 2 * (spec is BERT)
+    spec = spec | {"n_layer" if spec is GPTJ else "num_hidden_layers": 6}
+    told = estimate.memory(spec, run, labels)
+    monkeypatch.setattr(estimate, "kind", id)  # no two blocks are alike
+    assert told == estimate.memory(spec, run, labels)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "smollm3"}, {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+                                "max_window_layers": 4}], ids=lambda x: x["model_type"])
+def test_blocks_that_differ_are_all_counted(monkeypatch, changes):
+    run, steps = small_run("lora"), []
+    monkeypatch.setattr(estimate, "one_step", lambda m, *_: steps.append(len(m.blocks)) or (0, 0, 0))
+    estimate.memory(SMALL | changes | {"num_hidden_layers": 8}, run)
+    estimate.memory(SMALL | {"num_hidden_layers": 8}, small_run("lora", targets=("blocks.3.attn.q_proj",)))
+    assert steps == [8, 8]
