@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +137,8 @@ def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], 
     MKL (float32), in half the time for few rows: PyTorch packs the weight in every call. Not for more than `most`
     bytes. MKL's copies are made when the function that it yields is told how many rows come next."""
     linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
-               and x.weight.device.type == "cpu" and x.weight.dtype in PACKERS and PACKERS[x.weight.dtype].is_available()]
+               and x.weight.device.type == "cpu" and x.weight.dtype in PACKERS
+               and PACKERS[x.weight.dtype].is_available()]
     if sum(x.weight.nbytes for x in linears) > most:
         linears = []
     weights = [x.weight for x in linears]
