@@ -27,7 +27,7 @@ from sibo_lab.evaluation import pictures
 from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.evaluation.compare import SeedGroup, groups, name, name_of, read
 from sibo_lab.placement import place
-from sibo_lab.tools import bench
+from sibo_lab.tools import bench_rows
 from sibo_lab.training import loop, options, run_folder
 
 Groups = Sequence[SeedGroup]
@@ -189,8 +189,8 @@ def cost(args: Namespace, file: str) -> list[str]:
     lam, lines, summary = args.lam[0] if args.lam else 0.2, [], []
     for y, method in enumerate(("adapter", "lora")):
         (ours, rows, flops), (plain, _, plain_flops) = (step_and_flops(args, method, x) for x in (lam, 0.0))
-        row, ratio = bench.timed("", ours, plain, [rows] * 30), flops / plain_flops
-        time, (low, high) = row.ratio, row.interval
+        row = bench_rows.paired("", "s", *bench_rows.clocked([ours, plain], [rows] * 30))
+        ratio, time, (low, high) = flops / plain_flops, row.ratio, row.interval
         ax.errorbar(time, y, xerr=[[time - low], [high - time]], fmt="o", capsize=3, label=f"{method}: time")
         ax.plot(ratio, y, "k|", ms=14, label=None if y else "FLOPs")
         lines.append([method, lam, plain_flops, flops, f"{ratio:.6f}",
