@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import model
 import sibo
-from sibo_lab import cli, export
+from sibo_lab import cli, export, fast
 from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
@@ -87,12 +87,17 @@ def load(args: Namespace) -> tuple[nn.Module, subwords.Tokenizer | chat_template
 
 
 def adapt(m: nn.Module, args: Namespace) -> nn.Module:
-    """Puts the run, or peft's LoRA, onto the backbone; with --merge, folds it."""
+    """Puts the run, or peft's LoRA, onto the backbone; with --merge, folds it; with --compile, compiles its steps."""
     if args.run:
         sibo.load(m, args.run)
     if args.peft:
         export.from_peft(m, args.peft)
-    return sibo.merge(m) if args.merge else m
+    if args.merge:
+        sibo.merge(m)
+    if args.compile:
+        fast.compiled(m)
+        torch.compiler.set_stance("force_eager")  # only the steps of an answer: all else has too many shapes
+    return m
 
 
 def export_run(args: Namespace) -> None:

@@ -15,7 +15,7 @@ import eval as evaluation
 import model
 import sibo
 import train
-from sibo_lab import cli, export
+from sibo_lab import cli, export, fast
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import metrics, scoring
 
@@ -102,6 +102,21 @@ def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(tmp_path, tiny_
     assert result["empty"] == np.mean([a["answer"] is None for a in answers])
     assert result["interval"] == list(metrics.wilson(result["score"], 3))
     assert result["answers_given"] == scoring.shares([a["answer"] for a in answers])
+
+
+def test_compiled_steps_give_the_same_answers(monkeypatch, tmp_path, tiny_llama, capsys):
+    def compiled(m):
+        for block in m.blocks:
+            block.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(fast, "compiled", compiled)
+    scores, graphs = [], []
+    for more in ((), ("--compile",)):
+        assert not graphs
+        run(evaluation, "--backbone", tiny_llama, "--limit", 3, *more)
+        scores.append(capsys.readouterr().out)
+    torch.compiler.set_stance("default")
+    assert graphs and scores[0] == scores[1]
 
 
 def test_the_similarity_of_a_peft_lora_is_drawn_beside_its_backbones(tmp_path, tiny_llama, capsys):

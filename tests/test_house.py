@@ -16,7 +16,8 @@ METHOD = {"sibo", *(f"sibo_lab.{name}" for name in (
     "hugging_face", "switching", "files", "parallel"))}
 LAYERS = """
     sibo_lab.parallel
-    sibo_lab.cli sibo_lab.cores sibo_lab.fast sibo_lab.files
+    sibo_lab.cli sibo_lab.fast sibo_lab.files
+    sibo_lab.cores
     sibo_lab.settings sibo_lab.stacks sibo_lab.wrapping sibo_lab.fingerprint
     sibo_lab.families sibo_lab.initial_residual
     sibo_lab.placement

@@ -50,6 +50,7 @@ def parser() -> cli.Parser:
     add("--protocol", choices=batch.PROTOCOLS, help="prompt and beams (default: the run's; else chat for rows with "
         "messages, a system text or history, clean for others)")
     add("--num-beams", type=at_least_1, help="1 is greedy (default: 1, paper 4)")
+    add("--compile", action="store_true", help="torch.compile the steps of an answer: ready after seconds, then faster")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's, or float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, help="the picture (default: similarity.png or table.png in the run's folder, or here)")
@@ -82,6 +83,9 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--peft {args.peft}: expected --backbone, got a run")
     if args.peft and "classifier" in (export.peft_spec(args.peft)["modules_to_save"] or ()):  # as of task_type SEQ_CLS
         args.head = labels
+    if args.compile and (labels or args.export or args.similarity):
+        raise ValueError("--compile: expected an LLM that answers questions, got "
+                         f"{'--export' if args.export else '--similarity' if args.similarity else 'the task ' + name}")
     if args.similarity and args.task and len(args.tests) > 1:
         raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:

@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sibo
-from sibo_lab import export, files
+from sibo_lab import export, fast, files
 from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.generate import generate
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.tools.bench_large import Batch, random_batches, trainer, write_shape
 from sibo_lab.tools.bench_rows import DTYPE, Row, Rows, clocked, in_turn, named, paired, seconds
-from sibo_lab.training import estimate, loop, recipes
+from sibo_lab.training import estimate, recipes
 
 EOS = 2  # LLaMA's and SmolLM2's
 Prompts = dict[str, Tensor]
@@ -176,7 +176,7 @@ def training(case: Case) -> Rows:
     n = PAIRS["training"]
     some = batches(case, n, 8)
     peer, m = fastest(case, lambda m: [speed(trainer(m), rows) for rows in some[:2]][1])
-    steps = [trainer(m), trainer(ours(case)), trainer(loop.compiled(ours(case)))]
+    steps = [trainer(m), trainer(ours(case)), trainer(fast.compiled(ours(case)))]
     yield case.row("compiled training: ready after", [sum(seconds(steps[2], rows) for rows in some[:2])])
     for what in ("answers labelled", "all labelled"):
         some = batches(case, n, 8, what == "all labelled")
@@ -223,24 +223,26 @@ def ways(peer: Case, m: nn.Module) -> dict[str, Callable]:
 def generation(case: Case) -> Rows:
     """Batches of prompts of each size, beside each way of transformers, and a token beside the memory's speed."""
     mine, (eight, *_) = ours(case).eval(), prompts(case, 1, 8)
-    cold, warm, first = (seconds(answer, mine, most, eight) for most in (SIZES[8], SIZES[8], 1))
+    folded = fast.compiled(sibo.merge(ours(case).eval()))
+    cold, warm, first = (seconds(answer, folded, most, eight) for most in (SIZES[8], SIZES[8], 1))
     yield case.row("generation: first token ready after", [cold - warm + first])  # all that was made on the way
     peer, m = fastest(case, lambda m: [answer(m.eval(), 8, eight) for _ in range(2)][1])
     peers = ways(peer, m.eval())
     for size, most in SIZES.items():
         some = prompts(case, PAIRS["generation"], size)
-        sides = [partial(side, most) for side in (partial(answer, mine), *peers.values())]
+        sides = [partial(side, most) for side in (partial(answer, mine), partial(answer, folded), *peers.values())]
         in_turn(sides, some[:1])
-        found, *others = in_turn(sides, some)
-        speeds = dict(zip(peers, others, strict=True))
-        for beside, way in (("default", "default"), ("fastest way", max(peers, key=lambda way: median(speeds[way])))):
-            yield case.row(f"generation, {size} prompts, beside generate's {beside}", found, speeds[way],
+        *found, default, merged, static = in_turn(sides, some)
+        speeds = dict(zip(peers, (default, merged, static), strict=True))
+        for beside, mine_so, way in zip(("default", "fastest way"), found, ("default", max(
+                peers, key=lambda way: median(speeds[way]))), strict=True):
+            yield case.row(f"generation, {size} prompts, beside generate's {beside}", mine_so, speeds[way],
                            f"{named(peer.dtype)}, {way}")
-    nbytes = sum(p.numel() for p in mine.parameters()) * case.dtype.itemsize  # LoRA is read in it too, the head once
+    nbytes = sum(p.numel() for p in folded.parameters()) * case.dtype.itemsize  # the tied head once
     x = torch.ones(2**26, dtype=torch.int64, device=case.device)
     bound = nbytes * min(seconds(x.sum) for _ in range(6)) / x.nbytes
     for size in SIZES:
-        found = [seconds_a_token(mine, some[0]["input_ids"][:size]) for _ in range(3)]
+        found = [seconds_a_token(folded, some[0]["input_ids"][:size]) for _ in range(3)]
         yield case.row(f"decoding, {size} rows: a token against reading the weights once", found, [bound] * 3)
 
 

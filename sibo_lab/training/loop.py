@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import model
-from sibo_lab import cli, cores, files
+from sibo_lab import cli, cores, fast, files
 from sibo_lab.data import batch
 from sibo_lab.parallel import accumulating, all_reduce, full_tensor, rank, world, wrap
 from sibo_lab.training import resume
@@ -88,20 +88,12 @@ def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def compiled(m: nn.Module) -> nn.Module:
-    """`m` with its blocks compiled in place, to shared code. Not the first: its input often needs no gradient, which
-    would take another minute."""
-    for block in m.blocks[1:]:
-        block.compile(dynamic=True)
-    return m
-
-
 class Training:
     def __init__(self, m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run):
         m.grad_checkpoint = run.grad_checkpoint
         if run.compile:
             torch.compiler.set_stance("default")
-            compiled(m)
+            fast.compiled(m)
         self.m, self.rows, self.pad_id, self.run, self.out = m, rows, pad_id, run, Path(run.out)
         self.engine = wrap(m.train(), run.device, run.shard)
         self.trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
@@ -212,7 +204,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
     if progress.best and progress.best["step"] < run.steps:
         resume.restore_weights(resume.state_folder(training.out, progress.best["step"]), training.trained)
     if run.compile:
-        torch.compiler.set_stance("force_eager")  # generation has too many shapes
+        torch.compiler.set_stance("force_eager")  # scoring has too many shapes
     return progress.summary()
 
 

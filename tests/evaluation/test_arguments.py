@@ -50,6 +50,7 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
     (("RUN", "--num-beams", "x"), "argument --num-beams: invalid .* value: 'x'"),
     (("RUN", "--peft", "DIR"), "--peft DIR: expected --backbone, got a run"),
     (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, got --task mawps,aqua"),
+    (("RUN", "--similarity", "--compile"), "--compile: expected an LLM that answers questions, got --similarity"),
     (("RUN", "--task", "rte"), "expected a run that can answer rte, got one on word-problems"),
     (("RUN", "--export", "onnx", "DIR"), "--export: expected peft or hf, with a run .* no --merge, got onnx"),
     (("RUN", "--export", "hf", "DIR", "--merge"), "--export: expected peft or hf, .* no --merge, got both"),

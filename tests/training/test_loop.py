@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import model
 import sibo
-from sibo_lab import files
+from sibo_lab import fast, files
 from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes, resume
 
@@ -70,7 +70,7 @@ def test_compiled_blocks_train_as_eager_ones_and_share_one_graph():
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
             torch.compiler.set_stance("default")
-            loop.compiled(m)
+            fast.compiled(m)
         for length in (70, 90, 110):
             rows = [batch.Row(ids, ids) for ids in torch.randint(0, 50, (3, length)).tolist()]
             loop.train_step(m, rows, 3, 0)
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, tiny_llama):
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_after_compiled_training_nothing_more_is_compiled(compile, monkeypatch, tmp_path, tiny_llama):
-    monkeypatch.setattr(loop, "compiled", lambda m: m)
+    monkeypatch.setattr(fast, "compiled", lambda m: m)
     run = recipes.run_of(out=str(tmp_path), backbone=str(tiny_llama), steps=1, batch_size=1, compile=compile)
     m, made = sibo.inject(model.from_pretrained(tiny_llama), "lora", 0.0), []
     loop.fit(m, [batch.Row([1, 2, 3], [1, 2, 3])], 0, run)
