@@ -143,13 +143,14 @@ class PackedLinear(nn.Linear):
 def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], None]]:
     """Inside, each nn.Linear of a CPU model multiplies with a copy of its weight in the layout of oneDNN (bfloat16) or
     MKL (float32), in half the time for few rows: PyTorch packs the weight in every call. Not for more than `most`
-    bytes. MKL's copies are made when the function that it yields is told how many rows come next."""
-    linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
+    bytes. MKL's copies are made when the function that it yields is told how many rows come next; a context within
+    another uses its copies."""
+    linears = [x for x in m.modules() if type(x) in (nn.Linear, PackedLinear) and type(x.weight) is nn.Parameter
                and x.weight.device.type == "cpu" and x.weight.dtype in PACKERS
                and PACKERS[x.weight.dtype].is_available()]
     if sum(x.weight.nbytes for x in linears) > most:
         linears = []
-    weights = [x.weight for x in linears]
+    weights, unpacked = [x.weight for x in linears], [x for x in linears if type(x) is nn.Linear]
 
     def pack(rows: int) -> None:
         for W in weights:
@@ -157,15 +158,16 @@ def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], 
                 W.packed, W.rows = torch.ops.mkl._mkl_reorder_linear_weight(W.detach(), rows), rows
 
     try:
-        for x in linears:
+        for x in unpacked:
             x.__class__, x.weight.rows, x.weight.packed = PackedLinear, 0, None
             if x.weight.dtype == torch.bfloat16:
                 x.weight.packed = torch.ops.mkldnn._reorder_linear_weight(x.weight.detach())
         yield pack
     finally:
-        for x in linears:
+        for x in unpacked:
             x.__class__ = nn.Linear
-            del x.weight.packed, x.weight.rows
+            for name in ("packed", "rows"):
+                vars(x.weight).pop(name, None)  # another module may have had the same weight
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:

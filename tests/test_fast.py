@@ -86,7 +86,9 @@ def test_packed_weights_give_the_same_product_of_any_number_of_rows_and_leave_no
     with torch.no_grad():
         plain = [m(x) for x in inputs]
         with fast.packed_weights(m) as pack:
-            assert type(m[0]) is fast.PackedLinear
+            with fast.packed_weights(m):
+                assert type(m[0]) is fast.PackedLinear
+            assert type(m[0]) is fast.PackedLinear  # the inner one leaves the outer one's
             for rows in (18, 9, 60, 3):
                 pack(rows)
                 for x, y in zip(inputs, plain, strict=True):

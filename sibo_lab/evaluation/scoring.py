@@ -83,7 +83,8 @@ def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_n
         written = out[:, b["input_ids"].shape[1]:].tolist()
         return [t.decode(list(takewhile(lambda i: i not in ends, ids))) for ids in written]
 
-    return _in_batches(m, list(map(t.encode, prompts)), len, batch_size, work, bar)
+    with fast.packed_weights(m):  # once for all batches
+        return _in_batches(m, list(map(t.encode, prompts)), len, batch_size, work, bar)
 
 
 def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]],

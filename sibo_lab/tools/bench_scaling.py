@@ -1,6 +1,7 @@
 """Tokens per second against the batch, the length and the threads: rows, and their picture."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -8,8 +9,8 @@ import torch
 from sibo_lab import files
 from sibo_lab.evaluation import pictures
 from sibo_lab.tools.bench_large import random_batches, trainer
-from sibo_lab.tools.bench_rows import Row, Rows, paired
-from sibo_lab.tools.bench_speed import Case, ours, seconds_a_token, smollm2, speed, threads
+from sibo_lab.tools.bench_rows import Row, Rows, paired, seconds
+from sibo_lab.tools.bench_speed import Case, decoding, ours, smollm2, speed, threads
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 SCALES = {"batch": (1, 2, 4, 8, 16, 32), "length": LENGTHS}
@@ -26,7 +27,9 @@ def scaling(case: Case | None = None) -> Rows:
             some = random_batches(3, size, length)
             yield paired(f"training, {axis} {x}", "tokens/s", [speed(step, rows) for rows in some][1:])
             ids = torch.tensor([r.ids for r in some[0]])
-            found = [size / seconds_a_token(m, ids, 8) for _ in range(2)]
+            with ExitStack() as packed:
+                token = decoding(m, ids, packed)
+                found = [size / seconds(token) for _ in range(9)]
             yield paired(f"decoding, {axis} {x}", "tokens/s", found[1:])
 
 

@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -15,6 +15,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +23,7 @@ import model
 import sibo
 from sibo_lab import export, fast, files
 from sibo_lab.backbone import config, locate, tokenizer
-from sibo_lab.backbone.generate import generate
+from sibo_lab.backbone.generate import generate, prefill
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.tools.bench_large import Batch, random_batches, trainer, write_shape
 from sibo_lab.tools.bench_rows import DTYPE, Row, Rows, clocked, in_turn, named, paired, seconds
@@ -31,6 +32,7 @@ from sibo_lab.training import estimate, recipes
 EOS = 2  # LLaMA's and SmolLM2's
 Prompts = dict[str, Tensor]
 SIZES = {8: 64, 64: 32}  # prompts at a time: tokens of an answer, at most
+STEPS = "decoding", "compiled decoding"
 GOALS = {  # what `training`, `generation` and `overhead` measure: its unit and goal
     "training: peak memory": ("GB", 0.7),
     "compiled training: ready after": ("s", 30.0),
@@ -42,10 +44,10 @@ GOALS = {  # what `training`, `generation` and `overhead` measure: its unit and 
        for size in SIZES for way in ("default", "fastest way")},
     **{f"decoding, {size} rows: a token against reading the weights once": ("s", None) for size in SIZES},
     **{f"{method}-sibo{learned} against {method}: {work}": ("s", 1.02) for method in ("adapter", "lora")
-       for learned in ("", ", λ learned") for work in ("training step", "decoding")},
-    "lora-sibo, folded, against the frozen model: decoding": ("s", 1.02),
-    "lora-sibo, unfolded, against the frozen model: decoding": ("s", None)}
-PAIRS = {"training": 6, "generation": 2, "overhead": 60}
+       for learned in ("", ", λ learned") for work in ("training step", *STEPS)},
+    **{f"lora-sibo, {how}, against the frozen model: {work}": ("s", goal) for work in STEPS
+       for how, goal in (("folded", 1.02), ("unfolded", None))}}
+PAIRS = {"training": 4, "generation": 2, "overhead": 40}
 
 
 @dataclass(frozen=True)
@@ -242,33 +244,54 @@ def generation(case: Case) -> Rows:
     x = torch.ones(2**26, dtype=torch.int64, device=case.device)
     bound = nbytes * min(seconds(x.sum) for _ in range(6)) / x.nbytes
     for size in SIZES:
-        found = [seconds_a_token(folded, some[0]["input_ids"][:size]) for _ in range(3)]
-        yield case.row(f"decoding, {size} rows: a token against reading the weights once", found, [bound] * 3)
+        with ExitStack() as packed:
+            step = decoding(folded, some[0]["input_ids"][:size], packed)
+            step()
+            found = [seconds(step) for _ in range(12)]
+        yield case.row(f"decoding, {size} rows: a token against reading the weights once", found, [bound] * 12)
 
 
-def seconds_a_token(m: nn.Module, ids: Tensor, n: int = 16) -> float:
-    short, long = (seconds(generate, m, ids, max_new_tokens=most) for most in (1, 1 + n))
-    return (long - short) / n
+def decoding(m: nn.Module, ids: Tensor, packed: ExitStack) -> Callable:
+    """A function that computes the next token of each of `ids` (B, T), as generate does, once its weights are packed
+    and its prompts read; `packed` unpacks them."""
+    pack, (B, T) = packed.enter_context(fast.packed_weights(m.eval())), ids.shape
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        _, mask, cache = prefill(m, ids, torch.ones_like(ids), T + 1)
+    mask = F.pad(mask, (0, 1), value=1)
+
+    @torch.no_grad()
+    def step(*_) -> None:
+        pack(B)
+        for kv in cache:
+            kv.length = T
+        m(ids[:, -1:], mask, cache=cache).max(-1)
+
+    return step
 
 
 def overhead(case: Case) -> Rows:
     """SIBO against the plain method, and folded LoRA-SIBO against the frozen model: many short pairs."""
     n = PAIRS["overhead"]
-    some, ids = random_batches(n, 1, 48), [torch.arange(100, 108, device=case.device).repeat(4, 1)] * n  # (4, 8)
+    some, ids = random_batches(n, 1, 48), torch.arange(100, 132, device=case.device).repeat(8, 1)  # (8, 32)
 
-    def decoding(m: nn.Module) -> Callable:
-        return partial(generate, m.eval(), max_new_tokens=3)
+    def steps(sides: Sequence[nn.Module]) -> Iterator[tuple[str, list[list[float]]]]:
+        for how in STEPS:
+            torch.compiler.reset()  # or more kinds of blocks than it keeps
+            with ExitStack() as packed:
+                found = [decoding(m if how == "decoding" else fast.compiled(m), ids, packed) for m in sides]
+                in_turn(found, range(2))
+                yield how, clocked(found, range(n))
 
     for method in ("adapter", "lora"):
         sides = [ours(case, method), ours(case, f"{method}-sibo"), ours(case, f"{method}-sibo", learn_lam=True)]
-        for work, does, inputs in (("training step", trainer, some), ("decoding", decoding, ids)):
-            plain, *found = clocked([does(m) for m in sides], inputs)
+        for work, (plain, *found) in chain([("training step", clocked([trainer(m) for m in sides], some))],
+                                           steps(sides)):
             for learned, mine in zip(("", ", λ learned"), found, strict=True):
                 yield case.row(f"{method}-sibo{learned} against {method}: {work}", mine, plain)
-    sides = [ours(case, "full"), sibo.merge(ours(case, "lora-sibo")), sides[1]]
-    base, *found = clocked([decoding(m) for m in sides], ids)
-    for how, mine in zip(("folded", "unfolded"), found, strict=True):
-        yield case.row(f"lora-sibo, {how}, against the frozen model: decoding", mine, base)
+    sides = [ours(case, "full"), sibo.merge(ours(case, "lora-sibo")), ours(case, "lora-sibo")]
+    for work, (base, *found) in steps(sides):
+        for how, mine in zip(("folded", "unfolded"), found, strict=True):
+            yield case.row(f"lora-sibo, {how}, against the frozen model: {work}", mine, base)
 
 
 def peak(case: Case, side: Callable, rows: Batch) -> float:
