@@ -1,12 +1,15 @@
 """Small real models that several test files train: made by transformers, loaded by us, with a real tokenizer."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 
 from sibo_lab.backbone import locate
+
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # fixed: tests compare the last bits
 
 
 @pytest.fixture(scope="session")
