@@ -91,7 +91,8 @@ class FoldedLoRA(LoRA):
 
     def adapt(self, h: Tensor, W: Callable) -> Tensor:
         lows = self.residual.low
-        low = self.require_h0(lows and lows[self.index], self.settings.rank, h)
+        low = self.require_h0(None if lows is None else lows.index_select(-2, self.index)[..., 0, :],
+                              self.settings.rank, h)
         return W(torch.cat((h, low.to(h)), -1))
 
 
@@ -144,7 +145,8 @@ def merge(m: nn.Module) -> nn.Module:
             plain[x] = x.base
         elif not s.frozen_too:
             folded = torch.cat((folded, lam * s.alpha / r * x.up), 1)
-            x.__class__, vars(x)["index"] = FoldedLoRA, len(downs[x.residual])
+            x.__class__ = FoldedLoRA  # a number in a tensor: blocks then share compiled code
+            x.register_buffer("index", torch.tensor([len(downs[x.residual])], device=W.device), persistent=False)
             downs[x.residual].append(x.down.to(W.dtype))
         x.down, x.up, x.lam_logit, x.lam_start = None, None, None, lam
         x.base.in_features = folded.shape[1]

@@ -108,6 +108,8 @@ def _packed_linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, W.packed, b, "none", [], "")
     if rows > W.rows:
         return F.linear(x, W, b)
+    if rows == W.rows:
+        return torch.ops.mkl._mkl_linear(x, W.packed, W, b, rows)
     filled = F.pad(x.reshape(rows, -1), (0, 0, 0, W.rows - rows))  # MKL's layout is for a number of rows
     return torch.ops.mkl._mkl_linear(filled, W.packed, W, b, W.rows)[:rows].view(*x.shape[:-1], -1)
 

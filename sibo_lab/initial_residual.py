@@ -58,8 +58,8 @@ class InitialResidual:
         return h0
 
     @property
-    def low(self) -> tuple[Tensor, ...] | None:
-        """In a merged model, h0 A by module."""
+    def low(self) -> Tensor | None:
+        """In a merged model, h0 A (B, T, modules, rank)."""
         return None if self.h0 is None else self.live.low
 
     @property
@@ -127,7 +127,10 @@ class InitialResidual:
                                    f"shape tells them apart, got {len(x)} of both; run one outside of torch.compile")
 
     def fold_h0(self) -> None:
-        self.live.low = self.down and self.down(self.live.h0).split(self.rank, -1)
+        self.live.low = self.down and self.product(self.live.h0)
+
+    def product(self, h0: Tensor) -> Tensor:
+        return self.down(h0).unflatten(-1, (-1, self.rank))
 
     def end(self, owner, args, output) -> None:
         if self.live.watch:
@@ -166,9 +169,9 @@ class InitialResidual:
         again = h0.detach()  # the gradient through h0 has its own way back
         with suppress(RuntimeError):  # within torch.func
             again.requires_grad_(h0.requires_grad)
-        self.keep(again, self.down and self.down(again).split(self.rank, -1), task)
+        self.keep(again, self.down and self.product(again), task)
 
-    def keep(self, h0: Tensor | None, low: tuple[Tensor, ...] | None, task: int | None = None) -> None:
+    def keep(self, h0: Tensor | None, low: Tensor | None, task: int | None = None) -> None:
         self.live.h0, self.live.low, self.live.task = h0, low, task
 
     def __getstate__(self) -> dict:  # copies and pickles start without activations

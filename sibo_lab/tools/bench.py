@@ -71,8 +71,8 @@ def main(args: Namespace) -> None:
             row.group = name
             rows.append(row)
             print(table([row]).splitlines()[1], flush=True)
+        files.write(args.out, json.dumps([asdict(r) for r in rows], indent=1) + "\n")  # what there is, if it is stopped
     print(table(rows))
-    files.write(args.out, json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     if "scaling" in names:
         bench_scaling.draw_scaling(rows, args.out.with_name("scaling.png"))
     if args.out == OUT:
