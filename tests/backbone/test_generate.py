@@ -179,13 +179,17 @@ def test_generate_refuses_prompts_padded_on_the_right(tmp_path, num_beams):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_blocks_write_the_same_tokens_and_compile_only_the_step_once_for_all_lengths_and_rows(tmp_path):
-    _, m = pair("llama", tmp_path, vocab_size=17)
+@pytest.mark.parametrize("merged", [False, True])
+def test_compiled_blocks_write_the_same_tokens_and_compile_only_the_step_once_for_all_lengths(tmp_path, merged):
+    """And for all numbers of rows."""
+    _, m = pair("llama", tmp_path, vocab_size=17, num_hidden_layers=4)
     sibo.inject(m, "lora", 0.3, rank=4).eval()
     with torch.no_grad():
         for x in m.modules():
             if isinstance(x, sibo.LoRA):
                 x.up.normal_(std=0.2)
+    if merged:
+        sibo.merge(m)
     rows = [words(1, n, 17, seed=n)[0].tolist() for n in range(1, 14)]  # 13 and 11 are no other size of the model
     inputs = [(padded(rows[:n], "left"), most, eos) for n, most, eos in ((13, 9, None), (11, 30, None), (13, 30, 7))]
     plain = [generate.generate(m, *of, max_new_tokens=most, eos_token_id=eos) for of, most, eos in inputs]
