@@ -89,7 +89,7 @@ def clocked(sides: Sequence[Callable], inputs: Sequence) -> list[list[float]]:
 
 def cells(r: Row) -> list[str]:
     def show(x: float | None) -> str:
-        return "not measured" if x is None else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
+        return "not measured" if x is None else f"{x:.3g}" if abs(x) < 100 or x >= 1e6 else f"{x:.0f}"
 
     interval = " ({:.3f}–{:.3f})".format(*r.interval) if r.interval else ""
     return [r.name, str(r.threads), r.dtype + (f"; peer: {r.peer_as}" if r.peer_as else ""), show(r.ours),
