@@ -9,11 +9,13 @@ from torch import Tensor, nn
 def reads(args: tuple, kwargs: dict) -> int | str:
     """Where the tensor stands that a module reads: its first argument, else a keyword of a usual name, else the only
     one of floats. RuntimeError where that leaves several."""
+    if args:
+        return 0
     floats = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
     named = [k for k in ("hidden_states", "x", "input", "inputs", "hidden", "h", "src") if k in kwargs]
-    if not args and not named and len(floats) != 1:
+    if not named and len(floats) != 1:
         raise RuntimeError(f"expected one tensor, or a keyword called hidden_states, got {floats}")
-    return 0 if args else [*named, *floats][0]
+    return [*named, *floats][0]
 
 
 class Wrapper(nn.Module):
