@@ -175,9 +175,8 @@ def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
     """softmax(q kᵀ / √D) v for q (B, H, T, D) and k, v (B, H, S, D); `mask` (bool) is True where a query may look."""
     B, H, T, _ = q.shape
-    short = T <= {torch.bfloat16: 256, torch.float32: 128}.get(q.dtype, 0)
-    if causal and short and q.device.type == "cpu" and torch.is_grad_enabled():
-        # the plain formula: PyTorch's fused kernel takes up to three times as long, mostly in the backward pass
+    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and T <= 256:
+        # the plain formula: PyTorch's fused kernel takes three times as long, mostly in the backward pass
         later = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

@@ -113,16 +113,15 @@ def test_the_packed_copy_is_what_multiplies_and_is_made_anew_for_half_the_rows_o
         torch.testing.assert_close(m(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.06), (torch.float32, 1e-5)])
-def test_the_formula_used_for_short_texts_on_cpus_is_the_kernels(dtype, atol):
+def test_the_formula_used_for_bfloat16_on_cpus_is_the_kernels():
     torch.manual_seed(0)
-    qkv = [torch.randn(2, 3, 17, 8).to(dtype).requires_grad_() for _ in range(3)]
+    qkv = [torch.randn(2, 3, 17, 8).bfloat16().requires_grad_() for _ in range(3)]
     wide = [x.detach().float().requires_grad_() for x in qkv]
     weight = torch.randn(2, 3, 17, 8)
     ours = fast.attend(*qkv, None, True, 0.0)
     theirs = F.scaled_dot_product_attention(*wide, is_causal=True)
-    torch.testing.assert_close(ours.float(), theirs, atol=atol / 2, rtol=0)
+    torch.testing.assert_close(ours.float(), theirs, atol=0.03, rtol=0)
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     for x, y in zip(qkv, wide, strict=True):
-        torch.testing.assert_close(x.grad.float(), y.grad, atol=atol, rtol=0)
+        torch.testing.assert_close(x.grad.float(), y.grad, atol=0.06, rtol=0)
