@@ -36,8 +36,8 @@ class Sharing:
         if (passed := now - self.then) >= PAUSE:
             busy = times()
             others = ((busy[0] - self.busy[0]) - (busy[1] - self.busy[1])) / passed
-            fewest, threads = (max(1, int(self.cores - others + spare)) for spare in (0.25, 0.5))
-            self.threads = min(self.most, max(fewest, min(self.threads, threads)))
+            at_least, at_most = (max(1, int(self.cores - others + spare)) for spare in (0.25, 0.5))
+            self.threads = min(self.most, max(at_least, min(self.threads, at_most)))
             self.then, self.busy = now, busy
         return self.threads
 

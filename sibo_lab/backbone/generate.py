@@ -1,6 +1,6 @@
 """Greedy and beam search with a cache of keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,8 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: in
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int, pack) -> Tensor:
+def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int,
+            pack: Callable[[int], None]) -> Tensor:
     B, T = prompts.shape
     out = F.pad(prompts, (0, max_new), value=pad)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
@@ -100,7 +101,7 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tens
 
 
 def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int,
-                 pack) -> Tensor:
+                 pack: Callable[[int], None]) -> Tensor:
     """Keeps each prompt's K likeliest continuations; a finished one scores log p / its new tokens. A prompt is done
     when its K finished ones all score better than an open one could at its present length."""
     (B, T), device = prompts.shape, prompts.device
