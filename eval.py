@@ -15,6 +15,7 @@ from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
+from sibo_lab.publish import folder
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -105,7 +106,7 @@ def export_run(args: Namespace) -> None:
     if args.export[0] == "peft":
         export.to_peft(m, out, args.backbone)
     else:
-        export.to_hugging_face(m, out, args.path)
+        folder.write(m, out, args.path)
     print(f"{out}/")
 
 

@@ -29,6 +29,7 @@ LAYERS = """
     model sibo_lab.data sibo_lab.export
     sibo_lab.evaluation
     sibo_lab.training
+    sibo_lab.publish
     eval
     train
     sibo_lab.tools

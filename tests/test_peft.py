@@ -17,6 +17,7 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import export
+from sibo_lab.publish import folder
 
 KEYS = {**export.HONOURED, **dict.fromkeys(export.INERT), **export.ONLY}
 QV = {"llama": ["q_proj", "v_proj"], "gptj": ["q_proj", "v_proj"], "bert": ["query", "value"]}
@@ -95,7 +96,7 @@ def test_a_small_modern_model_takes_its_lora_and_goes_to_transformers(family, tm
     theirs, ours = saved(tmp_path, family, target_modules=["q_proj", "down_proj"])
     assert_as_reloaded(theirs, ours, tmp_path / "peft")
     right = output(ours, words(2, 20))
-    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    folder.write(ours, tmp_path / "hf", tmp_path / "base")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [type(loaded).__name__]
     torch.testing.assert_close(output(loaded, words(2, 20)), right, rtol=0, atol=2e-5 * float(right.abs().max()))
@@ -107,7 +108,7 @@ def test_what_came_from_peft_goes_back_and_to_transformers(spec, tied, tmp_path)
     theirs, ours = saved(tmp_path, changes={"tie_word_embeddings": tied}, rank_pattern={"v_proj": 2}, **spec)
     right = output(export.from_peft(ours, tmp_path / "peft"), words(2, 20))
     export.to_peft(ours, tmp_path / "back", "base")
-    export.to_hugging_face(ours, tmp_path / "hf", tmp_path / "base")
+    folder.write(ours, tmp_path / "hf", tmp_path / "base")
     own_head = "lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] != own_head
     for loaded in (type(theirs).from_pretrained(tmp_path / "hf"), model.from_pretrained(tmp_path / "hf"),

@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sibo
-from sibo_lab import export, fast, files
+from sibo_lab import fast, files
 from sibo_lab.backbone import config, locate, tokenizer
 from sibo_lab.backbone.generate import generate, prefill
 from sibo_lab.data import batch, readers, tasks
+from sibo_lab.publish import folder
 from sibo_lab.tools.bench_large import Batch, random_batches, trainer, write_shape
 from sibo_lab.tools.bench_rows import DTYPE, Row, Rows, clocked, in_turn, named, paired, seconds
 from sibo_lab.training import estimate, recipes
@@ -72,7 +73,7 @@ def smollm2(**case) -> Case:
     path = files.cache() / "bench" / "smollm2-135m"
     if not (path / "config.json").is_file():
         gguf = locate.locate("smollm2-135m")
-        export.to_hugging_face(model.from_pretrained(gguf, torch.bfloat16), path, gguf)
+        folder.write(model.from_pretrained(gguf, torch.bfloat16), path, gguf)
     return Case(path, **case)
 
 
