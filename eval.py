@@ -104,7 +104,6 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 def export_run(args: Namespace) -> None:
     kind, out = args.export[0], Path(args.export[1])
     if kind == "gguf":
-        to_gguf.require_new(out)
         head = to_gguf.header(args.path)  # refused before the weights are read
     m = adapt(load(args)[0], args)
     if kind == "gguf":

@@ -82,6 +82,8 @@ def complete(args: argparse.Namespace) -> None:
                          f"and no --merge, got {unfit}")
     if args.outtype and (args.export or [""])[0] != "gguf":
         raise ValueError(f"--outtype {args.outtype}: expected --export gguf FILE, got none")
+    if args.export and args.export[0] == "gguf":
+        export.require_new(Path(args.export[1]))
     if args.merge and not (run or args.peft):
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:

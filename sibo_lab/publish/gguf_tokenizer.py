@@ -12,8 +12,8 @@ from sibo_lab.files import one_line, quoted
 
 KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # of roles: KEY_token_id
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
-LEAD = ("llama.cpp puts a blank before each text, and after each special token, where this tokenizer puts none before "
-        "a blank or between: such texts get other ids there")
+LEAD = ("llama.cpp puts a blank before each text and after each special token, this tokenizer none before another "
+        "blank or inside a text: such texts get other ids there")
 PREFIX = "tokenizer.ggml."
 
 
@@ -111,8 +111,8 @@ def _difference(t: BPE, spec: dict) -> str:
         "ignore_merges": lambda t: t.whole, "add_prefix_space": lambda t: t.prefix_space,
         "pieces of one score": lambda t: t.tied, "unused pieces": lambda t: t.unused,
         "its special tokens": lambda t: t.special | {t.unk_id} if t.space else t.special,
-        "its added tokens": lambda t: {x["id"] for found in (t.added, t.added_normalized, t.controls)
-                                       for x in found.values()},
+        "its added tokens": lambda t: {text: x["id"] for text, x in (t.added | t.added_normalized).items()
+                                       if x["id"] not in t.special},
         "what stands around a text": lambda t: [*t.templates[0]],
         "its bos, eos, pad and unk": lambda t: [t.bos_id, t.eos_id, t.pad_id, t.unk_id, t.eos_ids]}
     return next((name for name, part in parts.items() if part(t) != part(again)), "")

@@ -16,7 +16,7 @@ import model
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config, gguf
-from sibo_lab.export import their_name
+from sibo_lab.export import require_new, their_name
 from sibo_lab.publish import gguf_tokenizer
 
 OUTTYPES = {"f32": (0, 0), "f16": (1, 1), "bf16": (30, 32), "q8_0": (8, 7)}  # numbers of the tensors' type, the file's
@@ -106,12 +106,6 @@ def _require_same(c: config.LlamaStyle, found: dict, shapes: dict, freqs: np.nda
     if strange or arch == "qwen2" and c.d_head * c.num_attention_heads != c.hidden_size:
         raise ValueError(f"{source}: expected what llama.cpp's {arch} has a place for, got "
                          f"{strange[0] if strange else f'head_dim {c.d_head}'}")
-
-
-def require_new(file: Path) -> None:
-    if file.suffix != ".gguf" or file.exists():
-        raise ValueError(f"--export gguf: expected a new file, named NAME.gguf, got {file}"
-                         f"{', which is there' if file.exists() else ''}")
 
 
 def write(m: nn.Module, file: Path, head: Header, outtype: str | None = None) -> None:
