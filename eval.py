@@ -15,7 +15,7 @@ from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
-from sibo_lab.publish import folder
+from sibo_lab.publish import folder, to_gguf
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -102,12 +102,17 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 
 
 def export_run(args: Namespace) -> None:
-    m, out = adapt(load(args)[0], args), Path(args.export[1])
-    if args.export[0] == "peft":
+    kind, out = args.export[0], Path(args.export[1])
+    if kind == "gguf":
+        head = to_gguf.header(args.path)  # refused before the weights are read
+    m = adapt(load(args)[0], args)
+    if kind == "gguf":
+        to_gguf.write(m, out, head, args.outtype)
+    elif kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
-    print(f"{out}/")
+    print(out if kind == "gguf" else f"{out}/")
 
 
 def draw_similarity(args: Namespace) -> None:

@@ -43,8 +43,10 @@ def parser() -> cli.Parser:
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
-    add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write a plain LoRA for peft, or the run folded "
-        "for Hugging Face")
+    add("--export", nargs=2, metavar=("peft|hf|gguf", "DIR|FILE"), help="instead: write a plain LoRA for peft, the run "
+        "folded for Hugging Face, or a plain LoRA folded for llama.cpp")
+    add("--outtype", choices=["f32", "f16", "bf16", "q8_0"], help="of --export gguf: how matrices are stored (default: "
+        "as --dtype)")
     add = p.add_argument_group("how").add_argument
     add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
     add("--protocol", choices=batch.PROTOCOLS, help="prompt and beams (default: the run's; else chat for rows with "
@@ -71,12 +73,17 @@ def complete(args: argparse.Namespace) -> None:
     args.tests = tasks.scored_whole(tests, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
     unfit = args.export and (
-        args.export[0] if args.export[0] not in ("peft", "hf") else "no run" if not run else "both" if args.merge else
-        f"one of {run['base_bits']} bits" if run.get("base_bits") else
-        "an adapter's, whose tanh does not fold" if run.get("method", "").startswith("adapter") else "")
+        args.export[0] if args.export[0] not in ("peft", "hf", "gguf") else "no run" if not run else
+        "both" if args.merge else f"one of {run['base_bits']} bits" if run.get("base_bits") else
+        "an adapter's, whose tanh does not fold" if run.get("method", "").startswith("adapter") else
+        f"λ = {run['lam']}, and a .gguf file has no h0" if args.export[0] == "gguf" and run.get("lam") else "")
     if unfit:
-        raise ValueError(f"--export: expected peft or hf, with a run of LoRA or full, of 16-bit weights or wider, and "
-                         f"no --merge, got {unfit}")
+        raise ValueError("--export: expected peft, hf or gguf, with a run of LoRA or full, of 16-bit weights or wider, "
+                         f"and no --merge, got {unfit}")
+    if args.outtype and (args.export or [""])[0] != "gguf":
+        raise ValueError(f"--outtype {args.outtype}: expected --export gguf FILE, got none")
+    if args.export and args.export[0] == "gguf":
+        export.require_new(Path(args.export[1]))
     if args.merge and not (run or args.peft):
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:
