@@ -85,17 +85,17 @@ def test_a_step_can_be_followed_while_the_run_goes_on(tmp_path):
 def test_a_run_that_was_killed_and_continued_has_no_step_twice_and_none_missing(before, tmp_path):
     """Killed after its state, so that steps come again; begun with the log or without."""
     def work():
-        fit(tmp_path, 400, log=before)
+        fit(tmp_path, 60, log=before)
 
     pid = kill.child(work)
-    while kill.reached(tmp_path) < 20:
+    while kill.reached(tmp_path) < 11:
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     assert kill.ended(pid) == -signal.SIGKILL
     ahead, state = kill.reached(tmp_path), int(resume.newest(tmp_path)[0].name)
-    fit(tmp_path, 400, resuming=True)
+    fit(tmp_path, 60, resuming=True)
     lines = lines_of(tmp_path)
-    assert [x["step"] for x in lines] == list(range(1, 401)) and state <= ahead
+    assert [x["step"] for x in lines] == list(range(1, 61)) and state <= ahead
     assert told(tmp_path) == expected(lines)
 
 
