@@ -44,7 +44,9 @@ def parser() -> cli.Parser:
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
     add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write a plain LoRA for peft, or the run folded "
-        "for Hugging Face")
+        "for Hugging Face; with a model card")
+    add("--push", metavar="ORG/NAME", help="of --export: upload it to the Hugging Face hub too (a new repository is "
+        "public, unless the organization's default is private)")
     add = p.add_argument_group("how").add_argument
     add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
     add("--protocol", choices=batch.PROTOCOLS, help="prompt and beams (default: the run's; else chat for rows with "

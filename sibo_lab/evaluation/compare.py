@@ -97,10 +97,14 @@ def save(runs: Sequence[Done], file: Path) -> None:
     for run in map(asdict, runs):
         for key in ASIDE:
             run["config"].pop(key, None)
-        result = run["result"]
-        result["command"] = re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", result["command"])
+        run["result"]["command"] = without_folders(run["result"]["command"])
         lines.append(json.dumps(run) + "\n")
     files.write(file, "".join(lines))
+
+
+def without_folders(command: str) -> str:
+    """A command line that holds on other machines too."""
+    return re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", command)
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
