@@ -15,20 +15,7 @@ from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
-    kind, out, result = args.export[0], Path(args.export[1]), card.read(Path(args.run))
-    head = to_gguf.header(args.path) if kind == "gguf" else None  # refused before the weights are read
-    m = adapt(load(args)[0], args)
-    if kind == "gguf":
-        to_gguf.write(m, out, head, args.outtype)
-        return print(out)
-    if kind == "peft":
-        export.to_peft(m, out, args.backbone)
-    else:
-        folder.write(m, out, args.path)
-    card.write(out, kind, args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path, args.head)
-    print(f"{out}/")
-    if args.push:
-        print(hub.push(out, args.push))
+from sibo_lab.publish import card, folder, hub, to_gguf
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -119,31 +106,20 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 
 
 def export_run(args: Namespace) -> None:
-<<<<<<< HEAD
-    kind, out = args.export[0], Path(args.export[1])
-    if kind == "gguf":
-        head = to_gguf.header(args.path)  # refused before the weights are read
+    kind, out, result = args.export[0], Path(args.export[1]), card.read(Path(args.run))
+    head = to_gguf.header(args.path) if kind == "gguf" else None  # refused before the weights are read
     m = adapt(load(args)[0], args)
     if kind == "gguf":
         to_gguf.write(m, out, head, args.outtype)
-    elif kind == "peft":
+        return print(out)
+    if kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
-    print(out if kind == "gguf" else f"{out}/")
-=======
-    result, out = card.read(Path(args.run)), Path(args.export[1])
-    m = adapt(load(args)[0], args)
-    if args.export[0] == "peft":
-        export.to_peft(m, out, args.backbone)
-    else:
-        folder.write(m, out, args.path)
-    card.write(out, args.export[0], args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path,
-               args.head)
+    card.write(out, kind, args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path, args.head)
     print(f"{out}/")
     if args.push:
         print(hub.push(out, args.push))
->>>>>>> 14518a178e5e0c2afdb2c7b3d0478559593d3bc4
 
 
 def draw_similarity(args: Namespace) -> None:
