@@ -112,8 +112,8 @@ def export_run(args: Namespace) -> None:
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
-    card.write(out, args.export[0], args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path,
-               args.head)
+    card.write(out, args.export[0], args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None),
+               args.path, args.head)
     print(f"{out}/")
     if args.push:
         print(hub.push(out, args.push))

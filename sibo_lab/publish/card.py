@@ -72,7 +72,7 @@ def _front_matter(kind: str, name: str, config: dict, result: dict, licence: dic
         **licence, base_model=base, library_name="peft" if kind == "peft" else "transformers", pipeline_tag=task,
         tags=list(dict.fromkeys(filter(None, ("sibo" * method.endswith("-sibo"), method.partition("-")[0], method)))),
         datasets=[n for n in _tasks(config.get("task")) if re.fullmatch(r"\w[\w.-]*", n, re.A)] or None,
-        model_name=_line(compare.name_of(name)), eval_results=scored).to_yaml()
+        model_name=_line(compare.name_of(name)) or "model", eval_results=scored).to_yaml()
 
 
 def _summary(kind: str, backbone: str, config: dict, settings: Settings | None) -> str:
@@ -80,7 +80,7 @@ def _summary(kind: str, backbone: str, config: dict, settings: Settings | None) 
     how = f"{_text(_known(config, settings))}, of {PAPER}" if settings else METHODS["full"]
     held = ("what was trained, to be put onto the backbone's own weights" if kind == "peft" else
             "the whole model, the backbone's weights included")
-    return f"{_text(backbone)}{on}: {how}. This folder holds {held}."
+    return f"The backbone {_text(backbone)}{on}: {how}. This folder holds {held}."
 
 
 def _known(config: dict, settings: Settings | None) -> str:
@@ -89,7 +89,7 @@ def _known(config: dict, settings: Settings | None) -> str:
 
 
 def _method(backbone: str, config: dict, result: dict, settings: Settings | None) -> list[list]:
-    lam = result.get("lambda", settings.lam if settings else 0.0)
+    lam = result.get("lambda", None if settings and settings.learn_lam else settings.lam if settings else 0.0)
     rows = [["backbone", backbone], ["method", _known(config, settings)],
             [f"λ, learned, of {len(lam)} modules in their order" if isinstance(lam, list) else "λ", lam]]
     if settings:
@@ -113,8 +113,8 @@ def _scores(result: dict, num_labels: int) -> list[list]:
     for key in ("parts", "more"):
         rows += [[part, said(score), "", ""] for part, score in _dict(result, key).items()]
     if "baseline_score" in result:
-        before = "the commonest class" if num_labels else "the backbone, frozen"
-        rows.append([before, said(result["baseline_score"]), "", result.get("baseline_n", "")])
+        guess = ("the backbone, frozen", "always the mean", "always the commonest class")[min(num_labels, 2)]
+        rows.append([guess, said(result["baseline_score"]), "", result.get("baseline_n", "")])
     return rows
 
 

@@ -84,6 +84,12 @@ def test_the_front_matter_is_what_a_hub_looks_for(tmp_path):
     assert (front["tags"], front["pipeline_tag"]) == (["lora"], "text-classification")
 
 
+@pytest.mark.parametrize(("num_labels", "baseline"), [
+    (0, "the backbone, frozen"), (1, "always the mean"), (3, "always the commonest class")])
+def test_the_baseline_is_called_what_train_measured(num_labels, baseline, tmp_path):
+    assert [baseline, "0.0600", "", "50"] in cells(page(tmp_path, num_labels=num_labels)[1])
+
+
 def test_the_tables_say_what_was_done_to_what_and_how_well(tmp_path):
     rows = cells(page(tmp_path)[1])
     for row in (["backbone", "meta/llama"], ["λ", "0.2"], ["adapted", "q_proj, up_proj"], ["get h0", "up_proj"],
@@ -99,6 +105,11 @@ def test_a_learned_lambda_is_shown_module_by_module_and_an_adapter_by_its_width(
     rows = cells(page(tmp_path, result=RESULT | {"lambda": [0.1, 0.25]},
                       s=replace(SETTINGS, method="adapter", learn_lam=True))[1])
     assert ["λ, learned, of 2 modules in their order", "0.1, 0.25"] in rows and ["bottleneck", "256"] in rows
+
+
+def test_where_a_learned_lambda_went_is_not_guessed(tmp_path):
+    rows = cells(page(tmp_path, result={}, s=replace(SETTINGS, learn_lam=True))[1])
+    assert ["get h0", "up_proj"] in rows and not [row for row in rows if row[0].startswith("λ")]
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,8 +137,8 @@ TRICKY = st.one_of(
 def test_no_name_breaks_the_front_matter_a_table_or_a_heading(label, part, method, metric, command, tmp_path_factory):
     plain = page(tmp_path_factory.mktemp("card"))
     front, text = page(
-        tmp_path_factory.mktemp("card"), name=f"x{label}", config=CONFIG | {"method": method, "task": f"t{label}"},
-        result=RESULT | {"metric": metric, "parts": {part: 0.5}, "command": command, "git": label})
+        tmp_path_factory.mktemp("card"), name=f"x{label}",
+        config=CONFIG | {"method": method, "task": f"t{label}", "backbone": f"/x/{label}"}, result=RESULT | {"metric": metric, "parts": {part: 0.5}, "command": command, "git": label})
     assert front.keys() <= plain[0].keys() and front["library_name"] == "peft"
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": card._line(metric), "value": 0.615}]
     rows = cells(text)
