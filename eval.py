@@ -15,7 +15,7 @@ from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
-from sibo_lab.publish import card, folder, hub
+from sibo_lab.publish import card, folder, hub, to_gguf
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -106,14 +106,18 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 
 
 def export_run(args: Namespace) -> None:
-    result, out = card.read(Path(args.run)), Path(args.export[1])
+    kind, out, result = args.export[0], Path(args.export[1]), card.read(Path(args.run))
+    head = to_gguf.header(args.path) if kind == "gguf" else None  # refused before the weights are read
     m = adapt(load(args)[0], args)
-    if args.export[0] == "peft":
+    if kind == "gguf":
+        to_gguf.write(m, out, head, args.outtype)
+        return print(out)
+    if kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
-    card.write(out, args.export[0], args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None),
-               args.path, args.head)
+    card.write(out, kind, args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None), args.path,
+               args.head)
     print(f"{out}/")
     if args.push:
         print(hub.push(out, args.push))

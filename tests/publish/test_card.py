@@ -138,7 +138,8 @@ def test_no_name_breaks_the_front_matter_a_table_or_a_heading(label, part, metho
     plain = page(tmp_path_factory.mktemp("card"))
     front, text = page(
         tmp_path_factory.mktemp("card"), name=f"x{label}",
-        config=CONFIG | {"method": method, "task": f"t{label}", "backbone": f"/x/{label}"}, result=RESULT | {"metric": metric, "parts": {part: 0.5}, "command": command, "git": label})
+        config=CONFIG | {"method": method, "task": f"t{label}", "backbone": f"/x/{label}"},
+        result=RESULT | {"metric": metric, "parts": {part: 0.5}, "command": command, "git": label})
     assert front.keys() <= plain[0].keys() and front["library_name"] == "peft"
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": card._line(metric), "value": 0.615}]
     rows = cells(text)
