@@ -132,7 +132,7 @@ def _loading(folder: Path, kind: str, name: str, backbone: str, num_labels: int)
                  f"model = PeftModel.from_pretrained({auto}.from_pretrained(BACKBONE{labels}), DIR)"]
     else:
         lines.append(f"model = {auto}.from_pretrained(DIR{trust})")
-    more = f"tokenizer = AutoTokenizer.from_pretrained({'BACKBONE' if kind == 'peft' else 'DIR'})"
+    more = f"tokenizer = AutoTokenizer.from_pretrained({'BACKBONE' if kind == 'peft' else f'DIR{trust}'})"
     return "\n".join(lines + [more] * tokenizer)
 
 

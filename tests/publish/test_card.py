@@ -1,8 +1,11 @@
 """card.py: what a hub, PyYAML and a CommonMark parser read in a card is what the run's files say; its code loads it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -247,6 +250,21 @@ def test_the_code_of_a_classifiers_card_loads_it_with_its_head(kind, tmp_path):
     card.write(tmp_path / "out", kind, "out", CONFIG | {"task": "mnli"}, RESULT, SETTINGS, tmp_path / "base", 3)
     found = load((tmp_path / "out" / "README.md").read_text(), "out", tmp_path / "out", tmp_path / "base")
     torch.testing.assert_close(output(found["model"].eval(), ids()), expected, rtol=0, atol=2e-5)
+
+
+def test_the_code_of_a_sibo_runs_card_loads_it_where_this_project_is_not(tmp_path, tiny_llama):
+    m = stir(sibo.inject(model.from_pretrained(tiny_llama), "adapter", 0.3, bottleneck=4))
+    sibo.save(m, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(recipes.run_of(
+        "adapter-sibo", lam=0.3, backbone=str(tiny_llama), bottleneck=4, dtype="float32").config()))
+    run(evaluation, tmp_path / "run", "--export", "hf", tmp_path / "hf")
+    readme = (tmp_path / "hf" / "README.md").read_text()
+    assert ["λ", "0.3"] in cells(readme) and "\ntokenizer = " in readme
+    code = re.search(r"```python\n(.*?)\ntokenizer = ", readme, re.S)[1]  # tiny_llama's names no class
+    subprocess.run([sys.executable, "-I", "-c", f"{code}\nimport torch\nids = torch.tensor({ids().tolist()})\n"
+                    "torch.save(model(ids).logits.detach(), 'logits.pt')"], cwd=tmp_path, check=True, timeout=300,
+                   env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), m(ids()).detach(), rtol=0, atol=2e-5)
 
 
 def test_a_folder_with_code_of_its_own_says_that_it_must_be_trusted(tmp_path):
