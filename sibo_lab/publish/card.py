@@ -11,9 +11,9 @@ from sibo_lab.data import tasks
 from sibo_lab.evaluation import compare
 from sibo_lab.settings import Settings
 
-METHODS = {"full": "all weights trained", "adapter": "adapters, Eq. (1)", "lora": "LoRA, Eq. (2)",
-           "adapter-sibo": "adapters that also see h0, what entered the first block: Adapter-SIBO, Eq. (4)",
-           "lora-sibo": "LoRA that also sees h0, what entered the first block: LoRA-SIBO, Eq. (5)"}
+METHODS = {"full": "all weights trained", "adapter": "adapters (Eq. 1)", "lora": "LoRA (Eq. 2)",
+           "adapter-sibo": "adapters that also see h0, what entered the first block (Adapter-SIBO, Eq. 4)",
+           "lora-sibo": "LoRA that also sees h0, what entered the first block (LoRA-SIBO, Eq. 5)"}
 NOTHING = hashlib.sha256().hexdigest()  # of no examples
 OF_METHOD = {"lora": ("rank", "alpha", "dropout", "frozen_too"), "adapter": ("bottleneck", "side", "skip")}
 OF_RUN = ("steps", "batch_size", "lr", "warmup", "cutoff", "train_on_inputs", "protocol", "dtype",
