@@ -1,55 +1,117 @@
-"""A run as a Hugging Face folder: what folds into the weights. The branch h0·[A][λsB] of LoRA-SIBO gets its own file,
-and the weights a name that transformers does not load, for without the branch they are another model."""
+"""A run as a Hugging Face folder, which transformers opens without this project.
+
+What folds into the weights is a plain LLaMA, GPT-J or BERT. All else brings modeling_sibo.py along, made for its family;
+its model_type and its file of weights have names of their own, which transformers' classes refuse: without the code it
+would be another model."""
 
 import json
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config, tokenizer_out
 from sibo_lab.export import require_empty, their_name
-from sibo_lab.stacks import Anatomy
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
                    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
+TOKENIZERS = {"bert": "BertTokenizer", "gptj": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
+              "smollm3": "PreTrainedTokenizerFast"}  # where no file names one; else LLaMA's
+PARTS = {"bert": {"attn": "attention.output.dropout", "mlp": "output.dropout"}, "gptj": {"attn": "attn", "mlp": "mlp"}}
+LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, whose output is the same
+CODE = Path(__file__).with_name("modeling_sibo.py")
 
 
 def write(m: nn.Module, folder: Path, source: Path) -> None:
-    """Folds the LoRA of `m`, in place, and writes a Hugging Face folder, with config and tokenizer from the backbone's
-    folder or .gguf file `source`; for λ > 0 see `attach`. ValueError for adapters and frozen_too, which do not fold,
-    and for a `folder` with files in it."""
+    """Writes `m` as it is (a plain LoRA is folded first, in place) to a new `folder`, with config and tokenizer from
+    the backbone's folder or .gguf file `source`. ValueError, before anything is folded or written, for what no module
+    of transformers does, for a disabled model, and for a `folder` with files in it."""
     require_empty(folder)
     s = getattr(m, "sibo", None)
-    if s and s.lam and s.frozen_too:
-        raise ValueError("--export hf: expected a W that reads h, got frozen_too; no W in transformers reads h̃")
-    if s and s.lam and s.h0 not in (None, "blocks.0", "embed", "embeddings"):  # older adapter files name the last two
-        raise ValueError(f"--export hf: expected an h0 that the first block reads, got h0={s.h0!r}")
-    sibo.merge(m)
-    tensors, branch = _folded(m)
-    head, spec = getattr(m, "classifier", None), config.read_spec(source)
-    kind = "BertForSequenceClassification" if head else m.config.architecture
-    spec.pop("torch_dtype", None)  # the older name of dtype
-    spec |= {"architectures": [kind], "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    if s and s.method == "lora" and not s.lam:
+        sibo.merge(m)
+    layers = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
+    names = {n: their_module(m, n, s) for n in layers}
+    told = method(m, layers, names) if layers else None
+    tensors = dict(_tensors(m, layers, names))
+    for name, content in _tokenizer(source).items():
+        files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
+        files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
+    spec = _config(m, config.read_spec(source), tensors)
+    if told:
+        kind, family = spec["architectures"][0], spec["model_type"]
+        auto = f"AutoModel{kind[kind.index('For'):]}" if "For" in kind else "AutoModel"
+        files.write(folder / CODE.name, code(kind, family))
+        spec = {"tokenizer_class": TOKENIZERS.get(family, "LlamaTokenizer")} | spec | {
+            "model_type": f"sibo-{family}", "architectures": ["SIBOModel"], "sibo": told,
+            "auto_map": {"AutoConfig": f"{CODE.stem}.SIBOConfig", auto: f"{CODE.stem}.SIBOModel"}}
+    files.write_tensors(folder / ("model.sibo.safetensors" if told else "model.safetensors"), tensors, {"format": "pt"})
+    files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
+
+
+def their_module(m: nn.Module, ours: str, s: sibo.Settings) -> str:
+    """Hugging Face's name of a module of ours. ValueError if they have none that reads and returns the same."""
+    part = re.fullmatch(r"blocks\.(\d+)(?:\.(attn|mlp))?", ours)
+    if not part:
+        return their_name(m, ours)
+    family = next(name for name in ("bert", "gptj", "llama") if name in type(m).__name__.lower())
+    if family == "bert" and part[2] and s.side != "out":
+        raise ValueError(f"{ours}: expected a module that transformers' BERT has too, got side={s.side!r} of one that "
+                         "it splits; adapt its linear modules, or use side='out'")
+    block = their_name(m, f"blocks.{part[1]}.mlp_norm" if family != "gptj" else f"blocks.{part[1]}.norm")
+    inside = PARTS.get(family, LLAMAS_PARTS)[part[2]] if part[2] else ""
+    return f"{block[:block.index(f'.{part[1]}.')]}.{part[1]}.{inside}".rstrip(".")
+
+
+def method(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str]) -> dict:
+    """What config.json says under "sibo", by their names. ValueError for what modeling_sibo.py does not do."""
+    s, wide = m.sibo, m.config.hidden_size
+    first = {None: 0, "embed": 0, "embeddings": 0} | {f"blocks.{i}": i for i in range(m.config.num_hidden_layers)}
+    if s.lam and s.h0 not in first:  # older adapter files name the embedding
+        raise ValueError(f"--export hf: expected an h0 that a block reads, got h0={s.h0!r}")
+    for n, x in layers.items():
+        if x.off:
+            raise ValueError(f"{n}: expected a model that is not disabled, got sibo.disabled; export it outside")
+        if not isinstance(x.base, nn.Linear) and x.down is not None and x.down.shape[1] != wide:
+            raise ValueError(f"{n}: expected a linear module, or one {wide} wide, got {x.down.shape[1]}")
+    folded = any(isinstance(x, sibo.FoldedLoRA) for x in layers.values())
+    told = {"method": f"{s.method}{'-folded' * folded}", "rank": s.rank if s.method == "lora" else s.bottleneck}
+    if s.method == "lora":
+        told |= {"scale": s.alpha / s.rank, "dropout": s.dropout}
+    else:
+        told |= {"side": s.side, "skip": s.skip}
+    if s.frozen_too and any(x.down is None for x in layers.values()):
+        told |= {"rank": 0}  # its weight reads h̃, and holds W_down W_up
+    h0 = their_module(m, f"blocks.{first[s.h0]}", s)
+    return told | {"frozen_too": s.frozen_too, "h0": h0, "lam": {names[n]: float(x.lam()) for n, x in layers.items()}}
+
+
+def code(kind: str, family: str) -> str:
+    """modeling_sibo.py for transformers' class `kind`, such as GPTJForCausalLM."""
+    text = CODE.read_text("utf-8").replace("LlamaForCausalLM", kind).replace("sibo-llama", f"sibo-{family}")
+    return text.replace("LlamaConfig", re.sub("For.*|Model", "Config", kind))
+
+
+def _config(m: nn.Module, spec: dict, tensors: dict[str, Tensor]) -> dict:
+    """The backbone's config.json, of these weights."""
+    head = getattr(m, "classifier", None)
+    spec = {k: v for k, v in spec.items() if k not in ("torch_dtype", "auto_map")}  # dtype's older name; code not here
+    spec |= {"architectures": ["BertForSequenceClassification" if head else m.config.architecture],
+             "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
     if hasattr(m, "head"):  # one that was adapted or trained whole is no longer the embedding
         spec["tie_word_embeddings"] = "lm_head.weight" not in tensors
     if head:
         n = head.out.out_features
         spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
                  "problem_type": "regression" if n == 1 else "single_label_classification"}
-    for name, content in _tokenizer(source).items():
-        files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
-        files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
-    if branch:
-        files.write_tensors(folder / "h0_branch.safetensors", branch, {})
-    files.write_tensors(folder / ("folded.safetensors" if branch else "model.safetensors"), tensors, {"format": "pt"})
-    files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
+    return spec
 
 
 def _tokenizer(source: Path) -> dict[str, dict]:
@@ -61,36 +123,25 @@ def _tokenizer(source: Path) -> dict[str, dict]:
         return {}
 
 
-def _folded(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of a merged model by Hugging Face's names, and h0's branch: A (r, d) and B (d_out, r) by module."""
-    folded = {f"{n}.base.weight": x for n, x in m.named_modules() if isinstance(x, sibo.FoldedLoRA)}
-    tensors, branch = {}, {}
+def _tensors(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights by Hugging Face's names; of each adapted module also W_down (r, d_in) and W_up (d_out, r)."""
     for name, p in m.state_dict().items():
-        if name.endswith("h0_down.weight") or name == "head.weight" and p.data_ptr() == m.embed.weight.data_ptr():
+        if name == "head.weight" and p.data_ptr() == m.embed.weight.data_ptr():
             continue
-        theirs = their_name(m, name.replace(".base.", "."))
-        if name in folded:
-            A = folded[name].residual.down.weight.split(m.sibo.rank)[folded[name].index]
-            module, p, B = theirs.removesuffix(".weight"), p[:, :-len(A)], p[:, -len(A):]
-            branch |= {f"{module}.A": A, f"{module}.B": B}
-        tensors[theirs] = p
-    return tensors, branch
-
-
-@torch.no_grad()
-def attach(theirs: nn.Module, folder: Path) -> nn.Module:
-    """Puts a folded LoRA-SIBO, as `write` wrote it, into transformers' model of its config.json, in place: the
-    weights, and h0's branch as hooks: y ← y + (h0 A) B."""
-    weights, _ = files.read_tensors(folder / "folded.safetensors")
-    branch, _ = files.read_tensors(folder / "h0_branch.safetensors")
-    parameters = {n: p for n, p in theirs.named_parameters()  # a tied head; a pooler that our BertModel lacks
-                  if n in weights or not n.startswith(("lm_head.", "pooler."))}
-    files.assign(parameters, weights, folder / "folded.safetensors")
-    seen, names = {}, {n[:-2] for n in branch}
-    first = theirs.get_submodule(Anatomy.of(theirs).stacks[next(iter(names))].sources[0])
-    first.register_forward_pre_hook(lambda _, args: seen.update(h0=args[0]))
-    for name in names:
-        def add(_, args, y, A=branch[f"{name}.A"], B=branch[f"{name}.B"]):
-            return y + seen["h0"].to(A.dtype) @ A.T @ B.T
-        theirs.get_submodule(name).register_forward_hook(add)
-    return theirs
+        owner, _, leaf = name.rpartition(".")
+        x = layers.get(owner.removesuffix(".base"))
+        if name.endswith((".h0_down.weight", ".lam_logit")):
+            continue  # below, and in config.json
+        if x and leaf in ("down", "up"):
+            yield f"{names[owner]}.sibo.{leaf}", p
+        elif isinstance(x, sibo.FoldedLoRA) and leaf == "weight":
+            down = x.residual.down.weight.split(m.sibo.rank)[x.index]
+            yield their_name(m, f"{x.name}.weight"), p[:, :-len(down)]
+            yield from ((f"{names[x.name]}.sibo.down", down), (f"{names[x.name]}.sibo.up", p[:, -len(down):]))
+        else:
+            yield their_name(m, name.replace(".base.", ".")), p
+    for n, x in layers.items():
+        if x.down is None and not isinstance(x, sibo.FoldedLoRA):  # frozen_too, merged
+            d_out, d_in = x.base.weight.shape
+            yield f"{names[n]}.sibo.down", x.base.weight.new_empty(0, d_in)
+            yield f"{names[n]}.sibo.up", x.base.weight.new_empty(d_out, 0)
