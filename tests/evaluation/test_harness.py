@@ -1,4 +1,4 @@
-"""Task files for lm-evaluation-harness: its scores of an exported model are eval.py's of the model here, choice by choice."""
+"""Task files for lm-evaluation-harness: it scores an exported model as eval.py scores the model, choice by choice."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,8 @@ def write_tokenizer(form, at):
         t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                        decoders.Strip(" ", 1, 0)])
-        t.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no piece holds more than a word
+        t.pre_tokenizer = pre_tokenizers.Sequence([  # no piece holds more than a word
+            pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")])
         special, alphabet = [*special, *(f"<0x{i:02X}>" for i in range(256))], []
     else:
         split = [pre_tokenizers.Split(Regex(LLAMA3), "isolated")] if form == "llama3" else []
@@ -67,8 +68,9 @@ def data(tmp_path_factory):
     """Twelve questions of two tasks in the benchmarks' layout."""
     folder = tmp_path_factory.mktemp("data")
     for name, choices in ENDS.items():
-        entries = [{"instruction": f"{i}: is 'é' {word}? {'so ' * i}\n\nAnswer format: {'/'.join(choices)}", "output": f"{tasks.LEAD} ?",
-                    "input": "", "answer": choices[i % len(choices)]} for i, word in enumerate("abcdefghijkl")]
+        entries = [{"instruction": f"Is 'é' {word}? {'so ' * i}\n\nAnswer format: {'/'.join(choices)}", "input": "",
+                    "output": f"{tasks.LEAD} {choices[0]}", "answer": choices[i % len(choices)]}
+                   for i, word in enumerate("abcdefghijkl")]
         file = folder / tasks.TASKS[name].test[0]
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(entries))

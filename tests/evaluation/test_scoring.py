@@ -184,8 +184,8 @@ def test_of_a_long_answer_the_end_is_shown_without_its_full_stop():
 def scored(monkeypatch, task, responses, golds, **of_example):
     """By a tokenizer of words."""
     monkeypatch.setattr(scoring, "responses", lambda *args: responses)
-    return scoring.score_examples(None, SimpleNamespace(encode=str.split), tasks.task(task), [tasks.Example("q", "", g, **of_example)
-                                                                   for g in golds])
+    t, task = SimpleNamespace(encode=str.split), tasks.task(task)
+    return scoring.score_examples(None, t, task, [tasks.Example("q", "", g, **of_example) for g in golds])
 
 
 def test_a_score_says_what_was_answered_how_often_and_what_was_not(monkeypatch):
