@@ -1,6 +1,9 @@
-"""Task files for lm-evaluation-harness: it scores an exported model as eval.py scores the model, choice by choice."""
+"""An exported model, scored by lm-evaluation-harness and asked through transformers: as eval.py does, one by one."""
 
 import json
+import re
+import shutil
+from itertools import takewhile
 from types import SimpleNamespace
 
 import datasets
@@ -12,11 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from small_models import inject, stir
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import model
 from sibo_lab import cli
-from sibo_lab.backbone import tokenizer
+from sibo_lab.backbone import chat_template, generate, tokenizer
 from sibo_lab.data import batch, commands, readers, tasks
 from sibo_lab.evaluation import scoring
 from sibo_lab.publish import folder
@@ -48,18 +51,20 @@ def write_tokenizer(form, at):
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if form == "llama":
         t.pre_tokenizer = None
-    PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>").save_pretrained(at)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
+    theirs.save_pretrained(at)
+    return theirs
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     at = tmp_path_factory.mktemp("backbone")
-    write_tokenizer("llama3", at)
+    size = len(write_tokenizer("llama3", at))
     torch.manual_seed(0)
-    m = LlamaForCausalLM(LlamaConfig(
-        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
-    m.save_pretrained(at)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(at)
     return at
 
 
@@ -97,7 +102,41 @@ def test_the_harness_cuts_a_prompt_and_a_choice_into_our_tokens(form, data, tmp_
             assert context + answer == given + written and len(answer) < len(written) < len(context)
 
 
-@pytest.mark.parametrize("method", [None, "lora", "lora-sibo", "adapter-sibo"])
+def test_in_a_chat_template_the_harness_sees_our_tokens_and_one_bos(backbone, data, tmp_path):
+    shutil.copytree(backbone, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}")
+    ours = chat_template.Chat(tmp_path / "chat", tokenizer.from_pretrained(backbone))
+    write(tmp_path, "--task", "boolq", "--data-dir", data, "--protocol", "chat", "--backbone", tmp_path / "chat")
+    lm = HFLM(pretrained=str(backbone), dtype="float32", device="cpu")
+    documents = map(json.loads, (tmp_path / "sibo_boolq.jsonl").read_text().splitlines())
+    for e, d in zip(readers.load(tasks.task("boolq"), "test", data), documents, strict=True):
+        context, answer = lm._encode_pair(d["prompt"], " true")
+        given, written = batch.continuation(batch.prompt_of(e, ours, "chat"), f"{tasks.LEAD} true", ours)
+        assert context + answer == given + written and context.count(1) == 1
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--task", "mawps"], "--task: expected multiple choice, any of boolq,piqa,.*, got 'mawps'"),
+    (["--task", "boolq,rte"], "--task: expected multiple choice, any of boolq,piqa,.*, got 'rte'"),
+    (["--task", "boolq", "--protocol", "paper"], "--protocol paper: expected a prompt without a space at its end"),
+    (["--task", "boolq", "--protocol", "chat"], "--backbone: expected with --protocol chat, .*, got none with chat"),
+    (["--task", "boolq", "--backbone", "x"], "--backbone: expected with --protocol chat, .*, got x with clean"),
+    (["--task", "boolq,arc-e"], "ARC-Easy/test.json: no such file"),
+    (["--task", "boolq", "--limit", "0"], "boolq: expected at least 1 example to load, got 0")], ids=str)
+def test_what_the_harness_would_ask_otherwise_is_refused_in_a_line_and_nothing_written(options, says, data, tmp_path,
+                                                                                       capsys):
+    with pytest.raises(SystemExit) as stopped:
+        write(tmp_path / "tasks", "--data-dir", data, *options)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(says, err.splitlines()[-1]) and not (tmp_path / "tasks").exists()
+
+
+METHODS = [None, "lora", "lora-sibo", "adapter-sibo"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_harness_finds_our_log_probabilities_and_right_answers(method, data, backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(tasks.Task, "max_new_tokens", 1)
@@ -121,4 +160,29 @@ def test_the_harness_finds_our_log_probabilities_and_right_answers(method, data,
         by = theirs["results"][f"sibo_{name}"]
         assert (by["acc,none"], by["acc_norm,none"]) == pytest.approx(
             (score.more["likelihood"], score.more["likelihood, per character"]))
-    assert any(r["likelihood"] != r["likelihood, per character"] for r in found["boolq"].records)
+    assert method or any(r["likelihood"] != r["likelihood, per character"] for r in found["boolq"].records)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_transformers_writes_our_answers_to_a_padded_batch(method, beams, backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "base")
+    ours, t = model.from_pretrained(backbone), tokenizer.from_pretrained(backbone)
+    if method:
+        stir(inject(ours, method))
+    prompts = [batch.prompt(text) for text in ("is it so?", "so " * 9, "answer1, answer2", "true", "", "false or so")]
+    given = list(map(t.encode, prompts))
+    free = generate.generate(ours, torch.tensor(given[:1]), max_new_tokens=8)[0, len(given[0]):].tolist()
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[5]]}))
+    t = tokenizer.from_pretrained(tmp_path / "base")
+    expected = scoring.responses(ours, t, prompts, 16, batch_size=3, num_beams=beams)
+    folder.write(ours, tmp_path / "hf", tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    speller = AutoTokenizer.from_pretrained(tmp_path / "hf", padding_side="left", pad_token="</s>")
+    b = speller(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    out = theirs.generate(**b, max_new_tokens=16, num_beams=beams, do_sample=False)[:, b["input_ids"].shape[1]:]
+    ends = {2, free[5]}
+    written = [speller.decode(list(takewhile(lambda i: i not in ends, row)), skip_special_tokens=True)
+               for row in out.tolist()]
+    assert written == expected and len(set(expected)) > 1
+    assert beams > 1 or len({len(t.encode(text)) for text in expected}) > 1, "the answers end at different times"
