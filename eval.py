@@ -15,7 +15,7 @@ from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
-from sibo_lab.publish import folder
+from sibo_lab.publish import card, folder, hub, to_gguf
 
 
 def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
@@ -62,6 +62,10 @@ def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: i
 
 
 def main(args: Namespace) -> None:
+    if args.push and not args.export:
+        raise ValueError(f"--push {args.push}: expected --export too, and a run to upload, got none")
+    if args.push:
+        hub.require(args.push)
     if args.table:
         return table(args)
     arguments.complete(args)
@@ -102,12 +106,20 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 
 
 def export_run(args: Namespace) -> None:
-    m, out = adapt(load(args)[0], args), Path(args.export[1])
-    if args.export[0] == "peft":
+    kind, out, result = args.export[0], Path(args.export[1]), card.read(Path(args.run))
+    head = to_gguf.header(args.path) if kind == "gguf" else None  # refused before the weights are read
+    m = adapt(load(args)[0], args)
+    if kind == "gguf":
+        to_gguf.write(m, out, head, args.outtype)
+        return print(out)
+    if kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
+    card.write(out, kind, args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path, args.head)
     print(f"{out}/")
+    if args.push:
+        print(hub.push(out, args.push))
 
 
 def draw_similarity(args: Namespace) -> None:

@@ -7,7 +7,7 @@ COMMANDS = {  # the module that carries it out; the options it takes, from what 
     "data": ("sibo_lab.data.commands", list),
     "study": ("sibo_lab.tools.study", list),
     "bench": ("sibo_lab.tools.bench", list),
-    "export": ("eval", lambda args: [*args[:1], "--export", *args[1:]]),  # RUN peft|hf DIR
+    "export": ("eval", lambda args: [*args[:1], "--export", *args[1:]]),  # RUN peft|hf|gguf PLACE
     "table": ("eval", lambda args: ["--table", *args]),  # DIR ...
 }
 
@@ -16,7 +16,7 @@ HELP = """usage: python -m sibo_lab COMMAND …   (each has its own --help)
   data list | fetch | overlap | show | harness   the benchmarks' files; what a model sees of them, or of yours
   study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms
   bench                           speed and memory
-  export RUN peft|hf DIR          a run for other libraries, as eval.py --export
+  export RUN peft|hf|gguf PLACE    a run for other libraries, as eval.py --export
   table DIR …                     runs side by side, as eval.py --table"""
 
 

@@ -204,3 +204,10 @@ def require_empty(folder: Path) -> None:
     """Older weights would be loaded in place of the export's; the backbone's own would be lost."""
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: expected a new folder to export to, or an empty one, got one with files in it")
+
+
+def require_new(file: Path) -> None:
+    """The same of a .gguf file."""
+    if file.suffix != ".gguf" or file.exists():
+        raise ValueError(f"--export gguf: expected a new file, named NAME.gguf, got {file}"
+                         f"{', which is there' if file.exists() else ''}")

@@ -3,10 +3,12 @@
 All weights are large, biases and norms included, so that nothing that is mixed up can hide."""
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -37,6 +39,17 @@ CAUSAL = LLAMAS | {"gptj": (GPTJConfig, GPTJ)}
 FAMILIES = CAUSAL | {"bert": (BertConfig, BERT)}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
+
+
+def rope_freqs(theta: float, dim: int, factor: float, low: float, high: float, trained: int) -> np.ndarray:
+    """What llama.cpp divides each frequency by, as its converter computes it from LLaMA-3's settings."""
+    out = []
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / dim)
+        smooth = (trained / wavelength - low) / (high - low)
+        out.append(1 if wavelength < trained / high else factor if wavelength > trained / low else
+                   1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, np.float32)
 
 
 def theirs_of(family: str, seed: int = 0, kind: str | None = None, **changes) -> torch.nn.Module:

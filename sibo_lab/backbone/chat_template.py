@@ -20,8 +20,8 @@ BEGIN, END, SAID = "\ufdd0", "\ufdd1", "\ufdd2"  # no characters: around {% gene
 Turns = Sequence[tuple[str, str]]  # role (system, user or assistant) and text
 
 
-def read(path: Path) -> tuple[str, str]:
-    """The template of a folder or a .gguf file, and where it stands; ValueError if there is none."""
+def find(path: Path) -> tuple[object, str]:
+    """What a folder or a .gguf file has for a template, or None, and where it stands."""
     if path.suffix == ".gguf":
         place, found = f"{path}: tokenizer.chat_template", gguf.read(path)[0].get("tokenizer.chat_template")
     elif (file := path / "chat_template.jinja").is_file():
@@ -34,6 +34,12 @@ def read(path: Path) -> tuple[str, str]:
         place, found = f"{file}: chat_template", read_json(file).get("chat_template") if file.is_file() else None
     if isinstance(found, list):  # several, by name
         found = next((x.get("template") for x in found if isinstance(x, dict) and x.get("name") == "default"), None)
+    return found, place
+
+
+def read(path: Path) -> tuple[str, str]:
+    """The template of a folder or a .gguf file, and where it stands; ValueError if there is none."""
+    found, place = find(path)
     if not found or not isinstance(found, str):
         raise ValueError(f"{path}: expected a chat template (chat_template.jinja, or chat_template in "
                          f"tokenizer_config.json or GGUF), got {quoted(found) if found else 'none'}; name a backbone "

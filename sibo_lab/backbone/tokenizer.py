@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sibo_lab.backbone import locate, subwords
+from sibo_lab.backbone import gguf, locate, subwords
 from sibo_lab.backbone.tokenizer_json import (
     CLASSES,
     ROLES,
@@ -57,7 +57,7 @@ def read(path: Path) -> subwords.Tokenizer:
                "encoder.json": from_merges}
     try:
         if path.suffix == ".gguf":
-            return from_gguf(path)
+            return from_gguf(gguf.read(path)[0])
         config = _config(path)
         first = {"tokenizer.model": from_sentencepiece}
         readers = readers | first if config.get("tokenizer_class") else first | readers
@@ -65,7 +65,9 @@ def read(path: Path) -> subwords.Tokenizer:
         if file is None:
             raise FileNotFoundError(f"{path}: expected a tokenizer, one of {', '.join(readers)}, got none")
         refuse_pointer(path := file)
-        return readers[file.name](file, config)
+        t = readers[file.name](file, config)
+        t.file = file
+        return t
     except ValueError as e:
         raise ValueError(f"{path}: {one_line(e).removeprefix(f'{path}: ')}") from e
 

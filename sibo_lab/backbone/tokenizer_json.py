@@ -202,18 +202,24 @@ def from_vocab(file: Path, config: dict) -> Tokenizer:
         "pre_tokenizer": {"type": "BertPreTokenizer"}}, config)
 
 
-def from_merges(file: Path, config: dict) -> Tokenizer:
+def read_merges(file: Path) -> list:
+    """The merges of a tokenizer.json, or beside a vocab.json or encoder.json."""
+    if file.name == "tokenizer.json":
+        return read_json(file)["model"]["merges"]
     merges = file.with_name("merges.txt" if file.name == "vocab.json" else "vocab.bpe")
     if not merges.is_file():
         raise FileNotFoundError(f"{merges}: no such file, expected beside {file.name}")
     refuse_pointer(merges)
-    lines = [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
+    return [line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version")]
+
+
+def from_merges(file: Path, config: dict) -> Tokenizer:
     qwen = config["class"] == "Qwen2Tokenizer"
     split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not qwen}
     config["class"] = config["class"] or "GPT2Tokenizer"
     return _from_spec(file, {
-        "model": {"type": "BPE", "vocab": read_json(file), "merges": lines},
+        "model": {"type": "BPE", "vocab": read_json(file), "merges": read_merges(file)},
         "normalizer": {"type": "NFC"} if qwen else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level] if qwen else [level]}}, config)
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from sibo_lab.backbone import gguf
 from sibo_lab.backbone.subwords import BPE, LLAMA3, QWEN2, SPACE, TEKKEN, WORDS, WORDS_DIGITS_APART, Tokenizer
 from sibo_lab.backbone.tokenizer_json import (
     SUPPORTED,
@@ -21,25 +20,32 @@ from sibo_lab.files import Reader, quoted
 
 GGUF = {  # by "pre" of a gpt2 vocabulary; "default" is llama.cpp's own split
     "gpt-2": {"words": WORDS}, "smollm": {"words": WORDS_DIGITS_APART}, "qwen2": {"words": QWEN2, "nfc": True},
-    "llama-bpe": {"words": LLAMA3, "ignore_merges": True}, "tekken": {"words": TEKKEN, "ignore_merges": True}}
+    "llama-bpe": {"words": LLAMA3, "ignore_merges": True}, "smaug-bpe": {"words": LLAMA3},
+    "tekken": {"words": TEKKEN, "ignore_merges": True}}
 
 
-def from_sentencepiece(file: Path, config: dict) -> Tokenizer:
+def pieces(file: Path) -> tuple[list[str], list[float], list[int], dict, dict]:
+    """Texts, scores and types of tokenizer.model's pieces, and its settings of training and of normalization."""
     # numbers as in sentencepiece_model.proto
     messages = list(_protobuf(file.read_bytes()))
     trainer, normalizer = ({k: v for f, m in messages if f == field for k, v in _protobuf(m)} for field in (2, 3))
     if trainer.get(3, 1) != 2:
         raise ValueError(f"model_type: expected 2, for BPE, got {trainer.get(3, 1)}")
-    pieces = [{2: bytes(4), 3: 1} | dict(_protobuf(message)) for field, message in messages if field == 1]
-    for i, piece in enumerate(pieces):
+    found = [{2: bytes(4), 3: 1} | dict(_protobuf(message)) for field, message in messages if field == 1]
+    for i, piece in enumerate(found):
         if [type(piece.get(field)) for field in (1, 2, 3)] != [bytes, bytes, int] or len(piece[2]) != 4:
             raise ValueError(f"malformed piece {i}: expected its text, score and type, got {quoted(piece)}")
-    vocab = {piece[1].decode(): i for i, piece in enumerate(pieces)}
+    return ([piece[1].decode() for piece in found], [struct.unpack("<f", piece[2])[0] for piece in found],
+            [piece[3] for piece in found], trainer, normalizer)
+
+
+def from_sentencepiece(file: Path, config: dict) -> Tokenizer:
+    tokens, scores, kinds, trainer, normalizer = pieces(file)
+    vocab = {token: i for i, token in enumerate(tokens)}
     roles, spelled = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}, dict(enumerate(vocab))
     defaults = {role: spelled.get(trainer.get(*at)) for role, at in roles.items()}
     spec = {
-        "scores": [struct.unpack("<f", piece[2])[0] for piece in pieces],
-        "token_type": [piece[3] for piece in pieces],
+        "scores": scores, "token_type": kinds,
         "precompiled_charsmap": normalizer.get(2) or normalizer.get(6),
         "remove_extra_whitespaces": normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24),
         "add_space_prefix": normalizer.get(3, 1)}
@@ -55,8 +61,9 @@ def from_sentencepiece(file: Path, config: dict) -> Tokenizer:
     return _from_pieces(vocab, added, named, config | spec)
 
 
-def from_gguf(file: Path) -> Tokenizer:
-    spec = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.read(file)[0].items()}
+def from_gguf(fields: dict) -> Tokenizer:
+    """fields: the metadata of a .gguf file."""
+    spec = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     tokens = get(spec, "tokens", [str])
     vocab = {token: i for i, token in enumerate(tokens)}
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"}
@@ -70,7 +77,8 @@ def from_gguf(file: Path) -> Tokenizer:
     if kind != "gpt2" or pre not in GGUF:
         raise ValueError("expected tokenizer 'llama', or 'gpt2' with pre-tokenizer "
                          f"{' or '.join(map(repr, GGUF))}, got {quoted(kind)} with {quoted(pre)}")
-    kinds = dict(enumerate(get(spec, "token_type", [int])))  # 3: control, 4: user-defined
+    kinds = dict(enumerate(get(spec, "token_type", [int])))  # 3: control, 4: user-defined, 5: unused
+    vocab = {token: i for token, i in vocab.items() if kinds.get(i) != 5}
     added = [{"content": token, "id": i, "special": kinds[i] == 3} for token, i in vocab.items()
              if kinds.get(i) in (3, 4)]
     template = around(named, {"add_bos_token": pre in ("llama-bpe", "tekken")} | spec)

@@ -43,8 +43,12 @@ def parser() -> cli.Parser:
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
-    add("--export", nargs=2, metavar=("peft|hf", "DIR"), help="instead: write a plain LoRA for peft, or the run folded "
-        "for Hugging Face")
+    add("--export", nargs=2, metavar=("hf|peft|gguf", "DIR|FILE"), help="instead: write the run for Hugging Face, or a "
+        "plain LoRA for peft or llama.cpp; with a model card")
+    add("--push", metavar="ORG/NAME", help="of --export: upload it to the Hugging Face hub too (a new repository is "
+        "public, unless the organization's default is private)")
+    add("--outtype", choices=["f32", "f16", "bf16", "q8_0"], help="of --export gguf: how matrices are stored (default: "
+        "as --dtype)")
     add = p.add_argument_group("how").add_argument
     add("--batch-size", type=at_least_1, default=64, help="examples at a time (default: %(default)s)")
     add("--protocol", choices=batch.PROTOCOLS, help="prompt and beams (default: the run's; else chat for rows with "
@@ -55,6 +59,26 @@ def parser() -> cli.Parser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", type=Path, help="the picture (default: similarity.png or table.png in the run's folder, or here)")
     return p
+
+
+def require_exportable(args: argparse.Namespace, kind: str, out: str) -> None:
+    """ValueError for what --export `kind` does not write, before anything is loaded."""
+    run, adapter = args.config, args.config.get("method", "").startswith("adapter")
+    unfit = (kind if kind not in ("hf", "peft", "gguf") else "no run" if not run else
+             f"one of {run['base_bits']} bits" if run.get("base_bits") else
+             f"--merge with {kind}" if args.merge and kind != "hf" else
+             "--merge of adapters, whose tanh does not fold" if args.merge and adapter else
+             f"adapters with {kind}" if adapter and kind != "hf" else
+             f"λ = {run['lam']}, and a .gguf file has no h0" if kind == "gguf" and run.get("lam") else "")
+    if unfit:
+        raise ValueError("--export: expected hf with a run of 16-bit weights or wider, or peft or gguf with such a run "
+                         f"of a plain LoRA, got {unfit}")
+    if kind == "gguf":
+        export.require_new(Path(out))
+    else:
+        export.require_empty(Path(out))
+    if args.push is not None and kind == "gguf":
+        raise ValueError(f"--push {args.push}: expected --export hf or peft, got gguf; upload the file by itself")
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -70,13 +94,10 @@ def complete(args: argparse.Namespace) -> None:
     tasks.require_own(args.ignore_columns, *tests)
     args.tests = tasks.scored_whole(tests, trained if run else [])
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
-    unfit = args.export and (
-        args.export[0] if args.export[0] not in ("peft", "hf") else "no run" if not run else "both" if args.merge else
-        f"one of {run['base_bits']} bits" if run.get("base_bits") else
-        "an adapter's, whose tanh does not fold" if run.get("method", "").startswith("adapter") else "")
-    if unfit:
-        raise ValueError(f"--export: expected peft or hf, with a run of LoRA or full, of 16-bit weights or wider, and "
-                         f"no --merge, got {unfit}")
+    if args.export:
+        require_exportable(args, *args.export)
+    if args.outtype and (args.export or [""])[0] != "gguf":
+        raise ValueError(f"--outtype {args.outtype}: expected --export gguf FILE, got none")
     if args.merge and not (run or args.peft):
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:

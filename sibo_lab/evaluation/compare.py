@@ -15,7 +15,7 @@ from sibo_lab.evaluation import metrics
 
 PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
 TABLE = ("backbone", "task", "test", "score_on", "limit")  # what all runs of a table share
-FOLDERS = ("out", "data_dir")  # of this machine
+ASIDE = ("out", "data_dir", "log")  # of this machine, and how a run is followed: they change no number
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,25 @@ def _lines(file: Path) -> list[dict]:
 
 
 def save(runs: Sequence[Done], file: Path) -> None:
-    """One line of JSON per run, without FOLDERS."""
+    """One line of JSON per run, without ASIDE."""
     lines = []
     for run in map(asdict, runs):
-        for folder in FOLDERS:
-            run["config"].pop(folder, None)
-        result = run["result"]
-        result["command"] = re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", result["command"])
+        for key in ASIDE:
+            run["config"].pop(key, None)
+        run["result"]["command"] = without_folders(run["result"]["command"])
         lines.append(json.dumps(run) + "\n")
     files.write(file, "".join(lines))
+
+
+def without_folders(command: str) -> str:
+    """A command line that holds on other machines too."""
+    return re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", command)
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
     """The rows of each table."""
     def key(config):
-        return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", *FOLDERS)})
+        return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", *ASIDE)})
 
     def order(g):
         return g.config["method"], g.config["lam"], g.config["sibo_at"] or "", g.config["lr"]
@@ -147,7 +151,7 @@ def tables(runs: Sequence[Done], markdown: bool = False) -> str:
 
 def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     config, result = rows[0].config, rows[0].first
-    varying = [k for k in config if k not in (*TABLE, *FOLDERS, "seed", "device", "method")
+    varying = [k for k in config if k not in (*TABLE, *ASIDE, "seed", "device", "method")
                and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
     scale, digits = (100, ".1f") if result["metric"] == "accuracy" else (1, ".3f")
     metric = result["metric"] + " %" * (scale == 100) + " (validation)" * (config["score_on"] == "validation")

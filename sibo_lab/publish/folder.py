@@ -1,8 +1,8 @@
 """A run as a Hugging Face folder, which transformers opens without this project.
 
-What folds into the weights is a plain LLaMA, GPT-J or BERT. All else brings modeling_sibo.py along, made for its family;
-its model_type and its file of weights have names of their own, which transformers' classes refuse: without the code it
-would be another model."""
+What folds into the weights is a plain LLaMA, GPT-J or BERT. All else brings modeling_sibo.py along, made for its
+family; its model_type and its file of weights have names of their own, which transformers' classes refuse: without the
+code it would be another model."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 import sibo
@@ -90,7 +91,8 @@ def method(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str
     if s.frozen_too and any(x.down is None for x in layers.values()):
         told |= {"rank": 0}  # its weight reads h̃, and holds W_down W_up
     h0 = their_module(m, f"blocks.{first[s.h0]}", s)
-    return told | {"frozen_too": s.frozen_too, "h0": h0, "lam": {names[n]: float(x.lam()) for n, x in layers.items()}}
+    lam = {names[n]: torch.as_tensor(x.lam()).item() for n, x in layers.items()}
+    return told | {"frozen_too": s.frozen_too, "h0": h0, "lam": lam}
 
 
 def code(kind: str, family: str) -> str:

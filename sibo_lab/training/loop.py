@@ -3,16 +3,13 @@
 Departures from the official code (transformers.Trainer): the loss is the mean over the labelled tokens of the whole
 batch, so micro-batches change nothing; a step without a finite loss or gradient is skipped; a stopped run continues."""
 
-import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -20,10 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 import model
-from sibo_lab import cli, cores, fast, files
+from sibo_lab import cli, cores, fast
 from sibo_lab.data import batch
 from sibo_lab.parallel import accumulating, all_reduce, full_tensor, rank, world, wrap
 from sibo_lab.training import resume
+from sibo_lab.training.log import open_log
 from sibo_lab.training.recipes import Run
 
 BAD_STEPS = 10  # in a row without a finite loss or gradient end a run
@@ -187,7 +185,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
     began = saved - progress.seconds
     batches = islice(batch.batches([len(r.ids) for r in rows], run.batch_size, run.seed), progress.step, run.steps)
     bar = tqdm(batches, run.method, run.steps, initial=progress.step, unit="step", disable=rank() > 0)
-    with open_log(training.out, progress.step) as log, cli.stop_asked() as asked, cores.shared(m):
+    with open_log(run, progress.step) as log, cli.stop_asked() as asked, cores.shared(m):
         for picked in bar:
             line = training.take_step(picked)
             due = last = progress.step == run.steps
@@ -195,7 +193,7 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
                 due |= training.validate_and_keep_best(validate, line)
             progress.seconds = time.perf_counter() - began
             line["tokens_per_second"] = round(progress.tokens / progress.seconds, 1)
-            print(json.dumps(line), file=log, flush=True)
+            log(line)
             bar.set_postfix({name: line[name] for name in ("loss", "lr", "tokens_per_second")})
             due |= bool(every and every.due(progress.step, time.perf_counter() - saved))
             if training.save_if_due(due, asked, line):
@@ -206,12 +204,3 @@ def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
     if run.compile:
         torch.compiler.set_stance("force_eager")  # scoring has too many shapes
     return progress.summary()
-
-
-def open_log(out: Path, step: int) -> IO:
-    """The first process's metrics.jsonl, up to `step`: a stopped run was ahead of its state."""
-    if rank():
-        return open(os.devnull, "a")
-    log = out / "metrics.jsonl"
-    files.write(log, "".join(log.read_text().splitlines(keepends=True)[:step]) if step else "")
-    return open(log, "a")

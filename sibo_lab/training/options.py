@@ -16,7 +16,7 @@ from sibo_lab.backbone import quantized
 from sibo_lab.data import tasks
 from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.settings import Settings
-from sibo_lab.training import recipes, resume
+from sibo_lab.training import log, recipes, resume
 from sibo_lab.training.recipes import Run
 
 SETTINGS = {  # the method's settings as options: metavar, what --help says of them
@@ -136,6 +136,8 @@ def check_options(args: Namespace) -> None:
             raise ValueError(message)
     if bits:
         quantized.check_bits(bits)
+    if args.log:
+        log.require_tensorboard()
     try:
         Settings(**given(args, OF_METHOD))
     except ValueError as e:

@@ -65,6 +65,8 @@ class Run:
     base_bits: int | None = of(None, "bits of the blocks' frozen linear weights (default: as --dtype says; needs "
                                "bitsandbytes)", choices=(8, 4))
     limit: int | None = of(None, "score the first N test examples (default: all)", "N", 1)
+    log: str | None = of(None, "follow each step in TensorBoard too, whose event file then stands beside metrics.jsonl "
+                         "(needs tensorboard)", choices=("tensorboard",))
     out: str = of("", "run folder (default: runs/BACKBONE-METHOD-TASK)", "DIR")
 
     @property

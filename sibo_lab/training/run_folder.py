@@ -62,7 +62,7 @@ def claim(run: Run, resuming: bool = False) -> dict | None:
     if (out / "config.json").is_file():
         theirs, ours = files.read_json(out / "config.json"), json.loads(json.dumps(run.config()))
         for key in sorted(ours | theirs):
-            if ours.get(key) != theirs.get(key) and key not in ("out", "data_dir") and options.uses(run.method, key):
+            if ours.get(key) != theirs.get(key) and key not in compare.ASIDE and options.uses(run.method, key):
                 raise ValueError(f"{out}: expected {key} {ours.get(key)}, got a run with {theirs.get(key)}; name a new "
                                  "--out, or delete the folder")
     if (out / "result.json").is_file():

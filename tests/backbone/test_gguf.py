@@ -1,7 +1,6 @@
 """gguf.py: a .gguf file is the model that it was converted from, and a bad one is refused by name."""
 
 import inspect
-import math
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from twins import LLAMA3, assert_same_model, refused, theirs_of, words
+from twins import LLAMA3, assert_same_model, refused, rope_freqs, theirs_of, words
 
 import model
 from sibo_lab.backbone import gguf as ours
@@ -19,17 +18,6 @@ HF = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "a
       "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
       "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
       "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-
-
-def rope_freqs(theta: float, dim: int, factor: float, low: float, high: float, trained: int) -> np.ndarray:
-    """What llama.cpp divides each frequency by, as its converter computes it from LLaMA-3's settings."""
-    out = []
-    for i in range(0, dim, 2):
-        wavelength = 2 * math.pi * theta ** (i / dim)
-        smooth = (trained / wavelength - low) / (high - low)
-        out.append(1 if wavelength < trained / high else factor if wavelength > trained / low else
-                   1 / ((1 - smooth) / factor + smooth))
-    return np.array(out, np.float32)
 
 
 def write_gguf(file: Path, theirs: torch.nn.Module, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,

@@ -78,7 +78,7 @@ def a_gguf(file, tokens, kinds, model, scores=None, merges=None, pre=None, **mor
 
 @pytest.mark.parametrize(("pre", "model_type"), [
     ("gpt-2", "llama"), ("smollm", "llama"), ("llama-bpe", "llama"), ("qwen2", "qwen2"), ("qwen2", "qwen3"),
-    ("llama-bpe", "smollm3"), ("tekken", "mistral")])
+    ("llama-bpe", "smollm3"), ("tekken", "mistral"), ("smaug-bpe", "smollm3")])
 def test_a_byte_level_vocabulary_of_each_kind_is_the_same_in_transformers(pre, model_type, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

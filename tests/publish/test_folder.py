@@ -1,28 +1,35 @@
 """What leaves for transformers computes there what it does here."""
 
+import ast
 import json
 import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
+import transformers
+from small_models import CASES, LORA_CASES, ids, inject, output, sibo_layers, stir, twins
 from transformers import AutoModelForCausalLM
-from twins import edit_config, edit_tensors, pair
+from twins import LLAMAS, assert_near, edit_config, edit_tensors, padded, pair
 
 import eval as evaluation
 import model
 import sibo
 import train
 from sibo_lab import cli, export
-from sibo_lab.backbone import tokenizer
-from sibo_lab.publish import folder
+from sibo_lab.backbone import generate, tokenizer
+from sibo_lab.publish import folder as publish
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
 def test_a_folded_plain_lora_is_a_folder_that_transformers_loads(family, head, tmp_path):
     theirs, ours = twins(family, tmp_path / "base", head)
     expected = output(stir(inject(ours, "lora")), ids())
-    folder.write(ours, tmp_path / "hf", tmp_path / "base")
+    publish.write(ours, tmp_path / "hf", tmp_path / "base")
     loaded = type(theirs).from_pretrained(tmp_path / "hf").eval()
     torch.testing.assert_close(output(loaded, ids()), expected, rtol=0, atol=2e-5)
     again = model.from_pretrained(tmp_path / "hf", num_labels=3 if head else None)
@@ -34,7 +41,7 @@ def test_a_folded_lora_on_any_llama_is_a_folder_that_transformers_loads(family, 
     theirs, ours = pair(family, tmp_path / "base")
     expected = stir(inject(ours, "lora"))(ids())
     edit_config(tmp_path / "base", torch_dtype="bfloat16")
-    folder.write(ours, tmp_path / "hf", tmp_path / "base")
+    publish.write(ours, tmp_path / "hf", tmp_path / "base")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert type(loaded) is type(theirs) and "torch_dtype" not in (tmp_path / "hf" / "config.json").read_text()
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
@@ -46,32 +53,185 @@ def test_a_head_that_its_config_calls_tied_but_is_not_leaves_as_its_own(tmp_path
         {"lm_head.weight": stored["model.embed_tokens.weight"] + 1}))
     ours = model.from_pretrained(tmp_path / "base")
     expected = ours(ids())
-    folder.write(ours, tmp_path / "hf", tmp_path / "base")
+    publish.write(ours, tmp_path / "hf", tmp_path / "base")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora-sibo", "lora, learned λ"])
-@pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
-def test_a_folded_lora_sibo_computes_the_same_in_transformers_own_model_once_its_branch_is_attached(family, head, name,
-                                                                                                 tmp_path):
-    theirs, ours = twins(family, tmp_path / "base", head)
-    expected = output(stir(inject(ours, name)), ids())
-    folder.write(ours, tmp_path / "hf", tmp_path / "base")
-    with pytest.raises(OSError):  # and not another model, in silence
-        type(theirs).from_pretrained(tmp_path / "hf")
-    attached = folder.attach(hugging_face(family, head), tmp_path / "hf").eval()
-    torch.testing.assert_close(output(attached, ids()), expected, rtol=0, atol=2e-5)
+def written(family, head, name, folder, merge=False):
+    """(our model as it was exported, the folder)."""
+    _, ours = pair(family, folder / "base") if family in LLAMAS and family != "llama" else twins(
+        family, folder / "base", head)
+    if name != "frozen":
+        stir(inject(ours, name))
+    if merge:
+        sibo.merge(ours)
+    publish.write(ours, folder / "hf", folder / "base")
+    return ours, folder / "hf"
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("adapter", "expected LoRA .*, got an adapter"), ("lora, frozen too", "expected a W that reads h, got frozen_too")])
-def test_what_no_weight_holds_is_refused_with_the_reason(name, says, tmp_path):
-    _, ours = twins("llama", tmp_path / "base")
+def opened(family, head, folder):
+    auto = transformers.AutoModelForSequenceClassification if head else (
+        transformers.AutoModel if family == "bert" else AutoModelForCausalLM)
+    return auto.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize(("family", "name", "merge"), [(*case, False) for case in CASES] + [
+    (*case, True) for case in LORA_CASES])
+def test_every_method_computes_the_same_in_transformers_with_its_own_code_alone(family, name, merge, tmp_path):
+    if family == "bert" and "parallel" in name:
+        pytest.skip("refused, see below")
+    ours, folder = written(family, family == "bert", name, tmp_path, merge)
+    loaded = opened(family, family == "bert", folder)
+    torch.testing.assert_close(output(loaded, ids()), output(ours, ids()), rtol=0, atol=1e-5)
+    assert (folder / "modeling_sibo.py").exists() == (name != "lora")
+
+
+@pytest.mark.parametrize("name", ["lora-sibo", "adapter-sibo"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_so_does_every_llama(family, name, tmp_path):
+    ours, folder = written(family, False, name, tmp_path)
+    assert_near(opened(family, False, folder)(ids()).logits, ours(ids()), 1e-5)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["as it is", "folded"])
+def test_a_bert_without_a_head_gives_the_same_hidden_states(merge, tmp_path):
+    ours, folder = written("bert", False, "lora-sibo", tmp_path, merge)
+    assert_near(opened("bert", False, folder)(ids()).last_hidden_state, ours(ids()), 1e-5)
+
+
+def test_the_code_that_is_written_is_short_and_needs_torch_and_transformers_alone(tmp_path):
+    _, folder = written("gptj", False, "adapter-sibo", tmp_path)
+    text = (folder / "modeling_sibo.py").read_text()
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {(getattr(node, "module", None) or node.names[0].name).split(".")[0] for node in nodes}
+    assert imported == {"threading", "torch", "transformers"} and text.count("\n") <= 120
+    assert "Llama" not in text and "GPTJForCausalLM" in text
+
+
+@pytest.mark.parametrize("open_it", [
+    lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False),
+    lambda folder: transformers.LlamaForCausalLM.from_pretrained(folder),
+    lambda folder: transformers.AutoModel.from_pretrained(folder, trust_remote_code=True),
+    lambda folder: model.from_pretrained(folder)], ids=["no trust", "LLaMA's class", "no head", "ours"])
+def test_what_would_be_another_model_without_that_code_is_refused(open_it, tmp_path):
+    _, folder = written("llama", False, "adapter-sibo", tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        open_it(folder)
+
+
+def test_modules_that_quantized_loading_replaces_are_missed_at_the_first_pass(tmp_path):
+    ours, folder = written("llama", False, "lora-sibo", tmp_path)
+    loaded = opened("llama", False, folder)
+    old = loaded.model.layers[1].mlp.up_proj
+    loaded.model.layers[1].mlp.up_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+    with pytest.raises(RuntimeError, match="expected its SIBO modules in place, got some replaced"):
+        loaded(ids())
+
+
+def test_threads_that_share_an_opened_model_each_have_their_own_h0(tmp_path):
+    ours, folder = written("llama", False, "lora-sibo", tmp_path)
+    loaded, inside = opened("llama", False, folder), threading.Barrier(2)
+    loaded.model.layers[1].register_forward_pre_hook(lambda *_: print(inside.wait(60)))  # both have begun
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        got = list(pool.map(torch.no_grad()(lambda i: loaded(ids(i)).logits), range(2)))
+        assert all(torch.allclose(logits, ours(ids(i)), atol=1e-5) for i, logits in enumerate(got))
+
+
+def test_a_module_called_by_itself_has_no_h0_left_over(tmp_path):
+    _, folder = written("llama", False, "adapter-sibo", tmp_path)
+    loaded = opened("llama", False, folder)
+    h = loaded(ids(), output_hidden_states=True).hidden_states[1]
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp: expected h0 of shape \(2, 7, 16\), got None"):
+        loaded.model.layers[1].mlp(h)
+
+
+def test_reentrant_checkpointing_which_would_lose_h0s_gradient_is_an_error(tmp_path):
+    _, folder = written("llama", False, "adapter-sibo", tmp_path)
+    loaded = opened("llama", False, folder).train()
+    loaded.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+        loaded(ids())
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"h0": "blocks.0.mlp", "sibo_at": "blocks.1.mlp"}, "expected an h0 that a block reads, got h0='blocks.0.mlp'"),
+    ({"targets": "attn", "side": "parallel"}, "expected a module that transformers' BERT has too")])
+def test_what_no_module_of_transformers_does_is_refused_before_anything_is_written(settings, says, tmp_path):
+    family = "bert" if "side" in settings else "llama"
+    _, ours = twins(family, tmp_path / "base")
+    sibo.inject(ours, "adapter", 0.3, **settings)
     with pytest.raises(ValueError, match=says):
-        folder.write(inject(ours, name), tmp_path / "hf", tmp_path / "base")
-    assert not (tmp_path / "hf").exists() and hasattr(sibo, "merge")
+        publish.write(ours, tmp_path / "hf", tmp_path / "base")
+    assert not (tmp_path / "hf").exists() and sibo_layers(ours)
+
+
+def test_another_blocks_input_as_h0_is_so_there_too(tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    stir(sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj"))
+    publish.write(ours, tmp_path / "hf", tmp_path / "base")
+    assert_near(opened("llama", False, tmp_path / "hf")(ids()).logits, ours(ids()), 1e-5)
+
+
+def test_a_disabled_model_is_not_exported_as_if_it_were_on(tmp_path):
+    _, ours = twins("llama", tmp_path / "base")
+    with sibo.disabled(inject(ours, "adapter-sibo")), pytest.raises(ValueError, match="not disabled"):
+        publish.write(ours, tmp_path / "hf", tmp_path / "base")
+
+
+ELSEWHERE = [  # family, head, method, folded
+    ("llama", False, "adapter-sibo", False), ("llama", False, "adapter", False), ("llama", False, "lora", False),
+    ("llama", False, "lora-sibo", False), ("llama", False, "lora-sibo", True),
+    ("llama", False, "lora, learned λ", False), ("llama", False, "lora, frozen too", True),
+    ("llama", False, "adapter on the input", False), ("llama", False, "parallel adapter", False),
+    ("gptj", False, "adapter-sibo", False), ("gptj", False, "lora-sibo", True), ("mistral", False, "lora-sibo", True),
+    ("qwen2", False, "adapter-sibo", False), ("qwen3", False, "lora-sibo", False),
+    ("smollm3", False, "adapter-sibo", False), ("bert", False, "adapter-sibo", False),
+    ("bert", True, "adapter-sibo", False), ("bert", True, "lora-sibo", True), ("bert", True, "lora", False)]
+LETTERS = ["[PAD]", "<s>", "</s>", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ġ", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def write_cases(folder, cases=ELSEWHERE):
+    """Exports, each with what tests/publish/elsewhere.py is to find there."""
+    for number, (family, head, name, merge) in enumerate(cases):
+        ours, out = written(family, head, name, folder / str(number), merge)
+        rows, mask = padded([[5, 6, 7, 9], [8, 9, 10, 11, 12], [13]], "right" if family == "bert" else "left")
+        answers = {beams: generate.generate(ours, rows, mask, 8, beams, [2]) for beams in (1, 3) if family != "bert"}
+        spoken = family in ("llama", "bert") and (family == "llama" or head)
+        if spoken:
+            write_tokenizer(out, family)
+        kind = "SequenceClassification" if head else "CausalLM"
+        torch.save({"auto": "AutoModel" if family == "bert" and not head else f"AutoModelFor{kind}", "ids": rows,
+                    "mask": mask, "out": output(ours, rows, mask).detach(), "answers": answers, "plain": name == "lora",
+                    "text": "ab c" if spoken else "", "text_ids": [8, 9, 7, 10] if family == "llama" else
+                    [4, 3, 10, 5]}, out / "expected.pt")
+        yield out
+
+
+def write_tokenizer(folder, family):
+    vocab = {token: i for i, token in enumerate(LETTERS)}
+    if family == "bert":
+        (folder / "vocab.txt").write_text("\n".join(LETTERS) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+        return
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    t = Tokenizer(models.BPE(vocab, []))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "[PAD]"}))
+
+
+def test_a_stranger_opens_it_generates_trains_and_saves_it_again_without_this_project(tmp_path):
+    folders = list(map(str, write_cases(tmp_path)))
+    script = Path(__file__).with_name("elsewhere.py")
+    done = subprocess.run([sys.executable, "-I", script, *folders], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(float(line.rsplit(" ", 1)[1]) < 1e-5 for line in done.stdout.splitlines())
+    assert done.stdout.count("largest difference") == len(ELSEWHERE)
 
 
 def test_templates_and_tokenizer_files_come_along_and_others_may_read_them(tmp_path):
@@ -84,7 +244,7 @@ def test_templates_and_tokenizer_files_come_along_and_others_may_read_them(tmp_p
         (tmp_path / "base" / name).chmod(0o600)
     before = os.umask(0o022)
     try:
-        folder.write(inject(ours, "lora"), tmp_path / "hf", tmp_path / "base")
+        publish.write(inject(ours, "lora"), tmp_path / "hf", tmp_path / "base")
     finally:
         os.umask(before)
     written = {str(f.relative_to(tmp_path / "hf")): f for f in (tmp_path / "hf").rglob("*") if f.is_file()}
@@ -103,7 +263,7 @@ def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path
     for p in ours.parameters():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
     expected = stir(inject(ours, "lora"))(ids())
-    folder.write(ours, tmp_path / "hf", file)
+    publish.write(ours, tmp_path / "hf", file)
     loaded, t = (kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
     torch.testing.assert_close(loaded(ids()).logits, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert t("ab a")["input_ids"] == tokenizer.from_pretrained(file).encode("ab a")
@@ -119,13 +279,13 @@ def test_a_gguf_files_tokenizer_that_tokenizer_json_cannot_say_leaves_the_weight
     fields["tokenizer.ggml.scores"][-3:] = [-9.0] * 3
     (tmp_path / "m.gguf").write_bytes(fuzz.a_gguf(fields, tensors))
     ours = model.from_pretrained(tmp_path / "m.gguf")
-    folder.write(inject(ours, "lora"), tmp_path / "hf", tmp_path / "m.gguf")
+    publish.write(inject(ours, "lora"), tmp_path / "hf", tmp_path / "m.gguf")
     assert {f.name for f in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
     line = capsys.readouterr().err
     assert "got pieces of one score; bring the tokenizer" in line and line.count("\n") == 1
 
 
-@pytest.mark.parametrize("to", [lambda m, base: folder.write(m, base, base),
+@pytest.mark.parametrize("to", [lambda m, base: publish.write(m, base, base),
                                 lambda m, base: export.to_peft(m, base, "base")], ids=["hf", "peft"])
 def test_a_folder_with_files_such_as_the_backbones_own_is_left_as_it_is(to, tmp_path):
     _, ours = twins("llama", tmp_path / "base")
@@ -133,14 +293,6 @@ def test_a_folder_with_files_such_as_the_backbones_own_is_left_as_it_is(to, tmp_
     with pytest.raises(ValueError, match="expected a new folder to export to, or an empty one, got one with files"):
         to(inject(ours, "lora"), tmp_path / "base")
     assert {f: f.read_bytes() for f in (tmp_path / "base").iterdir()} == before and sibo_layers(ours)
-
-
-def test_an_h0_that_the_first_block_does_not_read_is_refused_before_anything_is_folded(tmp_path):
-    _, ours = twins("llama", tmp_path / "base")
-    sibo.inject(ours, "lora", 0.3, h0="blocks.1", sibo_at="blocks.1.mlp.up_proj")
-    with pytest.raises(ValueError, match="expected an h0 that the first block reads, got h0='blocks.1'"):
-        folder.write(ours, tmp_path / "hf", tmp_path / "base")
-    assert not (tmp_path / "hf").exists() and sibo_layers(ours)
 
 
 def test_the_commands_write_a_run_for_peft_and_transformers_and_read_pefts(tmp_path, tiny_llama, capsys):
