@@ -97,7 +97,7 @@ def scores(m, config):
     prompts = ["a b", "say two", "and three of them", "d", "e", "end"]
     logps = scoring.likelihoods(m, Letters(), prompts, [["yes", "yes, yes", "no"][i % 2:] for i in range(6)], 2)
     return [*scoring.responses(m, Letters(), prompts, 6, batch_size=1),
-            *([round(logp, 6), n] for some in logps for logp, n in some)]
+            *([round(x, 6) for x in logp] for some in logps for logp in some)]
 
 
 def work(rank, world, folder):
