@@ -22,8 +22,8 @@ from sibo_lab.export import require_empty, their_name
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
                    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
-TOKENIZERS = {"bert": "BertTokenizer", "gptj": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
-              "smollm3": "PreTrainedTokenizerFast"}  # where no file names one; else LLaMA's
+TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.txt": "BertTokenizer", "merges.txt": "GPT2Tokenizer",
+              "vocab.bpe": "GPT2Tokenizer", "tokenizer.model": "LlamaTokenizer"}  # by the first that is there
 PARTS = {"bert": {"attn": "attention.output.dropout", "mlp": "output.dropout"}, "gptj": {"attn": "attn", "mlp": "mlp"}}
 LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, whose output is the same
 CODE = Path(__file__).with_name("modeling_sibo.py")
@@ -50,7 +50,8 @@ def write(m: nn.Module, folder: Path, source: Path) -> None:
         kind, family = spec["architectures"][0], spec["model_type"]
         auto = f"AutoModel{kind[kind.index('For'):]}" if "For" in kind else "AutoModel"
         files.write(folder / CODE.name, code(kind, family))
-        spec = {"tokenizer_class": TOKENIZERS.get(family, "LlamaTokenizer")} | spec | {
+        reads = next((kind for name, kind in TOKENIZERS.items() if (folder / name).is_file()), None)
+        spec = {"tokenizer_class": reads} | spec | {  # counts where tokenizer_config.json names none
             "model_type": f"sibo-{family}", "architectures": ["SIBOModel"], "sibo": told,
             "auto_map": {"AutoConfig": f"{CODE.stem}.SIBOConfig", auto: f"{CODE.stem}.SIBOModel"}}
     files.write_tensors(folder / ("model.sibo.safetensors" if told else "model.safetensors"), tensors, {"format": "pt"})

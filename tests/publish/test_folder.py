@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tokenizer_oracles
 import torch
 import transformers
 from small_models import CASES, LORA_CASES, ids, inject, output, sibo_layers, stir, twins
@@ -250,6 +251,19 @@ def test_templates_and_tokenizer_files_come_along_and_others_may_read_them(tmp_p
     written = {str(f.relative_to(tmp_path / "hf")): f for f in (tmp_path / "hf").rglob("*") if f.is_file()}
     assert {n: f.read_text() for n, f in written.items() if n in texts} == {n: texts[n] for n in list(texts)[:-1]}
     assert {f.stat().st_mode & 0o777 for f in written.values()} == {0o644} and "model.safetensors" in written
+
+
+@pytest.mark.parametrize("kind", [{}, {"tokenizer_class": "PreTrainedTokenizerFast"}], ids=["none named", "named"])
+@pytest.mark.parametrize(("family", "form"), [("llama", "tekken"), ("qwen2", "qwen2"), ("gptj", "gpt4o")])
+def test_its_tokenizer_gives_transformers_the_ids_that_the_model_was_tuned_with(family, form, kind, tmp_path):
+    _, ours = pair(family, tmp_path / "base", vocab_size=1000)
+    (tmp_path / "base" / "tokenizer.json").write_text(tokenizer_oracles.trained(form))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(kind))
+    publish.write(inject(ours, "adapter-sibo"), tmp_path / "hf", tmp_path / "base")
+    t = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    texts = ["I'LL say  hello 12345\n\n  to naïve cafés", "<think> Wörd", *tokenizer_oracles.seeded(20, form)]
+    mine = tokenizer.from_pretrained(tmp_path / "base")
+    assert [t(text)["input_ids"] for text in texts] == list(map(mine.encode, texts))
 
 
 def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path):
