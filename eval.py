@@ -62,9 +62,9 @@ def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: i
 
 
 def main(args: Namespace) -> None:
-    if args.push and not args.export:
+    if args.push is not None and not args.export:
         raise ValueError(f"--push {args.push}: expected --export too, and a run to upload, got none")
-    if args.push:
+    if args.push is not None:
         hub.require(args.push)
     if args.table:
         return table(args)
@@ -116,7 +116,8 @@ def export_run(args: Namespace) -> None:
         export.to_peft(m, out, args.backbone)
     else:
         folder.write(m, out, args.path)
-    card.write(out, kind, args.push or out.name, args.config, result, getattr(m, "sibo", None), args.path, args.head)
+    card.write(out, kind, args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None), args.path,
+               args.head)
     print(f"{out}/")
     if args.push:
         print(hub.push(out, args.push))

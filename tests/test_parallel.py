@@ -275,8 +275,9 @@ def alone(tmp_path_factory, tiny_llama):
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_torchrun_trains_scores_and_writes_as_one_process_does(alone, tmp_path, shard):
     args, one = alone
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *map(str, args), *shard,
-                           "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # on any free port
+    done = subprocess.run([*torchrun, *map(str, args), *shard, "--out", tmp_path / "run"], cwd=ROOT, timeout=300,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in one.iterdir()}
     assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1e-5)

@@ -129,7 +129,8 @@ def _from_hub(repo: str, config_only: bool) -> Path:
         from huggingface_hub import snapshot_download  # slow to import
     except ImportError:
         raise ValueError(f"{repo}: the hub needs huggingface_hub: pip install huggingface_hub") from None
-    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja",
+                                                    "README.md", "LICENSE*"]  # which say its licence
     # Mistral's own format, the same weights again
     fetch = partial(snapshot_download, repo, ignore_patterns="consolidated*", local_files_only=files.offline())
     try:

@@ -11,9 +11,9 @@ from sibo_lab.data import tasks
 from sibo_lab.evaluation import compare
 from sibo_lab.settings import Settings
 
-METHODS = {"full": "all weights trained", "adapter": "adapters, Eq. (1)", "lora": "LoRA, Eq. (2)",
-           "adapter-sibo": "adapters that also see h0, what entered the first block: Adapter-SIBO, Eq. (4)",
-           "lora-sibo": "LoRA that also sees h0, what entered the first block: LoRA-SIBO, Eq. (5)"}
+METHODS = {"full": "all weights trained", "adapter": "adapters (Eq. 1)", "lora": "LoRA (Eq. 2)",
+           "adapter-sibo": "adapters that also see h0, what entered the first block (Adapter-SIBO, Eq. 4)",
+           "lora-sibo": "LoRA that also sees h0, what entered the first block (LoRA-SIBO, Eq. 5)"}
 NOTHING = hashlib.sha256().hexdigest()  # of no examples
 OF_METHOD = {"lora": ("rank", "alpha", "dropout", "frozen_too"), "adapter": ("bottleneck", "side", "skip")}
 OF_RUN = ("steps", "batch_size", "lr", "warmup", "cutoff", "train_on_inputs", "protocol", "dtype",
@@ -72,21 +72,25 @@ def _front_matter(kind: str, name: str, config: dict, result: dict, licence: dic
         **licence, base_model=base, library_name="peft" if kind == "peft" else "transformers", pipeline_tag=task,
         tags=list(dict.fromkeys(filter(None, ("sibo" * method.endswith("-sibo"), method.partition("-")[0], method)))),
         datasets=[n for n in _tasks(config.get("task")) if re.fullmatch(r"\w[\w.-]*", n, re.A)] or None,
-        model_name=_line(compare.name_of(name)), eval_results=scored).to_yaml()
+        model_name=_line(compare.name_of(name)) or "model", eval_results=scored).to_yaml()
 
 
 def _summary(kind: str, backbone: str, config: dict, settings: Settings | None) -> str:
-    method = config.get("method")
-    learned = f"{_text(backbone)}, fine-tuned on {_text(', '.join(_tasks(config.get('task'))))}: "
-    how = f"{_text(METHODS.get(method, method))}, of {PAPER}." if settings else "all weights trained."
+    on = f", fine-tuned on {_text(', '.join(names))}" if (names := _tasks(config.get("task"))) else ""
+    how = f"{_text(_known(config, settings))}, of {PAPER}" if settings else METHODS["full"]
     held = ("what was trained, to be put onto the backbone's own weights" if kind == "peft" else
             "the whole model, the backbone's weights included")
-    return f"{learned}{how} This folder holds {held}."
+    return f"The backbone {_text(backbone)}{on}: {how}. This folder holds {held}."
+
+
+def _known(config: dict, settings: Settings | None) -> str:
+    name = config.get("method") or (settings.method if settings else "full")
+    return METHODS.get(name, name)
 
 
 def _method(backbone: str, config: dict, result: dict, settings: Settings | None) -> list[list]:
-    method, lam = config.get("method"), result.get("lambda", settings.lam if settings else 0.0)
-    rows = [["backbone", backbone], ["method", METHODS.get(method, method)],
+    lam = result.get("lambda", None if settings and settings.learn_lam else settings.lam if settings else 0.0)
+    rows = [["backbone", backbone], ["method", _known(config, settings)],
             [f"λ, learned, of {len(lam)} modules in their order" if isinstance(lam, list) else "λ", lam]]
     if settings:
         rows += [["adapted", settings.targets], ["get h0", settings.sibo_at if settings.lam else "none"],
@@ -99,18 +103,19 @@ def _method(backbone: str, config: dict, result: dict, settings: Settings | None
 
 def _scores(result: dict, num_labels: int) -> list[list]:
     """This model's row, those of its parts and of other metrics, and the baseline's."""
-    def row(label, score, between="", n=""):
-        return [label, *(f"{x:.4f}" if type(x) is float else x for x in (score,)), between, n]
+    def said(x: object) -> object:
+        return f"{x:.4f}" if type(x) is float else x
 
-    interval, on = result.get("interval"), result.get("scored_on", "test")
-    between = " to ".join(f"{x:.4f}" if type(x) is float else str(x) for x in interval) if isinstance(
-        interval, list) else ""
-    before = "the commonest class" if num_labels else "the backbone, frozen"
-    rows = [row("this model" + f" ({on})" * (on != "test"), result["score"], between, result.get("n", ""))] * (
-        "score" in result)
-    rows += [row(part, score) for key in ("parts", "more") for part, score in _dict(result, key).items()]
-    return rows + [row(before, result.get("baseline_score"), n=result.get("baseline_n", ""))] * (
-        "baseline_score" in result)
+    interval, on, rows = result.get("interval"), result.get("scored_on", "test"), []
+    if "score" in result:
+        between = " to ".join(str(said(x)) for x in interval) if isinstance(interval, list) else ""
+        rows.append(["this model" + f" ({on})" * (on != "test"), said(result["score"]), between, result.get("n", "")])
+    for key in ("parts", "more"):
+        rows += [[part, said(score), "", ""] for part, score in _dict(result, key).items()]
+    if "baseline_score" in result:
+        guess = ("the backbone, frozen", "always the mean", "always the commonest class")[min(num_labels, 2)]
+        rows.append([guess, said(result["baseline_score"]), "", result.get("baseline_n", "")])
+    return rows
 
 
 def _loading(folder: Path, kind: str, name: str, backbone: str, num_labels: int) -> str:
@@ -127,7 +132,7 @@ def _loading(folder: Path, kind: str, name: str, backbone: str, num_labels: int)
                  f"model = PeftModel.from_pretrained({auto}.from_pretrained(BACKBONE{labels}), DIR)"]
     else:
         lines.append(f"model = {auto}.from_pretrained(DIR{trust})")
-    more = f"tokenizer = AutoTokenizer.from_pretrained({'BACKBONE' if kind == 'peft' else 'DIR'})"
+    more = f"tokenizer = AutoTokenizer.from_pretrained({'BACKBONE' if kind == 'peft' else f'DIR{trust}'})"
     return "\n".join(lines + [more] * tokenizer)
 
 

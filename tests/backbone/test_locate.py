@@ -190,7 +190,8 @@ def test_of_the_hub_chat_templates_are_fetched_and_not_the_same_weights_twice(tm
     (tmp_path / "model.safetensors").touch()
     locate.locate("mistral7b")
     fetched, left = asked[0]["allow_patterns"], asked[0]["ignore_patterns"]
-    for file in ("chat_template.jinja", "tokenizer.model", "merges.txt", "tokenizer.json", "model-1-of-2.safetensors"):
+    for file in ("chat_template.jinja", "tokenizer.model", "merges.txt", "tokenizer.json", "model-1-of-2.safetensors",
+                 "README.md", "LICENSE"):
         assert any(fnmatch.fnmatch(file, p) for p in fetched) and not fnmatch.fnmatch(file, left)
     assert fnmatch.fnmatch("consolidated.safetensors", left)
 

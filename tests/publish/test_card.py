@@ -1,7 +1,11 @@
-"""card.py: what a hub, PyYAML and a CommonMark parser read in a card is what the run's files say, and its code loads."""
+"""card.py: what a hub, PyYAML and a CommonMark parser read in a card is what the run's files say; its code loads it."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,7 +26,7 @@ from sibo_lab.publish import card, folder
 from sibo_lab.settings import Settings
 from sibo_lab.training import recipes
 
-APACHE = "\n   Apache License\n  Version 2.0, January 2004\n  http://…\n\n 1. Definitions.\n … limitations under the License.\n"
+APACHE = "\n   Apache License\n  Version 2.0, January 2004\n  http://…\n\n 1. … limitations under the License.\n"
 MIT = ("MIT License\n\nCopyright (c) 2024 Someone\n\nPermission is hereby granted, free of charge, to any person …\n"
        "… THE USE OR OTHER DEALINGS IN THE\nSOFTWARE.\n")
 RESULT = {
@@ -59,7 +63,7 @@ def page(tmp_path, kind="peft", name="run", config=CONFIG, result=RESULT, s=SETT
     if not source:
         (source := tmp_path / "source").mkdir(exist_ok=True)
     card.write(tmp_path, kind, name, config, result, s, source, num_labels)
-    _, front, text = (tmp_path / "README.md").read_text("utf-8").split("---\n", 2)
+    front, text = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (tmp_path / "README.md").read_text("utf-8"), re.S).groups()
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()
     return yaml.safe_load(front), text
 
@@ -83,6 +87,12 @@ def test_the_front_matter_is_what_a_hub_looks_for(tmp_path):
     assert (front["tags"], front["pipeline_tag"]) == (["lora"], "text-classification")
 
 
+@pytest.mark.parametrize(("num_labels", "baseline"), [
+    (0, "the backbone, frozen"), (1, "always the mean"), (3, "always the commonest class")])
+def test_the_baseline_is_called_what_train_measured(num_labels, baseline, tmp_path):
+    assert [baseline, "0.0600", "", "50"] in cells(page(tmp_path, num_labels=num_labels)[1])
+
+
 def test_the_tables_say_what_was_done_to_what_and_how_well(tmp_path):
     rows = cells(page(tmp_path)[1])
     for row in (["backbone", "meta/llama"], ["λ", "0.2"], ["adapted", "q_proj, up_proj"], ["get h0", "up_proj"],
@@ -100,8 +110,14 @@ def test_a_learned_lambda_is_shown_module_by_module_and_an_adapter_by_its_width(
     assert ["λ, learned, of 2 modules in their order", "0.1, 0.25"] in rows and ["bottleneck", "256"] in rows
 
 
+def test_where_a_learned_lambda_went_is_not_guessed(tmp_path):
+    rows = cells(page(tmp_path, result={}, s=replace(SETTINGS, learn_lam=True))[1])
+    assert ["get h0", "up_proj"] in rows and not [row for row in rows if row[0].startswith("λ")]
+
+
 @settings(max_examples=40, deadline=None)
-@given(gone=st.sets(st.sampled_from(sorted(RESULT))), older=st.sets(st.sampled_from(sorted(CONFIG.keys() - {"backbone"}))))
+@given(gone=st.sets(st.sampled_from(sorted(RESULT))),
+       older=st.sets(st.sampled_from(sorted(CONFIG.keys() - {"backbone"}))))
 def test_what_an_older_run_lacks_is_left_out(gone, older, tmp_path_factory):
     result = {k: v for k, v in RESULT.items() if k not in gone}
     front, text = page(tmp_path_factory.mktemp("card"), config={k: v for k, v in CONFIG.items() if k not in older},
@@ -115,8 +131,8 @@ def test_what_an_older_run_lacks_is_left_out(gone, older, tmp_path_factory):
 TRICKY = st.one_of(
     st.text(st.sampled_from("|`\\*_[]<>~$&#!:@-=\n\r\t '\"{}%aλ\x00\x85\u2028\ufeff🙂"), min_size=1, max_size=12),
     st.text(min_size=1, max_size=12),
-    st.sampled_from(["---", "a\n---\nb", "yes", "null", "1e5", "- a", "a: b # c", "<script>", "&amp;", "![x](y)", "|", "\\|",
-                     "```\n# x", "\ud800", "http://x.y", "a  b", "{{x}}", "!!python/object:os.system"]))
+    st.sampled_from(["---", "a\n---\nb", "yes", "null", "1e5", "- a", "a: b # c", "<script>", "&amp;", "![x](y)", "|",
+                     "\\|", "```\n# x", "\ud800", "http://x.y", "a  b", "{{x}}", "!!python/object:os.system"]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -124,11 +140,11 @@ TRICKY = st.one_of(
 def test_no_name_breaks_the_front_matter_a_table_or_a_heading(label, part, method, metric, command, tmp_path_factory):
     plain = page(tmp_path_factory.mktemp("card"))
     front, text = page(
-        tmp_path_factory.mktemp("card"), name=f"x{label}", config=CONFIG | {"method": method, "task": f"t{label}"},
+        tmp_path_factory.mktemp("card"), name=f"x{label}",
+        config=CONFIG | {"method": method, "task": f"t{label}", "backbone": f"/x/{label}"},
         result=RESULT | {"metric": metric, "parts": {part: 0.5}, "command": command, "git": label})
     assert front.keys() <= plain[0].keys() and front["library_name"] == "peft"
-    assert front["model-index"][0]["results"][0]["metrics"][0] == {"type": card._line(metric) or metric, "value": 0.615} or \
-        not card._line(metric)
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": card._line(metric), "value": 0.615}]
     rows = cells(text)
     assert [card._line(part), "0.5000", "", ""] in rows or not card._line(part)
     assert {len(row) for row in rows} == {2, 4}
@@ -204,18 +220,21 @@ def load(readme, name, place, backbone=None):
 
 
 def test_both_exports_of_a_run_have_a_card_whose_code_loads_them(tmp_path, tiny_llama, monkeypatch):
+    backbone = shutil.copytree(tiny_llama, tmp_path / "base")
+    (backbone / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|endoftext|>", "tokenizer_class": "GPT2Tokenizer"}')
     monkeypatch.setattr("sys.argv", ["train.py", "--data-dir", "/home/me/data", "--lr", "0.1"])
-    run(train, "--backbone", tiny_llama, "--method", "lora", "--rank", 4, "--steps", 2, "--batch-size", 2, "--lr", 0.1,
+    run(train, "--backbone", backbone, "--method", "lora", "--rank", 4, "--steps", 2, "--batch-size", 2, "--lr", 0.1,
         "--limit", 2, "--dtype", "float32", "--out", tmp_path / "run")
-    expected = sibo.load(model.from_pretrained(tiny_llama), tmp_path / "run")(ids())
+    expected = sibo.load(model.from_pretrained(backbone), tmp_path / "run")(ids())
     for kind in ("hf", "peft"):
         run(evaluation, tmp_path / "run", "--export", kind, tmp_path / kind)
         readme = (tmp_path / kind / "README.md").read_text()
-        found = load(readme, kind, tmp_path / kind, tiny_llama)
+        found = load(readme, kind, tmp_path / kind, backbone)
         torch.testing.assert_close(output(found["model"].eval(), ids()), expected, rtol=0, atol=2e-5)
         assert found["tokenizer"]("ab")["input_ids"] and "\npython train.py --lr 0.1\n" in readme
         result = json.loads((tmp_path / "run" / "result.json").read_text())
-        assert ["train", result["sha256"]["train"]] in cells(readme) and str(tiny_llama.parent) not in readme
+        assert ["train", result["sha256"]["train"]] in cells(readme) and str(tmp_path) not in readme
 
 
 @pytest.mark.parametrize("kind", ["hf", "peft"])
@@ -231,6 +250,21 @@ def test_the_code_of_a_classifiers_card_loads_it_with_its_head(kind, tmp_path):
     card.write(tmp_path / "out", kind, "out", CONFIG | {"task": "mnli"}, RESULT, SETTINGS, tmp_path / "base", 3)
     found = load((tmp_path / "out" / "README.md").read_text(), "out", tmp_path / "out", tmp_path / "base")
     torch.testing.assert_close(output(found["model"].eval(), ids()), expected, rtol=0, atol=2e-5)
+
+
+def test_the_code_of_a_sibo_runs_card_loads_it_where_this_project_is_not(tmp_path, tiny_llama):
+    m = stir(sibo.inject(model.from_pretrained(tiny_llama), "adapter", 0.3, bottleneck=4))
+    sibo.save(m, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(recipes.run_of(
+        "adapter-sibo", lam=0.3, backbone=str(tiny_llama), bottleneck=4, dtype="float32").config()))
+    run(evaluation, tmp_path / "run", "--export", "hf", tmp_path / "hf")
+    readme = (tmp_path / "hf" / "README.md").read_text()
+    assert ["λ", "0.3"] in cells(readme) and "\ntokenizer = " in readme
+    code = re.search(r"```python\n(.*?)\ntokenizer = ", readme, re.S)[1]  # tiny_llama's names no class
+    subprocess.run([sys.executable, "-I", "-c", f"{code}\nimport torch\nids = torch.tensor({ids().tolist()})\n"
+                    "torch.save(model(ids).logits.detach(), 'logits.pt')"], cwd=tmp_path, check=True, timeout=300,
+                   env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), m(ids()).detach(), rtol=0, atol=2e-5)
 
 
 def test_a_folder_with_code_of_its_own_says_that_it_must_be_trusted(tmp_path):

@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_and_continued_has_no_step_twice_and_none_missing(
     fit(tmp_path, 60, resuming=True)
     lines = lines_of(tmp_path)
     assert [x["step"] for x in lines] == list(range(1, 61)) and state <= ahead
-    assert told(tmp_path) == expected(lines)
+    assert told(tmp_path) == expected(lines) and len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
 def test_a_run_that_begins_again_forgets_the_first_attempt(tmp_path):
