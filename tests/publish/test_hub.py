@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import hub_server
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 import eval as evaluation
