@@ -13,7 +13,7 @@ COMMANDS = {  # the module that carries it out; the options it takes, from what 
 
 
 HELP = """usage: python -m sibo_lab COMMAND …   (each has its own --help)
-  data list | fetch | overlap | show   the benchmarks' files; what a model sees of them, or of yours
+  data list | fetch | overlap | show | harness   the benchmarks' files; what a model sees of them, or of yours
   study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms
   bench                           speed and memory
   export RUN peft|hf|gguf PLACE    a run for other libraries, as eval.py --export

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from time import monotonic
 
 import torch
@@ -42,6 +43,13 @@ class Sharing:
         return self.threads
 
 
+@cache
+def say_once(most: int) -> None:
+    """The first change in a process; training and scoring follow each other in one."""
+    print(f"other processes are busy: using {torch.get_num_threads()} of {most} threads until they are not "
+          "(OMP_NUM_THREADS sets a fixed number)", file=sys.stderr)
+
+
 @contextmanager
 def shared(m: nn.Module) -> Iterator[None]:
     """Inside, each forward pass of `m` uses as many threads as cores are free, and the first change is said on stderr.
@@ -51,15 +59,12 @@ def shared(m: nn.Module) -> Iterator[None]:
     if elsewhere or "OMP_NUM_THREADS" in os.environ or most == 1 or fast.is_compiled(m):
         yield
         return
-    sharing, said = Sharing(most, len(os.sched_getaffinity(0))), []
+    sharing = Sharing(most, len(os.sched_getaffinity(0)))
 
     def adapt(*_) -> None:
         if (threads := sharing.look()) != torch.get_num_threads():
             torch.set_num_threads(threads)
-            if not said:
-                said.append(threads)
-                print(f"other processes are busy: using {threads} of {most} threads until they are not "
-                      "(OMP_NUM_THREADS sets a fixed number)", file=sys.stderr)
+            say_once(most)
 
     hook = m.register_forward_pre_hook(adapt)
     try:

@@ -9,7 +9,9 @@ import torch
 
 from sibo_lab.backbone import locate
 
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # fixed: tests compare the last bits
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # more would wait for each other, spinning
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # in commands too, and fixed: tests compare the last bits
 
 
 @pytest.fixture(scope="session")

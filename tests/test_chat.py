@@ -93,7 +93,7 @@ def test_choices_and_similarity_are_read_after_the_templates_prompt(tiny_llama, 
     found = scoring.score_examples(m, t, tasks.task("boolq"), examples, protocol="chat").records[0]
     written = scoring.likelihoods(m, t, ["[user]q<|endoftext|>[assistant]"],
                                   [["the correct answer is a", "the correct answer is b"]])[0]
-    assert found["likelihood"] == "ab"[max((0, 1), key=lambda i: written[i][0])]
+    assert found["likelihood"] == "ab"[max((0, 1), key=lambda i: sum(written[i]))]
 
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])

@@ -1,11 +1,16 @@
-"""The README's commands as a user types them, on real weights and few steps."""
+"""The README's commands as a user types them, on real weights and few steps: each script once in a process of its own,
+then in this one, which has imported all it needs."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from safetensors import safe_open
@@ -28,8 +33,21 @@ def python(*args, cwd=ROOT):
     return done.returncode, done.stdout, done.stderr
 
 
-def succeeds(*args, **kwargs):
-    code, out, err = python(*args, **kwargs)
+def here(*args, cwd=ROOT):
+    """As `python`, in this process."""
+    (script, *rest), code = map(str, args), 0
+    run, argv = (runpy.run_module, rest) if script == "-m" else (runpy.run_path, [script, *rest])
+    with (mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ), contextlib.chdir(cwd),
+          contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err):
+        try:
+            run(argv[0], run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def succeeds(*args, run=here, **kwargs):
+    code, out, err = run(*args, **kwargs)
     assert code == 0, err
     return out
 
@@ -39,7 +57,7 @@ def llm_run(tmp_path_factory):
     """A short LoRA-SIBO run on SmolLM2 in float32, with its plain counterpart."""
     folder = tmp_path_factory.mktemp("runs") / "llm"
     out = succeeds("train.py", "--method", "lora-sibo", "--compare", "--steps", 3, "--batch-size", 2, "--limit", 4,
-                   "--dtype", "float32", "--out", folder)
+                   "--dtype", "float32", "--out", folder, run=python)
     return folder, out
 
 
@@ -55,8 +73,8 @@ def bert_run(tmp_path_factory):
     for name in ("train.tsv", "dev.tsv"):
         (folder / "data" / "glue" / "RTE" / name).write_text(
             "\n".join(["index\tsentence1\tsentence2\tlabel", *rows[:: 1 if name == "train.tsv" else 3]]) + "\n")
-    code, _, err = python("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
-                          folder / "data", "--steps", 40, "--lr", "3e-3", "--out", folder / "run")
+    code, _, err = here("train.py", "--backbone", "minilm", "--method", "lora-sibo", "--task", "rte", "--data-dir",
+                        folder / "data", "--steps", 40, "--lr", "3e-3", "--out", folder / "run")
     assert code == 0, err
     return folder, err
 
@@ -84,7 +102,7 @@ def test_a_run_and_its_plain_counterpart_leave_what_the_readme_promises(llm_run)
 def test_a_saved_run_scores_the_same_again_and_merged(llm_run):
     folder, _ = llm_run
     line = f"accuracy {result(folder)['score']:.4f} (n 4"
-    assert succeeds("eval.py", folder).startswith(line)
+    assert succeeds("eval.py", folder, run=python).startswith(line)
     assert succeeds("eval.py", folder, "--merge").startswith(line)
 
 
@@ -140,8 +158,8 @@ def test_a_users_own_jsonl_trains_and_scores(tmp_path, tiny_llama):
     words = "one two three four five six seven eight nine ten".split()
     rows = [{"instruction": f"Say {w}.", "output": w} for w in words]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code, _, err = python("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2,
-                          "--bottleneck", 8, "--dtype", "float32", "--out", tmp_path / "run")
+    code, _, err = here("train.py", "--backbone", tiny_llama, "--task", tmp_path / "mine.jsonl", "--steps", 2,
+                        "--bottleneck", 8, "--dtype", "float32", "--out", tmp_path / "run")
     assert code == 0 and result(tmp_path / "run")["n"] == 1
     assert "1 of its examples are left out of training and scored" in err
     mine = tmp_path / "mine.jsonl"
@@ -175,12 +193,12 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error():
     ([*DATA, "fetch", "gsm9k"], "unknown task 'gsm9k'; did you mean gsm8k"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(args, says):
-    code, out, err = python(*args)
+    code, out, err = here(*args)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and says in err
 
 
 def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_path):
-    code, out, err = python(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
+    code, out, err = here(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")
     *lines, last = err.splitlines()
     expected = {"glue/CoLA.zip": "dl.fbaipublicfiles.com/glue/data/CoLA.zip",
                 "glue/MRPC/msr_paraphrase_train.txt": download.address("glue/MRPC/train.tsv"),
@@ -192,7 +210,7 @@ def test_without_network_each_address_has_a_line_and_the_place_of_a_copy(tmp_pat
     assert "--offline" in last and not list(tmp_path.iterdir())
     (tmp_path / "glue" / "MRPC").mkdir(parents=True)
     (tmp_path / "glue" / "MRPC" / "msr_paraphrase_train.txt").write_text("brought by hand")
-    again = python(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")[2].splitlines()
+    again = here(*DATA, "fetch", "cola", "mrpc", "svamp", "--data-dir", tmp_path, "--offline")[2].splitlines()
     assert again == [line for line in (*lines, last) if "msr_paraphrase" not in line]
 
 

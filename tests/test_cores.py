@@ -25,6 +25,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch):
+    cores.say_once.cache_clear()
     return Machine(monkeypatch)
 
 
@@ -57,18 +58,19 @@ def test_at_least_one_thread_at_most_those_asked_for_and_no_more_than_cores_are_
             assert threads == 1 or threads <= n - others + 0.5 + 1e-6
 
 
-def test_each_forward_pass_looks_and_the_number_of_threads_comes_back(machine, monkeypatch, capsys):
+def test_each_forward_pass_looks_threads_come_back_and_a_process_says_so_once(machine, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1})
     used, m = [2], nn.Linear(2, 2)
-    with cores.shared(m):
-        for others in (0.0, 1.0, 0.0, 1.0):
-            machine.goes_on(1.0, others)
-            m(torch.zeros(1, 2))
-    assert used == [2, 1, 2, 1, 2]
-    assert not m._forward_pre_hooks
+    for _ in ("training", "scoring"):  # all that a command does says it once
+        with cores.shared(m):
+            for others in (0.0, 1.0, 0.0, 1.0):
+                machine.goes_on(1.0, others)
+                m(torch.zeros(1, 2))
+        assert not m._forward_pre_hooks
+    assert used == [2, 1, 2, 1, 2] + [1, 2, 1, 2]
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "using 1 of 2 threads" in err
 

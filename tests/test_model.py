@@ -17,6 +17,7 @@ from twins import (
     LLAMAS,
     assert_near,
     assert_same_model,
+    generated,
     padded,
     pair,
     refused,
@@ -50,6 +51,21 @@ def test_smollm2_has_transformers_logits_and_hidden_states_on_real_sentences(smo
     theirs, ours, t = smollm2
     for text in [*SENTENCES, " ".join(SENTENCES)]:
         assert_same_model(ours, theirs, torch.tensor([t.encode(text)]))
+
+
+def test_smollm2_writes_transformers_64_tokens_from_prompts_of_different_lengths(smollm2):
+    theirs, ours, t = smollm2
+    ids, mask = padded([t.encode(s) for s in SENTENCES[:3]], "left")
+    written = generate.generate(ours, ids, mask, max_new_tokens=64)
+    assert written.shape[1] == ids.shape[1] + 64
+    assert torch.equal(written, generated(theirs, ids, mask, max_new_tokens=64))
+
+
+def test_smollm2_beams_are_transformers_beams(smollm2):
+    theirs, ours, t = smollm2
+    ids, mask = padded([t.encode(s) for s in SENTENCES[1:3]], "left")
+    how = {"max_new_tokens": 12, "num_beams": 4, "eos_token_id": t.encode(".")[-1], "pad_token_id": 2}
+    assert torch.equal(generate.generate(ours, ids, mask, **how), generated(theirs, ids, mask, **how))
 
 
 def test_minilm_has_transformers_hidden_states_on_real_sentences():

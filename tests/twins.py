@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    GenerationConfig,
     GPTJConfig,
     LlamaConfig,
     MistralConfig,
@@ -69,6 +70,14 @@ def pair(family: str, folder: Path, seed: int = 0, kind: str | None = None, num_
     theirs = theirs_of(family, seed, kind, **changes, **({"num_labels": num_labels} if num_labels else {}))
     theirs.save_pretrained(folder)
     return theirs, model.from_pretrained(folder, num_labels=num_labels)
+
+
+def generated(theirs, ids, mask=None, **how) -> torch.Tensor:
+    """What transformers' generate gives for our arguments, with nothing from the model's own generation settings."""
+    how = {"pad_token_id": 2, "eos_token_id": None, "num_beams": 1, **how}
+    theirs.generation_config = GenerationConfig(bos_token_id=0, do_sample=False, **how)
+    mask = torch.ones_like(ids) if mask is None else mask
+    return theirs.generate(ids, attention_mask=mask, generation_config=theirs.generation_config)
 
 
 def edit_config(folder: Path, **changes) -> None:

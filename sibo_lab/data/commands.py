@@ -1,4 +1,4 @@
-"""`python -m sibo_lab data list|fetch|overlap|show`."""
+"""`python -m sibo_lab data list|fetch|overlap|show|harness`."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sibo_lab import cli
 from sibo_lab.backbone import chat_template, locate, tokenizer
-from sibo_lab.data import batch, download, readers, tasks
+from sibo_lab.data import batch, download, harness, readers, tasks
 
 GROUPS = ("arithmetic", "commonsense", "glue", "all")
 
@@ -117,10 +117,28 @@ def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
     return "\n".join([*blocks, f"--- {task.name} for {name}, protocol {protocol}; no loss on what is in ⟦ ⟧"])
 
 
+def write_harness(args: argparse.Namespace, data_dir: Path) -> None:
+    """Task files for lm_eval: of the first examples of each task, those that eval.py scores."""
+    known = [t.name for t in tasks.TASKS.values() if t.kind == "commonsense" and t.test]
+    if wrong := [name for name in args.task.split(",") if name not in known]:
+        raise ValueError(f"--task: expected multiple choice, any of {','.join(known)}, got {wrong[0]!r}")
+    if (args.protocol == "chat") != bool(args.backbone):
+        raise ValueError("--backbone: expected with --protocol chat, whose template it has, and only there, got "
+                         f"{args.backbone or 'none'} with {args.protocol}")
+    path = args.backbone and locate.locate(args.backbone)
+    speaker = chat_template.Chat(path, tokenizer.from_pretrained(path)) if path else None
+    tests = readers.load_tests(map(tasks.task, dict.fromkeys(args.task.split(","))), data_dir, args.limit)
+    found = {t.name: [harness.document(e, speaker, args.protocol) for e in test] for t, test in tests}
+    for t, test in tests:
+        about = {"protocol": args.protocol, "examples": len(test), "sha256": batch.digest(test)}
+        harness.write(args.folder, t.name, found[t.name], about)
+    print("lm_eval --include_path", args.folder, "--tasks", ",".join(f"sibo_{name}" for name in found))
+
+
 def parser() -> cli.Parser:
     p = cli.Parser("-m sibo_lab data", description="The benchmarks' files: list, download and compare them; what a "
                    "model sees of a task, or of a file of your own.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="list | fetch | overlap | show")
+    commands = p.add_subparsers(dest="command", required=True, metavar="list | fetch | overlap | show | harness")
     li = commands.add_parser("list", help="every task: counts, files, and whether they are there and right")
     f = commands.add_parser("fetch", help="download files from their publishers, and check them")
     f.add_argument("tasks", nargs="+", metavar="TASK",
@@ -138,7 +156,14 @@ def parser() -> cli.Parser:
     add("--cutoff", type=int, default=256, metavar="N", help="as train.py's (default: %(default)s)")
     add("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None, help="default: as train.py")
     add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used")
-    for command in (li, f, o, s):
+    h = commands.add_parser("harness", help="write multiple choice as task files of lm-evaluation-harness")
+    add = h.add_argument
+    add("folder", type=Path, metavar="DIR", help="where to: lm_eval's --include_path")
+    add("--task", required=True, metavar="A,B", help="such as boolq,arc-e,obqa")
+    add("--limit", type=int, metavar="N", help="the first N examples, as eval.py's (default: all)")
+    add("--protocol", choices=batch.PROTOCOLS, default="clean", help="as eval.py's (default: %(default)s)")
+    add("--backbone", metavar="NAME", help="of --protocol chat: whose chat template")
+    for command in (li, f, o, s, h):
         command.add_argument("--data-dir", metavar="DIR", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     return p
 
@@ -152,6 +177,8 @@ def main(args: argparse.Namespace) -> None:
         if not tests or not all(t.test for t in tests):
             raise ValueError(f"--test: expected tasks with a test file, such as mawps,svamp, got {args.test or 'none'}")
         return print(overlaps(train, tests, data_dir))
+    if args.command == "harness":
+        return write_harness(args, data_dir)
     if args.command == "show":
         return print(show(args, tasks.task(args.task, args.ignore_columns), data_dir))
     if args.command == "fetch":

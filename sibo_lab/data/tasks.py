@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sibo_lab import files
 
+LEAD = "the correct answer is"  # a space and a choice follow: what the commonsense training files answer
 NUMBER, LETTER = r"-?\d++\.?\d*+", r"[A-E]"  # possessive: never backtracks for long
 OWN = re.compile(r"\.(jsonl?|csv)(\.gz)?$|\.parquet$")  # endings of a user's own file
 

@@ -88,9 +88,9 @@ def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_n
 
 
 def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], choices: Sequence[Sequence[str]],
-                batch_size: int = 64) -> list[list[tuple[float, int]]]:
-    """For each choice of each prompt: its log-probability after the prompt, and over how many tokens. A prompt is read
-    once, with what all its choices begin with."""
+                batch_size: int = 64) -> list[list[list[float]]]:
+    """For each choice of each prompt: the log-probabilities of its tokens after the prompt. A prompt is read once, with
+    what all its choices begin with."""
     spelled = [[batch.continuation(p, c, t) for c in some] for p, some in zip(prompts, choices, strict=True)]
     work = partial(_log_probabilities, m)
     with fast.packed_weights(m):
@@ -99,8 +99,8 @@ def likelihoods(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], cho
 
 def _log_probabilities(m: nn.Module, spelled: Sequence) -> list:
     """`spelled`: per prompt, per choice, the ids of the prompt and of the choice."""
-    def of(logp, ids, asked):  # (B, T, V), (B, T), bool (B, T) -> (B,)
-        return torch.where(asked, logp.gather(-1, ids[..., None])[..., 0], 0).sum(1)
+    def of(logp, ids, asked):  # (B, T, V), (B, T), bool (B, T) -> B lists
+        return [row[keep].tolist() for row, keep in zip(logp.gather(-1, ids[..., None])[..., 0], asked, strict=True)]
 
     choices = [[ids for _, ids in some] for some in spelled]
     # how many tokens all choices of a prompt begin with
@@ -123,23 +123,21 @@ def _log_probabilities(m: nn.Module, spelled: Sequence) -> list:
                 kv.length = T  # overwrite the choice before
             logits = m(ids[:, :-1], torch.cat((mask, asked[:, :-1]), 1), cache=cache, last=ids.shape[1] - 1)
             next_logp = torch.cat((next_logp, generate.to_float32(logits).log_softmax(-1)), 1)
-        columns.append(begun + of(next_logp, ids, asked.bool()))
-    return [list(zip(row, map(len, some), strict=False))
-            for row, some in zip(torch.stack(columns, 1).tolist(), choices, strict=True)]
+        columns.append([a + b for a, b in zip(begun, of(next_logp, ids, asked.bool()), strict=True)])
+    return [list(row[:len(some)]) for row, some in zip(zip(*columns, strict=True), choices, strict=True)]
 
 
 def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, examples: Sequence[tasks.Example],
                    batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
-    """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, in total and per token,
-    where examples offer any. num_beams None: the protocol's."""
+    """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, where examples offer any.
+    num_beams None: the protocol's."""
     prompts = [batch.prompt_of(e, t, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
     if all(e.choices for e in examples):
-        written = [[f"the correct answer is {c}" for c in e.choices] for e in examples]  # as in the training files
-        for b, e, found in zip(beside, examples, likelihoods(m, t, prompts, written, batch_size), strict=True):
-            b["likelihood"] = e.choices[np.argmax([logp for logp, _ in found])]
-            b["likelihood, per token"] = e.choices[np.argmax([logp / n for logp, n in found])]
+        written = [[f"{tasks.LEAD} {c}" for c in e.choices] for e in examples]
+        beside = list(map(partial(_likeliest, t), examples, prompts, likelihoods(m, t, prompts, written, batch_size)))
+    names = [name for name in beside[0] if name != "choices"]
     records = [{"task": task.name, "gold": e.answer, "response": text, "answer": answers.answer_of(task, text),
                 "right": answers.is_right(task, text, e.answer)} | b
                for e, text, b in zip(examples, texts, beside, strict=True)]
@@ -147,8 +145,18 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
     score = float(right.mean())
     return Score("accuracy", score, len(right), metrics.wilson(score, len(right)),
                  by_part([e.part for e in examples], lambda mask: float(right[mask].mean())),
-                 {name: float(np.mean([r[name] == r["gold"] for r in records])) for name in beside[0]},
+                 {name: float(np.mean([r[name] == r["gold"] for r in records])) for name in names},
                  given.count(None) / len(given), shares(given), records)
+
+
+def _likeliest(t: subwords.Tokenizer, example: tasks.Example, prompt: str, found: list[list[float]]) -> dict:
+    """The choice with the likeliest answer, in all and per token, and, as lm-evaluation-harness has acc_norm, by what
+    comes after LEAD, per character; and the log-probability of that."""
+    lead = len(t.encode(prompt + tasks.LEAD)) - len(t.encode(prompt))
+    own = {c: sum(logp[lead:]) for c, logp in zip(example.choices, found, strict=True)}
+    by = {"likelihood": map(sum, found), "likelihood, per token": map(np.mean, found),
+          "likelihood, per character": (logp / len(c) for c, logp in own.items())}
+    return {name: example.choices[np.argmax(list(scores))] for name, scores in by.items()} | {"choices": own}
 
 
 def mean(scores: dict[str, Score]) -> Score:

@@ -28,12 +28,9 @@ def fields(path: Path, size: int) -> dict[str, object]:
     if t.vocab_size > size:
         raise ValueError(f"{t.file}: expected at most {size} tokens, as there are embeddings, got {t.vocab_size}; "
                          "llama.cpp reads no others: leave the last ones out of the tokenizer's files")
-    candidates = [_pieces(t)] if t.space else [
-        _byte_level(t) | {"pre": pre} for pre, how in tokenizer_model.GGUF.items() if how["words"] == t.words]
-    wrong = f"its pattern {quoted(t.words)}"
-    for spec in candidates:
-        spec |= _shared(t)
-        if not (wrong := _difference(t, spec)):
+    found, wrong = _shared(t) | (_pieces(t) if t.space else _byte_level(t)), f"its pattern {quoted(t.words)}"
+    for pre in ["default"] if t.space else [p for p, how in tokenizer_model.GGUF.items() if how["words"] == t.words]:
+        if not (wrong := _difference(t, spec := found | {"pre": pre})):
             break
     else:
         raise ValueError(f"{t.file}: expected a tokenizer that a .gguf file can say (pre-tokenizers "
@@ -96,8 +93,7 @@ def _pieces(t: BPE) -> dict:
     else:
         order = {ids[0]: -float(n) for n, ids in enumerate(t.ranks.values()) if len(ids) == 1}
         scores = [order.get(i, 0.0) if len(t.tokens.get(i, "")) > 1 else 0.0 for i in range(t.vocab_size)]
-    return {"model": "llama", "pre": "default", "scores": scores,
-            "add_space_prefix": t.space not in ("never", "replace")}
+    return {"model": "llama", "scores": scores, "add_space_prefix": t.space not in ("never", "replace")}
 
 
 def _difference(t: BPE, spec: dict) -> str:

@@ -1,28 +1,16 @@
-"""generate.py against transformers' generate, and against running the whole prefix again for each token."""
+"""generate.py against transformers' generate (real weights: test_model.py), and against running the whole prefix again
+for each token."""
 
 import shutil
 
 import pytest
 import torch
-import transformers
-from transformers import GenerationConfig
-from twins import CAUSAL, assert_near, padded, pair, words
+from twins import CAUSAL, assert_near, generated, padded, pair, words
 
-import model
 import sibo
-from sibo_lab.backbone import generate, locate, tokenizer
+from sibo_lab.backbone import generate
 
-PROMPTS = ["The capital of France is Paris, and the river that runs through it is called the Seine.",
-           "Tom has 3 boxes of 12 pens and gives 7 pens away. How many pens does he have left?", "Once upon a time"]
 ROWS = [words(1, n, seed=n)[0].tolist() for n in (7, 2, 12, 1, 9)]
-
-
-def generated(theirs, ids, mask=None, **how) -> torch.Tensor:
-    """What transformers' generate gives for our arguments, with nothing from the model's own generation settings."""
-    how = {"pad_token_id": 2, "eos_token_id": None, "num_beams": 1, **how}
-    theirs.generation_config = GenerationConfig(bos_token_id=0, do_sample=False, **how)
-    mask = torch.ones_like(ids) if mask is None else mask
-    return theirs.generate(ids, attention_mask=mask, generation_config=theirs.generation_config)
 
 
 @torch.no_grad()
@@ -32,28 +20,6 @@ def greedy_without_cache(m: torch.nn.Module, ids: torch.Tensor, mask: torch.Tens
         ids = torch.cat((ids, m(ids, mask)[:, -1].argmax(-1, keepdim=True)), 1)
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
     return ids
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    path = locate.locate("smollm2-135m")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return theirs.eval(), model.from_pretrained("smollm2-135m"), tokenizer.from_pretrained("smollm2-135m")
-
-
-def test_smollm2_writes_transformers_64_tokens_from_prompts_of_different_lengths(smollm2):
-    theirs, ours, t = smollm2
-    ids, mask = padded([t.encode(s) for s in PROMPTS], "left")
-    written = generate.generate(ours, ids, mask, max_new_tokens=64)
-    assert written.shape[1] == ids.shape[1] + 64
-    assert torch.equal(written, generated(theirs, ids, mask, max_new_tokens=64))
-
-
-def test_smollm2_beams_are_transformers_beams(smollm2):
-    theirs, ours, t = smollm2
-    ids, mask = padded([t.encode(s) for s in PROMPTS[1:]], "left")
-    how = {"max_new_tokens": 12, "num_beams": 4, "eos_token_id": t.encode(".")[-1], "pad_token_id": 2}
-    assert torch.equal(generate.generate(ours, ids, mask, **how), generated(theirs, ids, mask, **how))
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -89,7 +55,7 @@ def test_a_prefix_fed_in_pieces_has_the_logits_of_the_whole(tmp_path):
 def test_beams_are_transformers_beams(tmp_path, family, num_beams, stop):
     ids, mask = padded([[t % 17 for t in row] for row in ROWS], "left")
     stopped = 0
-    for seed in range(4):
+    for seed in range(2):
         theirs, ours = pair(family, tmp_path / str(seed), seed, vocab_size=17)
         how = {"max_new_tokens": 16, "num_beams": num_beams, "pad_token_id": 2}
         if stop:  # at a token that the first row writes when nothing stops it
@@ -97,7 +63,7 @@ def test_beams_are_transformers_beams(tmp_path, family, num_beams, stop):
         written = generate.generate(ours, ids, mask, **how)
         assert torch.equal(written, generated(theirs, ids, mask, **how))
         stopped += int((written[:, ids.shape[1]:] == how.get("eos_token_id", -1)).any(1).sum())
-    assert not stop or 0 < stopped < 4 * len(ROWS), "some rows stop early and some do not"
+    assert not stop or 0 < stopped < 2 * len(ROWS), "some rows stop early and some do not"
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])

@@ -4,6 +4,7 @@ Tiny random models whose large weights make every word count; a prompt and its c
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def naive_likelihood(m, prompt, choice):
     """A forward pass of its own over prompt and choice: no cache, no batch, no padding."""
     given, written = batch.continuation(prompt, choice, Bytes())
     logp = m(torch.tensor([given + written])).log_softmax(-1)[0]
-    return float(logp[torch.arange(len(given) - 1, len(given) + len(written) - 1), written].sum()), len(written)
+    return logp[torch.arange(len(given) - 1, len(given) + len(written) - 1), written].tolist()
 
 
 @llms
@@ -69,10 +70,9 @@ def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_
                                                                                           batch_size):
     m = tiny(family, method)
     found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
-    expected = [[naive_likelihood(m, QUESTIONS[i], choice) for choice in CHOICES[i]] for i in order]
-    assert [[n for _, n in row] for row in found] == [[n for _, n in row] for row in expected]
-    for row, wanted in zip(found, expected, strict=True):
-        assert [x for x, _ in row] == pytest.approx([x for x, _ in wanted], abs=1e-5, rel=1e-6)
+    for i, row in zip(order, found, strict=True):
+        for choice, logps in zip(CHOICES[i], row, strict=True):
+            assert logps == pytest.approx(naive_likelihood(m, QUESTIONS[i], choice), abs=1e-5, rel=1e-6)
 
 
 def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
@@ -82,7 +82,8 @@ def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
     found = scoring.likelihoods(m, Bytes(), ["question"] * 2, [choices] * 2)
     assert read[:2] == [(1, len("questio")), (2, len("n" "the "))]
     for row in found:
-        assert [x for x, _ in row] == pytest.approx([x for x, _ in expected], abs=1e-5, rel=1e-6)
+        for logps, wanted in zip(row, expected, strict=True):
+            assert logps == pytest.approx(wanted, abs=1e-5, rel=1e-6)
 
 
 def test_a_prompt_is_read_once_for_all_its_choices_with_what_these_begin_with():
@@ -115,7 +116,8 @@ def test_neither_batch_size_nor_padding_nor_order_changes_an_answer_or_a_choice(
     assert len({r["response"] for r in alone.records}) > 1
     for batch_size, order in ((2, [0, 1, 2, 3, 4]), (5, [4, 2, 0, 1, 3]), (64, [3, 0, 1, 4, 2])):
         found = scoring.score_examples(m, Bytes(), task, [examples[i] for i in order], batch_size, beams)
-        assert found.records == [alone.records[i] for i in order]
+        for i, record in zip(order, found.records, strict=True):
+            assert record == alone.records[i] | {"choices": pytest.approx(alone.records[i]["choices"], abs=1e-4)}
         assert (found.score, found.interval, found.more) == (alone.score, alone.interval, alone.more)
 
 
@@ -180,9 +182,10 @@ def test_of_a_long_answer_the_end_is_shown_without_its_full_stop():
 
 
 def scored(monkeypatch, task, responses, golds, **of_example):
+    """By a tokenizer of words."""
     monkeypatch.setattr(scoring, "responses", lambda *args: responses)
-    return scoring.score_examples(None, None, tasks.task(task), [tasks.Example("q", "", g, **of_example)
-                                                                   for g in golds])
+    t, task = SimpleNamespace(encode=str.split), tasks.task(task)
+    return scoring.score_examples(None, t, task, [tasks.Example("q", "", g, **of_example) for g in golds])
 
 
 def test_a_score_says_what_was_answered_how_often_and_what_was_not(monkeypatch):
@@ -200,15 +203,18 @@ def test_aqua_is_scored_officially_and_by_the_last_letter_that_stands_alone(monk
     assert [r["last letter"] for r in found.records] == ["B", "A", "D", None]
 
 
-def test_the_likeliest_choice_is_scored_in_all_and_a_token(monkeypatch):
-    asked = []
+def test_the_likeliest_choice_is_scored_in_all_per_token_and_without_what_all_begin_with_per_character(monkeypatch):
+    asked, lead = [], [-1.0] * 4
     monkeypatch.setattr(scoring, "likelihoods", lambda m, t, prompts, choices, size: asked.extend(choices) or [
-        [(-4.0, 2), (-5.0, 5)], [(-1.0, 1), (-9.0, 3)]])
+        [[*lead, -4.0], [*lead, -1.2, -1.2, -1.2, -1.2]], [[*lead, -1.0], [*lead, -1.2]]])
     found = scored(monkeypatch, "boolq", ["true", ""], ["true", "false"], choices=("true", "false"))
     assert asked == [["the correct answer is true", "the correct answer is false"]] * 2
-    assert found.score == 0.5 and found.more == {"likelihood": 0.5, "likelihood, per token": 0.0}
+    assert found.score == 0.5 and found.more == {
+        "likelihood": 0.5, "likelihood, per token": 0.0, "likelihood, per character": 0.5}
     assert [r["likelihood"] for r in found.records] == ["true", "true"]
     assert [r["likelihood, per token"] for r in found.records] == ["false", "true"]
+    assert [r["likelihood, per character"] for r in found.records] == ["false", "false"]
+    assert [r["choices"] for r in found.records] == [{"true": -4.0, "false": -4.8}, {"true": -1.0, "false": -1.2}]
 
 
 def test_where_any_answer_may_be_given_none_is_likeliest(monkeypatch):

@@ -489,7 +489,7 @@ def test_the_commands_write_a_run_that_scores_the_same(tmp_path, capsys):
     ({"method": "lora-sibo", "lam": 0.1, "learn_lam": True}, (), "got λ = 0.1"),
     ({"method": "adapter-sibo", "lam": 0.2}, (), "got adapters with gguf"),
     ({"method": "lora", "lam": 0.0, "base_bits": 4}, (), "got one of 4 bits"),
-    ({"method": "lora", "lam": 0.0}, ("--merge",), "got both"),
+    ({"method": "lora", "lam": 0.0}, ("--merge",), "got --merge with gguf"),
     ({"method": "lora", "lam": 0.0}, ("--export", "hf", "x", "--outtype", "f16"), "expected --export gguf FILE"),
     ({"method": "lora", "lam": 0.0}, ("--export", "gguf", "x.bin"), "a new file, named NAME.gguf, got x.bin"),
     ], ids=str)
