@@ -56,7 +56,8 @@ def push(folder: Path, name: str) -> str:
             if not others:
                 api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload of a fine-tuned model")
     except Exception as e:  # the client's own, httpx's and the system's
-        said = str(e.__cause__ or e).replace(token or "\0", "…") or type(e).__name__
+        e = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # which says only the file's name
+        said = str(e).replace(token or "\0", "…") or type(e).__name__
         raise OSError(f"--push {name}: the hub did not take it ({files.one_line(ValueError(said))}); {folder} is "
                       f"whole: `hf upload {name} {folder}` tries again") from None
     if others:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import hub_server
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 import eval as evaluation
@@ -114,7 +114,7 @@ def test_what_the_hub_refuses_is_one_line_without_the_token_that_it_repeats(fail
     out, err = capsys.readouterr()
     line = err.splitlines()[-1]
     assert e.value.code == 2 and line.startswith("error: --push me/m: the hub did not take it (")
-    assert str(status) in line and "is whole: `hf upload me/m" in line
+    assert str(status) in line and "refused Bearer …" in line and "is whole: `hf upload me/m" in line
     assert LOGIN not in out + err and "Traceback" not in err
 
 
