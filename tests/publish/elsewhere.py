@@ -1,5 +1,5 @@
 """Opens exported folders as a stranger would: with torch and transformers, without this project. Run by itself:
-python -I tests/publish/elsewhere.py FOLDER ..., each with an expected.pt (see test_folder.py) beside its weights."""
+python -P tests/publish/elsewhere.py FOLDER ..., each with an expected.pt (see test_folder.py) beside its weights."""
 
 import importlib.util
 import sys
