@@ -62,9 +62,10 @@ def similarity_rows(m: nn.Module, t: subwords.Tokenizer, test: Sequence, most: i
 
 
 def main(args: Namespace) -> None:
-    if args.push is not None and not args.export:
-        raise ValueError(f"--push {args.push}: expected --export too, and a run to upload, got none")
     if args.push is not None:
+        if (args.export or [""])[0] not in ("hf", "peft"):
+            raise ValueError(f"--push {args.push}: expected --export hf or peft, a folder to upload, got "
+                             f"{args.export[0] if args.export else 'none'}")
         hub.require(args.push)
     if args.table:
         return table(args)
@@ -115,7 +116,7 @@ def export_run(args: Namespace) -> None:
     if kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
-        folder.write(m, out, args.path)
+        folder.write(m, out, args.path, args.classes)
     card.write(out, kind, args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None), args.path,
                args.head)
     print(f"{out}/")

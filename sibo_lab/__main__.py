@@ -3,11 +3,19 @@
 import importlib
 import sys
 
+
+def export(args: list[str]) -> list[str]:
+    """eval.py's options; ValueError for too few arguments."""
+    if len(args) < 3 and not {"-h", "--help"} & {*args}:
+        raise ValueError(f"expected python -m sibo_lab export RUN hf|peft|gguf PLACE, got {' '.join(args) or 'no RUN'}")
+    return [*args[:1], "--export", *args[1:]]
+
+
 COMMANDS = {  # the module that carries it out; the options it takes, from what follows the command's name
     "data": ("sibo_lab.data.commands", list),
     "study": ("sibo_lab.tools.study", list),
     "bench": ("sibo_lab.tools.bench", list),
-    "export": ("eval", lambda args: [*args[:1], "--export", *args[1:]]),  # RUN peft|hf|gguf PLACE
+    "export": ("eval", export),
     "table": ("eval", lambda args: ["--table", *args]),  # DIR ...
 }
 
@@ -16,7 +24,7 @@ HELP = """usage: python -m sibo_lab COMMAND …   (each has its own --help)
   data list | fetch | overlap | show | harness   the benchmarks' files; what a model sees of them, or of yours
   study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms
   bench                           speed and memory
-  export RUN peft|hf|gguf PLACE    a run for other libraries, as eval.py --export
+  export RUN hf|peft|gguf PLACE   a run for other libraries, as eval.py --export
   table DIR …                     runs side by side, as eval.py --table"""
 
 
@@ -29,13 +37,14 @@ def main() -> None:
         if name not in COMMANDS:
             raise ValueError(f"expected python -m sibo_lab {'|'.join(COMMANDS)}, got {name or 'no command'}")
         module, options = COMMANDS[name]
+        given = options(args)
         room = importlib.import_module(module)  # only this one: `data list` need not wait for the others' libraries
         from sibo_lab import cli  # nor --help for torch
     except (ValueError, ModuleNotFoundError) as e:
         need = "; run it in a checkout, after pip install -r requirements.txt" if isinstance(e, ImportError) else ""
         print(f"error: {e}{need}", file=sys.stderr)
         sys.exit(2)
-    cli.run(room.main, room.parser(), options(args))
+    cli.run(room.main, room.parser(), given)
 
 
 if __name__ == "__main__":

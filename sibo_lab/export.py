@@ -55,7 +55,7 @@ def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     s = getattr(m, "sibo", None)
     got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else s.lam and f"λ = {s.lam}"
     if got:
-        raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft has no h0, no adapters; hf folds SIBO")
+        raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft has no h0 and no adapters; use hf")
     loras = {n: x for n, x in m.named_modules() if isinstance(x, sibo.LoRA)}
     whole = {their_name(m, n): p for n, p in m.named_parameters()
              if (p.requires_grad or n.startswith("classifier.")) and n.removesuffix(".base.weight").removesuffix(
@@ -203,7 +203,8 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
 def require_empty(folder: Path) -> None:
     """Older weights would be loaded in place of the export's; the backbone's own would be lost."""
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: expected a new folder to export to, or an empty one, got one with files in it")
+        raise ValueError(f"{folder}: expected a new folder to export to, or an empty one, got "
+                         f"{'a file' if folder.is_file() else 'one with files in it'}")
 
 
 def require_new(file: Path) -> None:

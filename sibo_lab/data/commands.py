@@ -132,7 +132,8 @@ def write_harness(args: argparse.Namespace, data_dir: Path) -> None:
     for t, test in tests:
         about = {"protocol": args.protocol, "examples": len(test), "sha256": batch.digest(test)}
         harness.write(args.folder, t.name, found[t.name], about)
-    print("lm_eval --include_path", args.folder, "--tasks", ",".join(f"sibo_{name}" for name in found))
+    print("HF_HUB_OFFLINE=1 lm_eval --model hf --model_args pretrained=FOLDER,dtype=float32,trust_remote_code=True "
+          f"--include_path {args.folder} --tasks {','.join(f'sibo_{name}' for name in found)}")
 
 
 def parser() -> cli.Parser:

@@ -63,22 +63,19 @@ def parser() -> cli.Parser:
 
 def require_exportable(args: argparse.Namespace, kind: str, out: str) -> None:
     """ValueError for what --export `kind` does not write, before anything is loaded."""
-    run, adapter = args.config, args.config.get("method", "").startswith("adapter")
-    unfit = (kind if kind not in ("hf", "peft", "gguf") else "no run" if not run else
-             f"one of {run['base_bits']} bits" if run.get("base_bits") else
-             f"--merge with {kind}" if args.merge and kind != "hf" else
-             "--merge of adapters, whose tanh does not fold" if args.merge and adapter else
-             f"adapters with {kind}" if adapter and kind != "hf" else
-             f"λ = {run['lam']}, and a .gguf file has no h0" if kind == "gguf" and run.get("lam") else "")
-    if unfit:
-        raise ValueError("--export: expected hf with a run of 16-bit weights or wider, or peft or gguf with such a run "
-                         f"of a plain LoRA, got {unfit}")
-    if kind == "gguf":
-        export.require_new(Path(out))
-    else:
-        export.require_empty(Path(out))
-    if args.push is not None and kind == "gguf":
-        raise ValueError(f"--push {args.push}: expected --export hf or peft, got gguf; upload the file by itself")
+    run, peer = args.config, {"peft": "peft", "gguf": "llama.cpp"}.get(kind)
+    adapter = run.get("method", "").startswith("adapter")
+    wrong = ("expected hf, peft or gguf, got " + kind if not peer and kind != "hf" else
+             f"expected a run, got {args.backbone} alone" if not run else
+             f"expected weights of 16 bits or wider, got {run['base_bits']}; train without --base-bits"
+             if run.get("base_bits") else
+             f"expected a plain LoRA, got adapters, which {peer} has no place for; use hf" if peer and adapter else
+             f"expected λ = 0, got λ = {run['lam']}, and {peer} has no h0; use hf" if peer and run.get("lam") else
+             f"expected --merge with hf only, got {kind}" if args.merge and peer else
+             "expected --merge with LoRA, got adapters, whose tanh does not fold" if args.merge and adapter else "")
+    if wrong:
+        raise ValueError(f"--export {kind}: {wrong}")
+    export.require_new(Path(out)) if kind == "gguf" else export.require_empty(Path(out))
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -93,11 +90,13 @@ def complete(args: argparse.Namespace) -> None:
     tests = tasks.parse(*names, ignore_columns=ignored) if names else trained
     tasks.require_own(args.ignore_columns, *tests)
     args.tests = tasks.scored_whole(tests, trained if run else [])
+    args.classes = trained[0].classes if run else ()
     name, labels, args.head = args.tests[0].name, args.tests[0].num_labels, trained[0].num_labels if run else 0
+    if args.outtype and (args.export or [""])[0] != "gguf":
+        raise ValueError(f"--outtype {args.outtype}: expected --export gguf FILE, got "
+                         f"{'--export ' + args.export[0] if args.export else 'none'}")
     if args.export:
         require_exportable(args, *args.export)
-    if args.outtype and (args.export or [""])[0] != "gguf":
-        raise ValueError(f"--outtype {args.outtype}: expected --export gguf FILE, got none")
     if args.merge and not (run or args.peft):
         raise ValueError(f"--merge: expected a run, or --peft, got {args.backbone} alone, which has nothing to fold")
     if args.peft and run:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sibo_lab import cli, files
 from sibo_lab.backbone import gguf, locate
-from sibo_lab.data import tasks
+from sibo_lab.data import batch, tasks
 from sibo_lab.evaluation import compare
 from sibo_lab.settings import Settings
 
@@ -16,8 +16,7 @@ METHODS = {"full": "all weights trained", "adapter": "adapters (Eq. 1)", "lora":
            "lora-sibo": "LoRA that also sees h0, what entered the first block (LoRA-SIBO, Eq. 5)"}
 NOTHING = hashlib.sha256().hexdigest()  # of no examples
 OF_METHOD = {"lora": ("rank", "alpha", "dropout", "frozen_too"), "adapter": ("bottleneck", "side", "skip")}
-OF_RUN = ("steps", "batch_size", "lr", "warmup", "cutoff", "train_on_inputs", "protocol", "dtype",
-          "base_bits", "seed")  # of config.json
+OF_RUN = ("steps", "batch_size", "lr", "warmup", "cutoff", "dtype", "base_bits", "seed")  # of config.json
 PAPER = "[SIBO: A Simple Booster for Parameter-Efficient Fine-Tuning](https://arxiv.org/abs/2402.11896)"
 CITATION = """@inproceedings{wen2024sibo, title = {{SIBO}: A Simple Booster for Parameter-Efficient Fine-Tuning},
   author = {Wen, Zhihao and Zhang, Jie and Fang, Yuan}, year = {2024}, url = {https://arxiv.org/abs/2402.11896},
@@ -45,16 +44,20 @@ def write(folder: Path, kind: str, name: str, config: dict, result: dict, settin
     result: its result.json; settings: those in force; source: the backbone's files; num_labels: 0 of an LLM."""
     base = _hub_id(str(config.get("backbone")), source)
     backbone, licences = base or compare.name_of(str(config.get("backbone"))), _licences(source)
+    if source.is_file() and source.name != backbone:
+        backbone += f" ({source.name})"  # whose name says its bits
+    on = ", ".join(_tasks(config.get("test") or config.get("task")))
     versions, meta = _dict(result, "versions"), {key: result.get(key) for key in ("date", "git")}
     parts = [
         f"---\n{_front_matter(kind, name, config, result, _agreed(licences), base, num_labels)}\n---\n",
-        f"# {_text(compare.name_of(name))}\n\n{_summary(kind, backbone, config, settings)}\n",
+        f"# {_text(compare.name_of(name))}\n\n{_summary(folder, kind, backbone, config, settings)}\n",
         _section("Method", _table(["", ""], _method(backbone, config, result, settings))),
         _section("Data", _table(["examples", "sha256"], [
             [compare.name_of(part), x] for part, x in _dict(result, "sha256").items() if x != NOTHING])),
-        _section("Scores", _table(["", result.get("metric", "score"), "95 % interval", "examples"],
+        _section("Scores", _table([f"on {on}", result.get("metric", "score"), "95 % interval", "examples"],
                                   _scores(result, num_labels))),
-        _section("How to load it", _fenced(_loading(folder, kind, name, backbone, num_labels), "python")),
+        _section("How to load it", _fenced(_loading(folder, kind, name, backbone, source, num_labels), "python")),
+        _section("How to ask it", "" if num_labels else _asking(str(config.get("protocol", "clean")))),
         _section("How it was trained", _fenced(compare.without_folders(str(result.get("command", ""))), "sh"),
                  _table(["", ""], [[key, value] for key, value in (meta | versions).items() if value])),
         _section("Licence", _licence(licences)), _section("Citation", _fenced(CITATION, "bibtex"))]
@@ -71,15 +74,17 @@ def _front_matter(kind: str, name: str, config: dict, result: dict, licence: dic
     return ModelCardData(
         **licence, base_model=base, library_name="peft" if kind == "peft" else "transformers", pipeline_tag=task,
         tags=list(dict.fromkeys(filter(None, ("sibo" * method.endswith("-sibo"), method.partition("-")[0], method)))),
-        datasets=[n for n in _tasks(config.get("task")) if re.fullmatch(r"\w[\w.-]*", n, re.A)] or None,
         model_name=_line(compare.name_of(name)) or "model", eval_results=scored).to_yaml()
 
 
-def _summary(kind: str, backbone: str, config: dict, settings: Settings | None) -> str:
+def _summary(folder: Path, kind: str, backbone: str, config: dict, settings: Settings | None) -> str:
     on = f", fine-tuned on {_text(', '.join(names))}" if (names := _tasks(config.get("task"))) else ""
     how = f"{_text(_known(config, settings))}, of {PAPER}" if settings else METHODS["full"]
     held = ("what was trained, to be put onto the backbone's own weights" if kind == "peft" else
             "the whole model, the backbone's weights included")
+    said = files.read_json(folder / "config.json").get("sibo", {"method": "lora-folded"}) if kind == "hf" else {}
+    if settings and settings.method == "lora" and said.get("method") == "lora-folded":
+        held += ", with LoRA folded in"
     return f"The backbone {_text(backbone)}{on}: {how}. This folder holds {held}."
 
 
@@ -93,9 +98,9 @@ def _method(backbone: str, config: dict, result: dict, settings: Settings | None
     rows = [["backbone", backbone], ["method", _known(config, settings)],
             [f"λ, learned, of {len(lam)} modules in their order" if isinstance(lam, list) else "λ", lam]]
     if settings:
-        rows += [["adapted", settings.targets], ["get h0", settings.sibo_at if settings.lam else "none"],
+        rows += [["adapted", settings.targets], ["get h0", settings.sibo_at if settings.lam else None],
                  ["trained whole", settings.modules_to_save]]
-        rows += [[key, getattr(settings, key)] for key in OF_METHOD[settings.method]]
+        rows += [[key, getattr(settings, key) or None] for key in OF_METHOD[settings.method]]
     rows += [[label, f"{n:,}" if type(n := result.get(key)) is int else None] for label, key in (
         ("trained parameters", "trainable_parameters"), ("parameters", "total_parameters"))]
     return [row for row in rows + [[key, config.get(key)] for key in OF_RUN] if row[1] not in (None, (), [])]
@@ -118,7 +123,14 @@ def _scores(result: dict, num_labels: int) -> list[list]:
     return rows
 
 
-def _loading(folder: Path, kind: str, name: str, backbone: str, num_labels: int) -> str:
+def _asking(protocol: str) -> str:
+    """The prompt that a question stands in."""
+    if protocol not in batch.PROMPTS:
+        return "By the chat template of its tokenizer."
+    return "\n\n".join(["In the prompt that it was tuned with:", _fenced(batch.prompt("QUESTION", protocol), "")])
+
+
+def _loading(folder: Path, kind: str, name: str, backbone: str, source: Path, num_labels: int) -> str:
     """Python that loads what stands in `folder`."""
     auto = f"AutoModelFor{'SequenceClassification' if num_labels else 'CausalLM'}"
     own_code = kind == "hf" and "auto_map" in files.read_json(folder / "config.json")
@@ -127,12 +139,13 @@ def _loading(folder: Path, kind: str, name: str, backbone: str, num_labels: int)
     lines = [f"from transformers import {auto}" + ", AutoTokenizer" * tokenizer, "",
              f"DIR = {_line(name)!r}  # this folder, or its name on the hub"]
     if kind == "peft":
-        lines = ["from peft import PeftModel", *lines,
-                 f"BACKBONE = {_line(backbone)!r}  # its name there, or its folder",
-                 f"model = PeftModel.from_pretrained({auto}.from_pretrained(BACKBONE{labels}), DIR)"]
+        file = f", gguf_file={source.name!r}" if source.is_file() else ""
+        at = "the folder of that file" if file else "its name there, or its folder"
+        lines = ["from peft import PeftModel", *lines, f"BACKBONE = {_line('FOLDER' if file else backbone)!r}  # {at}",
+                 f"model = PeftModel.from_pretrained({auto}.from_pretrained(BACKBONE{labels}{file}), DIR)"]
     else:
-        lines.append(f"model = {auto}.from_pretrained(DIR{trust})")
-    more = f"tokenizer = AutoTokenizer.from_pretrained({'BACKBONE' if kind == 'peft' else f'DIR{trust}'})"
+        lines.append(f"model = {auto}.from_pretrained(DIR{trust})" + "  # transformers 4.53.3 or newer" * own_code)
+    more = f"tokenizer = AutoTokenizer.from_pretrained({f'BACKBONE{file}' if kind == 'peft' else f'DIR{trust}'})"
     return "\n".join(lines + [more] * tokenizer)
 
 

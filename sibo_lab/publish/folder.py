@@ -8,10 +8,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import sibo
@@ -29,10 +28,11 @@ LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, 
 CODE = Path(__file__).with_name("modeling_sibo.py")
 
 
-def write(m: nn.Module, folder: Path, source: Path) -> None:
+def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ()) -> None:
     """Writes `m` as it is (a plain LoRA is folded first, in place) to a new `folder`, with config and tokenizer from
-    the backbone's folder or .gguf file `source`. ValueError, before anything is folded or written, for what no module
-    of transformers does, for a disabled model, and for a `folder` with files in it."""
+    the backbone's folder or .gguf file `source`; `classes` are the names of a classifier's. ValueError, before anything
+    is folded or written, for what no module of transformers does, for a disabled model, and for a `folder` with files
+    in it."""
     require_empty(folder)
     s = getattr(m, "sibo", None)
     if s and s.method == "lora" and not s.lam:
@@ -45,7 +45,7 @@ def write(m: nn.Module, folder: Path, source: Path) -> None:
         files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
         files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
-    spec = _config(m, config.read_spec(source), tensors)
+    spec = _config(m, config.read_spec(source), tensors, classes)
     if told:
         kind, family = spec["architectures"][0], spec["model_type"]
         auto = f"AutoModel{kind[kind.index('For'):]}" if "For" in kind else "AutoModel"
@@ -92,7 +92,7 @@ def method(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str
     if s.frozen_too and any(x.down is None for x in layers.values()):
         told |= {"rank": 0}  # its weight reads h̃, and holds W_down W_up
     h0 = their_module(m, f"blocks.{first[s.h0]}", s)
-    lam = {names[n]: torch.as_tensor(x.lam()).item() for n, x in layers.items()}
+    lam = {names[n]: x.lam_start if x.lam_logit is None else x.lam().item() for n, x in layers.items()}
     return told | {"frozen_too": s.frozen_too, "h0": h0, "lam": lam}
 
 
@@ -102,7 +102,7 @@ def code(kind: str, family: str) -> str:
     return text.replace("LlamaConfig", re.sub("For.*|Model", "Config", kind))
 
 
-def _config(m: nn.Module, spec: dict, tensors: dict[str, Tensor]) -> dict:
+def _config(m: nn.Module, spec: dict, tensors: dict[str, Tensor], classes: Sequence[str]) -> dict:
     """The backbone's config.json, of these weights."""
     head = getattr(m, "classifier", None)
     spec = {k: v for k, v in spec.items() if k not in ("torch_dtype", "auto_map")}  # dtype's older name; code not here
@@ -112,7 +112,8 @@ def _config(m: nn.Module, spec: dict, tensors: dict[str, Tensor]) -> dict:
         spec["tie_word_embeddings"] = "lm_head.weight" not in tensors
     if head:
         n = head.out.out_features
-        spec |= {"id2label": {i: f"LABEL_{i}" for i in range(n)}, "label2id": {f"LABEL_{i}": i for i in range(n)},
+        named = list(classes) or [f"LABEL_{i}" for i in range(n)]
+        spec |= {"id2label": dict(enumerate(named)), "label2id": {name: i for i, name in enumerate(named)},
                  "problem_type": "regression" if n == 1 else "single_label_classification"}
     return spec
 

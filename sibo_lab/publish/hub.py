@@ -24,7 +24,7 @@ def require(name: str) -> None:
     if not fits:
         raise ValueError(f"--push: expected ORG/NAME, of letters, digits, -, _ and ., got {files.quoted(name)}")
     if files.offline() or constants.HF_HUB_OFFLINE:
-        raise ValueError(f"--push {name}: expected a network, got --offline (HF_HUB_OFFLINE), which forbids it")
+        raise ValueError(f"--push {name}: expected a network, got --offline or HF_HUB_OFFLINE, which forbids it")
     try:
         token = get_token()
     except Exception as e:  # of a token's renewal
@@ -58,7 +58,7 @@ def push(folder: Path, name: str) -> str:
     except Exception as e:  # the client's own, httpx's and the system's
         e = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # which says only the file's name
         said = str(e).replace(token or "\0", "…") or type(e).__name__
-        raise OSError(f"--push {name}: the hub did not take it ({files.one_line(ValueError(said))}); {folder} is "
+        raise OSError(f"--push {name}: the upload failed ({files.one_line(ValueError(said))}); {folder} is "
                       f"whole: `hf upload {name} {folder}` tries again") from None
     if others:
         raise ValueError(f"--push {name}: expected a new repository, or one with the same files, got one with "

@@ -1,4 +1,4 @@
-"""SIBO on transformers' LlamaForCausalLM: adapters or LoRA that also see h0, the initial token representation.
+"""SIBO on LlamaForCausalLM: adapters or LoRA that also see h0, the initial token representation.
 
 Paper: Wen, Zhang, Fang, Findings of ACL 2024, arXiv 2402.11896, whose equation numbers stand below. The weights are
 LlamaForCausalLM's, and for each adapted module NAME also NAME.sibo.down, W_down (r, d_in), and NAME.sibo.up, W_up
@@ -96,11 +96,16 @@ class SIBOModel(LlamaForCausalLM):
         self.initial.h0, self.complete = args[0] if args else kwargs["hidden_states"], True
 
     def release(self, base: nn.Module, args: tuple, output: dict | tuple) -> None:
-        """Ends the pass; but checkpointed blocks run again, in its backward pass."""
+        """Ends the pass; but in its backward pass checkpointed blocks run again."""
         h0, self.initial.h0 = self.initial.h0, None
+
+        def again(grad: Tensor) -> None:
+            self.initial.h0 = h0
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(self.initial, "h0", None))
+
         for t in tree_leaves(tuple(output.values()) if isinstance(output, dict) else output):
             if isinstance(t, Tensor) and t.requires_grad:
-                t.register_hook(lambda grad: setattr(self.initial, "h0", h0))
+                t.register_hook(again)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> "SIBOModel":

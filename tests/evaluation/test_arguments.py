@@ -52,9 +52,9 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
     (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, got --task mawps,aqua"),
     (("RUN", "--similarity", "--compile"), "--compile: expected an LLM that answers questions, got --similarity"),
     (("RUN", "--task", "rte"), "expected a run that can answer rte, got one on word-problems"),
-    (("RUN", "--export", "onnx", "DIR"), "--export: expected hf with a run .* a plain LoRA, got onnx"),
-    (("RUN", "--export", "peft", "DIR", "--merge"), "--export: expected hf .* got --merge with peft"),
-    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export: expected hf with a run .* got no run"),
+    (("RUN", "--export", "onnx", "DIR"), "--export onnx: expected hf, peft or gguf, got onnx"),
+    (("RUN", "--export", "peft", "DIR", "--merge"), "--export peft: expected --merge with hf only, got peft"),
+    (("--backbone", "minilm", "--export", "hf", "DIR"), "--export hf: expected a run, got minilm alone"),
     (("RUN", "--ignore-columns", "id"), "--ignore-columns id: expected a file of your own, got word-problems"),
     (("--backbone", "minilm"), "minilm: expected a trained classifier head, got none; name a run"),
     (("--backbone", "minilm", "--ask", "How many?"), "minilm: expected a trained classifier head, got none"),
@@ -74,9 +74,10 @@ def test_a_classifier_cannot_be_asked_nor_scored_on_another_kind_of_task(complet
 
 def test_what_cannot_be_exported_is_refused_before_weights_are_read(complete):
     for changes, options, got in (
-            ({"base_bits": 8}, ("hf",), "one of 8 bits"), ({"method": "adapter"}, ("peft",), "adapters with peft"),
-            ({"method": "adapter-sibo"}, ("gguf",), "adapters with gguf"),
-            ({"method": "lora-sibo", "lam": 0.3}, ("gguf",), "λ = 0.3, and a .gguf file has no h0"),
-            ({"method": "adapter"}, ("hf", "--merge"), "--merge of adapters, whose tanh does not fold")):
-        with pytest.raises(ValueError, match=f"expected hf with a run of 16-bit weights or wider, .*, got {got}"):
+            ({"base_bits": 8}, ("hf",), "weights of 16 bits or wider, got 8; train without --base-bits"),
+            ({"method": "adapter"}, ("peft",), "a plain LoRA, got adapters, which peft has no place for; use hf"),
+            ({"method": "adapter-sibo"}, ("gguf",), "a plain LoRA, got adapters, which llama.cpp has no place for"),
+            ({"method": "lora-sibo", "lam": 0.3}, ("gguf", "--merge"), "λ = 0, got λ = 0.3, and llama.cpp has no h0"),
+            ({"method": "adapter"}, ("hf", "--merge"), "--merge with LoRA, got adapters, whose tanh does not fold")):
+        with pytest.raises(ValueError, match=f"--export {options[0]}: expected {got}"):
             complete("RUN", "--export", options[0], "DIR", *options[1:], **changes)

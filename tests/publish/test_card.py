@@ -79,7 +79,7 @@ def test_the_front_matter_is_what_a_hub_looks_for(tmp_path):
     front, _ = page(tmp_path, config=CONFIG | {"task": "boolq+arc-e", "test": ["boolq"]})
     assert front == {
         "base_model": "meta/llama", "library_name": "peft", "pipeline_tag": "text-generation",
-        "tags": ["sibo", "lora", "lora-sibo"], "datasets": ["boolq", "arc-e"],
+        "tags": ["sibo", "lora", "lora-sibo"],
         "model-index": [{"name": "run", "results": [{
             "task": {"type": "text-generation"}, "dataset": {"name": "boolq", "type": "boolq"},
             "metrics": [{"type": "accuracy", "value": 0.615}]}]}]}

@@ -113,7 +113,7 @@ def test_what_the_hub_refuses_is_one_line_without_the_token_that_it_repeats(fail
         cli.run(lambda args: hub.push(tmp_path / "out", "me/m"), cli.Parser("x.py"), [])
     out, err = capsys.readouterr()
     line = err.splitlines()[-1]
-    assert e.value.code == 2 and line.startswith("error: --push me/m: the hub did not take it (")
+    assert e.value.code == 2 and line.startswith("error: --push me/m: the upload failed (")
     assert str(status) in line and "refused Bearer …" in line and "is whole: `hf upload me/m" in line
     assert LOGIN not in out + err and "Traceback" not in err
 
@@ -132,7 +132,7 @@ def test_a_hub_out_of_reach_is_one_line_and_the_export_is_there(server, run, tmp
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     code, out, line = command(run, "--export", "peft", tmp_path / "out", "--push", "me/m")
     assert (code, out) == (2, [f"{tmp_path / 'out'}/"]) and (tmp_path / "out" / "README.md").exists()
-    assert line.startswith("error: --push me/m: the hub did not take it (")
+    assert line.startswith("error: --push me/m: the upload failed (")
 
 
 @pytest.mark.parametrize(("args", "says"), [
@@ -140,7 +140,7 @@ def test_a_hub_out_of_reach_is_one_line_and_the_export_is_there(server, run, tmp
     (("me/my/model",), "--push: expected ORG/NAME"), (("me/a--b",), "--push: expected ORG/NAME"),
     (("https://huggingface.co/me/m",), "--push: expected ORG/NAME"), (("",), "--push: expected ORG/NAME"),
     ((f"me/{TOKEN} x",), "got 'me/hf_… x'"),
-    (("me/m", "--offline"), "--push me/m: expected a network, got --offline (HF_HUB_OFFLINE), which forbids it")])
+    (("me/m", "--offline"), "--push me/m: expected a network, got --offline or HF_HUB_OFFLINE, which forbids it")])
 def test_what_cannot_be_uploaded_is_refused_before_anything_is_read(args, says, command, tmp_path):
     code, out, line = command("no-such-run", "--export", "hf", tmp_path / "hf", "--push", *args)
     assert (code, out) == (2, []) and says in line and not (tmp_path / "hf").exists()
@@ -156,7 +156,7 @@ def test_without_a_token_it_says_how_to_get_one(command, tmp_path, login):
 @pytest.mark.parametrize("args", [("run",), ("--table", "."), ("--backbone", "minilm")])
 def test_only_an_export_is_uploaded(args, command):
     code, _, line = command(*args, "--push", "me/m")
-    assert code == 2 and "--push me/m: expected --export too" in line
+    assert code == 2 and "--push me/m: expected --export hf or peft" in line
 
 
 def test_without_the_hubs_library_it_is_one_line(monkeypatch):

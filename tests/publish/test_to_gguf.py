@@ -485,12 +485,12 @@ def test_the_commands_write_a_run_that_scores_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("config", "more", "named"), [
-    ({"method": "lora-sibo", "lam": 0.2}, (), "got λ = 0.2, and a .gguf file has no h0"),
+    ({"method": "lora-sibo", "lam": 0.2}, (), "got λ = 0.2, and llama.cpp has no h0"),
     ({"method": "lora-sibo", "lam": 0.1, "learn_lam": True}, (), "got λ = 0.1"),
-    ({"method": "adapter-sibo", "lam": 0.2}, (), "got adapters with gguf"),
-    ({"method": "lora", "lam": 0.0, "base_bits": 4}, (), "got one of 4 bits"),
-    ({"method": "lora", "lam": 0.0}, ("--merge",), "got --merge with gguf"),
-    ({"method": "lora", "lam": 0.0}, ("--export", "hf", "x", "--outtype", "f16"), "expected --export gguf FILE"),
+    ({"method": "adapter-sibo", "lam": 0.2}, (), "got adapters, which llama.cpp has no place for"),
+    ({"method": "lora", "lam": 0.0, "base_bits": 4}, (), "16 bits or wider, got 4"),
+    ({"method": "lora", "lam": 0.0}, ("--merge",), "expected --merge with hf only"),
+    ({"method": "lora", "lam": 0.0}, ("--export", "hf", "x", "--outtype", "f16"), "expected --export gguf FILE, got --export hf"),
     ({"method": "lora", "lam": 0.0}, ("--export", "gguf", "x.bin"), "a new file, named NAME.gguf, got x.bin"),
     ], ids=str)
 def test_a_run_that_no_gguf_file_holds_is_refused_by_its_config_in_one_line(config, more, named, tmp_path, capsys):
