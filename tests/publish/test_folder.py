@@ -150,6 +150,23 @@ def test_a_module_called_by_itself_has_no_h0_left_over(tmp_path):
         loaded.model.layers[1].mlp(h)
 
 
+def test_nor_after_a_backward_pass_through_checkpointed_blocks(tmp_path):
+    _, folder = written("llama", False, "adapter-sibo", tmp_path)
+    loaded = opened("llama", False, folder).train()
+    loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    out = loaded(ids())
+    out.logits.sum().backward()
+    with pytest.raises(RuntimeError, match="got None; call the whole model"):
+        loaded.model.layers[1].mlp(torch.zeros(2, 7, 16))
+
+
+def test_a_classifiers_classes_keep_their_names(tmp_path):
+    _, ours = twins("bert", tmp_path / "base", True)
+    names = ["entailment", "neutral", "contradiction"]
+    publish.write(inject(ours, "adapter-sibo"), tmp_path / "hf", tmp_path / "base", names)
+    assert opened("bert", True, tmp_path / "hf").config.id2label == dict(enumerate(names))
+
+
 def test_reentrant_checkpointing_which_would_lose_h0s_gradient_is_an_error(tmp_path):
     _, folder = written("llama", False, "adapter-sibo", tmp_path)
     loaded = opened("llama", False, folder).train()
