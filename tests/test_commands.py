@@ -189,7 +189,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error():
     (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: expected a trained classifier head, got none"),
     (["eval.py", "--backbone", "minilm", "--similarity", "--task", "word-problems,word-problems"], "expected one task"),
     (["-m", "sibo_lab"], "expected python -m sibo_lab data|study|bench|export|table, got "),
-    (["-m", "sibo_lab", "export", "runs/a", "hf"], "expected python -m sibo_lab export RUN hf|peft|gguf PLACE, got runs"),
+    (["-m", "sibo_lab", "export", "runs/a", "hf"], "expected python -m sibo_lab export RUN hf|peft|gguf PLACE"),
     (["-m", "sibo_lab", "date"], "expected python -m sibo_lab data|study|bench|export|table, got date"),
     ([*DATA, "fetch", "gsm9k"], "unknown task 'gsm9k'; did you mean gsm8k"),
 ])
