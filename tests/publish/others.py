@@ -66,12 +66,12 @@ def by_generate(args, m, t, task: tasks.Task, examples: list) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32, **how).eval()
     speller = AutoTokenizer.from_pretrained(at, padding_side="left", **how)
     speller.pad_token = speller.pad_token or speller.eos_token
-    prompts = [batch.prompt_of(e, t, args.protocol) for e in examples]
+    prompts, most = [batch.prompt_of(e, t, args.protocol) for e in examples], args.new_tokens or task.max_new_tokens
     for beams in (1, 4):
-        ours, written = scoring.responses(m, t, prompts, task.max_new_tokens, args.batch_size, beams), []
+        ours, written = scoring.responses(m, t, prompts, most, args.batch_size, beams), []
         for start in range(0, len(prompts), args.batch_size):
             b = speller(prompts[start:start + args.batch_size], padding=True, return_tensors="pt")
-            out = theirs.generate(**b, max_new_tokens=task.max_new_tokens, num_beams=beams, do_sample=False)
+            out = theirs.generate(**b, max_new_tokens=most, num_beams=beams, do_sample=False)
             written += speller.batch_decode(out[:, b["input_ids"].shape[1]:], skip_special_tokens=True)
         right = [sum(answers.is_right(task, text, e.answer) for text, e in zip(texts, examples, strict=True))
                  for texts in (ours, written)]
@@ -84,6 +84,7 @@ def by_generate(args, m, t, task: tasks.Task, examples: list) -> None:
 def main() -> None:
     p = evaluation.parser()
     p.add_argument("--hf", metavar="DIR")
+    p.add_argument("--new-tokens", type=int, help="of each answer, at most (default: the task's)")
     args = p.parse_args()
     arguments.complete(args)
     args.protocol = args.protocol or "clean"
