@@ -138,9 +138,9 @@ def test_a_table_of_runs_is_the_same_by_either_command(llm_run, tmp_path):
 
 def test_a_run_is_exported_by_either_command(llm_run, tmp_path):
     folder = llm_run[0].with_name("llm-plain")  # its λ is 0: peft can load it
-    succeeds("-m", "sibo_lab", "export", folder, "peft", tmp_path / "a")
-    succeeds("eval.py", folder, "--export", "peft", tmp_path / "b")
-    files = [{f.name: f.read_bytes() for f in (tmp_path / x).iterdir()} for x in "ab"]
+    succeeds("-m", "sibo_lab", "export", folder, "peft", tmp_path / "a" / "peft")
+    succeeds("eval.py", folder, "--export", "peft", tmp_path / "b" / "peft")
+    files = [{f.name: f.read_bytes() for f in (tmp_path / x / "peft").iterdir()} for x in "ab"]
     assert files[0] == files[1] and "adapter_config.json" in files[0]
 
 
