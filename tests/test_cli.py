@@ -112,7 +112,7 @@ def test_the_columns_of_a_table_are_aligned_on_the_left_or_the_right():
     (["data", "list"], "sibo_lab.data.commands", ["list"]),
     (["study", "lambda", "--seeds", "0,1"], "sibo_lab.tools.study", ["lambda", "--seeds", "0,1"]),
     (["export", "runs/a", "hf", "b", "--device", "cpu"], "eval", ["runs/a", "--export", "hf", "b", "--device", "cpu"]),
-    (["export"], "eval", ["--export"]),
+    (["export", "--help"], "eval", ["--help", "--export"]),
     (["table", "runs", "more", "--markdown"], "eval", ["--table", "runs", "more", "--markdown"]),
 ])
 def test_each_command_of_the_package_hands_its_options_to_one_module(monkeypatch, args, module, options):
