@@ -75,7 +75,8 @@ def require_exportable(args: argparse.Namespace, kind: str, out: str) -> None:
              "expected --merge with LoRA, got adapters, whose tanh does not fold" if args.merge and adapter else "")
     if wrong:
         raise ValueError(f"--export {kind}: {wrong}")
-    export.require_new(Path(out)) if kind == "gguf" else export.require_empty(Path(out))
+    require = export.require_new if kind == "gguf" else export.require_empty
+    require(Path(out))
 
 
 def complete(args: argparse.Namespace) -> None:
