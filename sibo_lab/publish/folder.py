@@ -34,7 +34,9 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ())
     is folded or written, for what no module of transformers does, for a disabled model, and for a `folder` with files
     in it."""
     require_empty(folder)
-    s = getattr(m, "sibo", None)
+    s, before = getattr(m, "sibo", None), getattr(m, "sibo_before", None)
+    if before and before.depth:
+        raise ValueError("--export hf: expected a model that is not disabled, got sibo.disabled; export it outside")
     if s and s.method == "lora" and not s.lam:
         sibo.merge(m)
     layers = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
@@ -79,8 +81,6 @@ def method(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str
     if s.lam and s.h0 not in first:  # older adapter files name the embedding
         raise ValueError(f"--export hf: expected an h0 that a block reads, got h0={s.h0!r}")
     for n, x in layers.items():
-        if x.off:
-            raise ValueError(f"{n}: expected a model that is not disabled, got sibo.disabled; export it outside")
         if not isinstance(x.base, nn.Linear) and x.down is not None and x.down.shape[1] != wide:
             raise ValueError(f"{n}: expected a linear module, or one {wide} wide, got {x.down.shape[1]}")
     folded = any(isinstance(x, sibo.FoldedLoRA) for x in layers.values())
