@@ -52,6 +52,7 @@ def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     """Writes what peft.PeftModel.from_pretrained loads onto transformers' model of the same weights. ValueError for
     what peft cannot express: adapters, λ > 0, full fine-tuning; and for a folder with files in it."""
     require_empty(folder)
+    require_on(m)
     s = getattr(m, "sibo", None)
     got = "a fully trained model" if s is None else "adapters" if s.method != "lora" else s.lam and f"λ = {s.lam}"
     if got:
@@ -198,6 +199,13 @@ def _ranks_and_scales(spec: dict, names: list[str]) -> dict[str, tuple[int, floa
     if not found:
         raise TypeError(f"target_modules {files.quoted(spec['target_modules'])} name no linear module of this model")
     return found
+
+
+def require_on(m: nn.Module) -> None:
+    """Inside of sibo.disabled heads hold other values, and modules compute nothing."""
+    before = getattr(m, "sibo_before", None)
+    if before and before.depth:
+        raise ValueError(f"{type(m).__name__}: expected the method on, got it disabled; export after sibo.disabled")
 
 
 def require_empty(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config, tokenizer_out
-from sibo_lab.export import require_empty, their_name
+from sibo_lab.export import require_empty, require_on, their_name
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
@@ -34,9 +34,8 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ())
     is folded or written, for what no module of transformers does, for a disabled model, and for a `folder` with files
     in it."""
     require_empty(folder)
-    s, before = getattr(m, "sibo", None), getattr(m, "sibo_before", None)
-    if before and before.depth:
-        raise ValueError("--export hf: expected a model that is not disabled, got sibo.disabled; export it outside")
+    require_on(m)
+    s = getattr(m, "sibo", None)
     if s and s.method == "lora" and not s.lam:
         sibo.merge(m)
     layers = {n: x for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}

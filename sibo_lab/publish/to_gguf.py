@@ -16,7 +16,7 @@ import model
 import sibo
 from sibo_lab import files
 from sibo_lab.backbone import config, gguf
-from sibo_lab.export import require_new, their_name
+from sibo_lab.export import require_new, require_on, their_name
 from sibo_lab.publish import gguf_tokenizer
 
 OUTTYPES = {"f32": (0, 0), "f16": (1, 1), "bf16": (30, 32), "q8_0": (8, 7)}  # numbers of the tensors' type, the file's
@@ -113,6 +113,7 @@ def write(m: nn.Module, file: Path, head: Header, outtype: str | None = None) ->
     dtype), norms and biases in float32. ValueError for adapters and λ > 0, and for numbers that `outtype` cannot
     hold."""
     require_new(file)
+    require_on(m)
     s = getattr(m, "sibo", None)
     if s and (s.lam or s.method != "lora"):
         raise ValueError(f"--export gguf: expected a plain LoRA, got {f'λ = {s.lam}' if s.lam else 'adapters'}: "

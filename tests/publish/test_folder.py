@@ -24,6 +24,7 @@ import train
 from sibo_lab import cli, export
 from sibo_lab.backbone import generate, tokenizer
 from sibo_lab.publish import folder as publish
+from sibo_lab.publish import to_gguf
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
@@ -193,11 +194,17 @@ def test_another_blocks_input_as_h0_is_so_there_too(tmp_path):
     assert_near(opened("llama", False, tmp_path / "hf")(ids()).logits, ours(ids()), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["adapter-sibo", "lora"])
-def test_a_disabled_model_is_not_exported_as_if_it_were_on(name, tmp_path):
+@pytest.mark.parametrize(("name", "write"), [
+    ("adapter-sibo", lambda m, at: publish.write(m, at / "hf", at / "base")),
+    ("lora", lambda m, at: publish.write(m, at / "hf", at / "base")),
+    ("lora", lambda m, at: export.to_peft(m, at / "peft", "base")),
+    ("lora", lambda m, at: to_gguf.write(m, at / "m.gguf", to_gguf.header(at / "base")))],
+    ids=["hf, adapters", "hf", "peft", "gguf"])
+def test_a_disabled_model_is_not_exported_as_if_it_were_on(name, write, tmp_path, monkeypatch):
     _, ours = twins("llama", tmp_path / "base")
-    with sibo.disabled(inject(ours, name)), pytest.raises(ValueError, match="not disabled"):
-        publish.write(ours, tmp_path / "hf", tmp_path / "base")
+    monkeypatch.setattr(to_gguf, "header", lambda source: None)
+    with sibo.disabled(inject(ours, name)), pytest.raises(ValueError, match="on, got it disabled; export after"):
+        write(ours, tmp_path)
     assert sibo_layers(ours)
 
 
