@@ -76,7 +76,8 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
     if not rank():
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
-    validate = partial(validation, t=t, d=d, rows=valid, run=run) if valid else None
+    choose = valid and (run.score_on == "test" or run.validate_every < run.steps)  # else the score says the same
+    validate = partial(validation, t=t, d=d, rows=valid, run=run) if choose else None
     trained = loop.fit(m, rows, 0, run, validate, every, resuming)  # 0: nothing attends to padding
     sibo.save(m, out)
     measured = measure(m, t, d, run)
@@ -119,7 +120,8 @@ def measure(m: nn.Module, t: Tokenizer, d: Data, run: Run, frozen: bool = False)
             rows = encode(test, t, run)
             found = scoring.majority(task, d.train, rows) if frozen else scoring.score_sentences(m, t, task, rows)
         else:
-            found = scoring.score_examples(m, t, task, test[:50] if frozen else test, protocol=run.protocol)
+            found = scoring.score_examples(m, t, task, test[:50] if frozen else test, protocol=run.protocol,
+                                           by=run.score_by)
         scores[task.name] = found
     texts = evaluation.similarity_rows(m, t, d.tests[0][1], protocol=run.protocol)
     return scoring.mean(scores), evaluation.layer_similarities(m, texts)
@@ -189,6 +191,9 @@ def read_data(args: Namespace, dry: bool) -> Data:
     tasks.require_own(args.ignore_columns, *learned, *tests)
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
+    if task.num_labels and args.score_by == "loss":
+        raise ValueError(f"--score-by loss: expected a text-to-text task, got {args.task}, which has its loss beside "
+                         "its score")
     if task.num_labels and args.protocol in ("paper", "chat"):
         raise ValueError(f"--protocol {args.protocol}: expected a text-to-text task, with a prompt and beams, got "
                          f"{args.task}")
@@ -196,6 +201,9 @@ def read_data(args: Namespace, dry: bool) -> Data:
     unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
     train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
+    if args.score_by == "loss" and (bare := [t.name for t, test in tests if not all(e.output for e in test)]):
+        raise ValueError(f"--score-by loss: expected test examples with an answer to learn, got {bare[0]}'s, without; "
+                         "use --score-on validation")
     for t, test in () if rank() else tests:
         if seen := readers.overlap(train, test):
             print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "

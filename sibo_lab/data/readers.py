@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sibo_lab.data import download, entries, own, word_problems
 from sibo_lab.data.entries import field, in_json, lines, listed
-from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, NUMBER, Example, Sentence, Task
+from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, MAWPS_VALID, NUMBER, Example, Sentence, Task
 from sibo_lab.files import quoted
 from sibo_lab.parallel import rank
 
@@ -39,9 +39,10 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
     if task.kind == "own":
         rows = own.answered(rows, paths, split, apart)
     if not task.test:
-        rows = hold_out(rows, task.held_out)[split == "test"]
-        if not rows:
-            raise ValueError(f"{paths}: expected two or more different questions, got one; the test holds it out")
+        try:
+            rows = hold_out(rows, task.held_out, tenth=True)[split == "test"]
+        except ValueError as e:
+            raise ValueError(f"{paths}: {e}") from None
     return rows[:n]
 
 
@@ -55,14 +56,18 @@ def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tup
     return found
 
 
-def hold_out(rows: list, n: int) -> tuple[list, list]:
-    """The rest of the rows (Examples or Sentences), and those of the n questions of lowest hash: at most a tenth, at
-    least one. Both in the order of the hashes: always the same, and as good as shuffled (files are often sorted)."""
+def hold_out(rows: list, n: int, tenth: bool = False) -> tuple[list, list]:
+    """The rest of the rows (Examples or Sentences), and those of the n questions of lowest hash (tenth: or of a tenth
+    of them, where that is less). Both in the order of the hashes: always the same, and as good as shuffled (files are
+    often sorted). ValueError where that leaves no question."""
     def order(row):
         return hashlib.sha256("\n".join(map(str, _texts(row))).encode()).digest()
 
     questions = [list(same) for _, same in groupby(sorted(rows, key=order), order)]
-    n = max(1, min(n, len(questions) // 10))
+    if tenth:
+        n = max(1, min(n, len(questions) // 10))
+    if n >= len(questions):
+        raise ValueError(f"expected more different questions than the {n} to hold out, got {len(questions)}")
     return list(chain(*questions[n:])), list(chain(*questions[:n]))
 
 
@@ -89,7 +94,8 @@ def _read(task: Task, data_dir: Path, name: str, again: bool) -> list:
     if task.kind == "own":
         rows = own.read(task, path, again)
     else:
-        read = {GSM8K: _gsm8k, MAWPS: _mawps, AQUA: _aqua}.get(name, _sentences if task.kind == "glue" else _examples)
+        read = {GSM8K: _gsm8k, MAWPS: _mawps, MAWPS_VALID: _mawps, AQUA: _aqua}.get(
+            name, _sentences if task.kind == "glue" else _examples)
         rows = list(read(task, path, entries.text(path)))
     if rows:
         return rows

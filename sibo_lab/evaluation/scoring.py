@@ -3,6 +3,7 @@ GLUE's. The official code leaves dropout on and padding unmasked, so that its sc
 neither has an effect."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -20,25 +22,30 @@ from sibo_lab.data import batch, tasks
 from sibo_lab.evaluation import answers, metrics
 
 BEAMS = {"clean": 1, "paper": 4, "chat": 1}  # by protocol
+LOSSES_AT_ONCE = 8  # answers: their logits are the largest tensors here
 
 
 @dataclass
 class Score:
-    """A task's score in [−1, 1], and how far to trust it."""
+    """A task's score, in [−1, 1] or, if it is the loss, in nats per answer, and how far to trust it."""
 
     metric: str
     score: float
     n: int  # examples
-    interval: tuple[float, float]  # 95 %: Wilson's for an accuracy, else bootstrapped
+    interval: tuple[float, float]  # 95 %: Wilson's for an accuracy, normal for a loss, else bootstrapped
     parts: dict[str, float] = field(default_factory=dict)  # the score of each group
     more: dict[str, float] = field(default_factory=dict)  # other metrics
     empty: float = 0.0  # share of responses without an answer
     answers_given: dict[str, float] = field(default_factory=dict)  # with their shares: shows a collapse
     records: list[dict] = field(default_factory=list, repr=False)  # one per example
     cut: int = 0  # examples that the cutoff shortened
+    loss: float | None = None  # mean over the answers of what each costs, in nats; None: they are unknown
+    loss_per_token: float | None = None  # BERT: None
 
     def __str__(self) -> str:
+        loss = {"loss per answer": self.loss, "per token": self.loss_per_token}
         details = [f"n {self.n}", "95 % {:.4f} to {:.4f}".format(*self.interval),
+                   *(f"{k} {v:.4f}" for k, v in loss.items() if v is not None),
                    *(f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()),
                    *[f"no answer {self.empty:.1%}"] * (self.empty > 0), *[f"cut off {self.cut}"] * (self.cut > 0)]
         given = ", ".join(f"{k} {v:.1%}" for k, v in self.answers_given.items())
@@ -127,10 +134,51 @@ def _log_probabilities(m: nn.Module, spelled: Sequence) -> list:
     return [list(row[:len(some)]) for row, some in zip(zip(*columns, strict=True), choices, strict=True)]
 
 
+def losses(m: nn.Module, t: subwords.Tokenizer, examples: Sequence[tasks.Example],
+           protocol: str = "clean") -> list[dict[str, float]]:
+    """What each example's answer costs in nats, its end included, as training counts it, and its tokens. Empty where an
+    example has no answer to learn, as in the arithmetic test files."""
+    if not all(e.output for e in examples):
+        return []
+
+    def work(some):
+        b = batch.to_device(batch.collate(some), m)
+        ids, labels, mask = b["input_ids"], b["labels"][:, 1:], b["attention_mask"][:, :-1]
+        first = int((labels != -100).any(0).nonzero()[0])
+        labels = labels[:, first:]  # the head is needed nowhere else
+        logits, asked = m(ids[:, :-1], mask, cache=m.new_cache(*ids.shape), last=labels.shape[1]), labels != -100
+        each = F.cross_entropy(generate.to_float32(logits[asked]), labels[asked], reduction="none")
+        return [{"loss": float(x.sum()), "tokens": len(x)} for x in each.split(asked.sum(1).tolist())]
+
+    rows = [batch.encode(e, t, sys.maxsize, protocol=protocol) for e in examples]
+    return _in_batches(m, rows, lambda row: len(row.ids), LOSSES_AT_ONCE, work, "losses")
+
+
+def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequence[str]) -> Score:
+    """The mean loss per answer, as a task's score."""
+    each = np.array([one["loss"] for one in lost])
+    half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
+    score = float(each.mean())
+    return Score("loss", score, len(each), (score - half, score + half),
+                 by_part(parts, lambda mask: float(each[mask].mean())),
+                 records=[{"task": task.name} | one for one in lost], **_mean_losses(lost))
+
+
+def _mean_losses(lost: Sequence[dict[str, float]]) -> dict[str, float]:
+    if not lost:
+        return {}
+    total, tokens = (sum(one.get(k, 0) for one in lost) for k in ("loss", "tokens"))
+    return {"loss": total / len(lost), "loss_per_token": total / tokens if tokens else None}
+
+
 def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, examples: Sequence[tasks.Example],
-                   batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean") -> Score:
-    """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, where examples offer any.
-    num_beams None: the protocol's."""
+                   batch_size: int = 64, num_beams: int | None = None, protocol: str = "clean",
+                   by: str = "answers") -> Score:
+    """Accuracy of the generated answers, of AQuA's last letters, and of the likeliest choice, where examples offer any;
+    the loss of the right answers, where they are known, or, by "loss", that alone. num_beams None: the protocol's."""
+    lost = losses(m, t, examples, protocol)
+    if by == "loss":
+        return score_losses(task, lost, [e.part for e in examples])
     prompts = [batch.prompt_of(e, t, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
@@ -139,14 +187,14 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
         beside = list(map(partial(_likeliest, t), examples, prompts, likelihoods(m, t, prompts, written, batch_size)))
     names = [name for name in beside[0] if name != "choices"]
     records = [{"task": task.name, "gold": e.answer, "response": text, "answer": answers.answer_of(task, text),
-                "right": answers.is_right(task, text, e.answer)} | b
-               for e, text, b in zip(examples, texts, beside, strict=True)]
+                "right": answers.is_right(task, text, e.answer)} | b | cost
+               for e, text, b, cost in zip(examples, texts, beside, lost or [{}] * len(examples), strict=True)]
     right, given = np.array([r["right"] for r in records]), [r["answer"] for r in records]
     score = float(right.mean())
     return Score("accuracy", score, len(right), metrics.wilson(score, len(right)),
                  by_part([e.part for e in examples], lambda mask: float(right[mask].mean())),
                  {name: float(np.mean([r[name] == r["gold"] for r in records])) for name in names},
-                 given.count(None) / len(given), shares(given), records)
+                 given.count(None) / len(given), shares(given), records, **_mean_losses(lost))
 
 
 def _likeliest(t: subwords.Tokenizer, example: tasks.Example, prompt: str, found: list[list[float]]) -> dict:
@@ -172,7 +220,8 @@ def mean(scores: dict[str, Score]) -> Score:
     low, high = (math.hypot(*(s.interval[side] - s.score for s in each)) / len(each) for side in (0, 1))
     return Score(each[0].metric, score, n, (score - low, score + high), {task: s.score for task, s in scores.items()},
                  named("more"), sum(s.empty * s.n for s in each) / n, named("answers_given"),
-                 [r for s in each for r in s.records], sum(s.cut for s in each))
+                 records := [r for s in each for r in s.records], sum(s.cut for s in each),
+                 **_mean_losses(records if all("loss" in r for r in records) else []))
 
 
 def score_sentences(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, rows: Sequence[batch.Row],
@@ -184,16 +233,20 @@ def score_sentences(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, rows:
         logits = m(**b).float().cpu()  # (B, n)
         predicted = logits[:, 0] if task.num_labels == 1 else logits.argmax(-1)
         confidence = logits.softmax(-1).amax(-1).nan_to_num()  # a model gone wrong is sure of nothing
-        return list(zip(predicted.tolist(), confidence.tolist(), strict=True))
+        gold = torch.tensor([row.labels for row in some])
+        lost = (F.mse_loss(logits[:, 0], gold, reduction="none") if task.num_labels == 1 else
+                F.cross_entropy(logits, gold, reduction="none"))
+        return list(zip(predicted.tolist(), confidence.tolist(), lost.tolist(), strict=True))
 
-    predicted, confidence = zip(*_in_batches(m, rows, lambda row: len(row.ids), batch_size, work), strict=True)
-    return score_predictions(task, predicted, rows, confidence if task.num_labels > 1 else None)
+    found = _in_batches(m, rows, lambda row: len(row.ids), batch_size, work)
+    predicted, confidence, lost = zip(*found, strict=True)
+    return score_predictions(task, predicted, rows, confidence if task.num_labels > 1 else None, lost)
 
 
 def score_predictions(task: tasks.Task, predicted: Sequence[float], rows: Sequence[batch.Row],
-                      confidence: Sequence[float] | None = None) -> Score:
+                      confidence: Sequence[float] | None = None, lost: Sequence[float] = ()) -> Score:
     """The task's metric, in all and on each part (MNLI has two), and what else GLUE reports. predicted: a class or
-    score per row; confidence: the probability of that class."""
+    score per row; confidence: the probability of that class; lost: the cross-entropy, or of a score squared error."""
     gold = [r.labels for r in rows]
     a, b = np.array(predicted, float), np.array(gold, float)
     names = {1: ("pearson", "spearman"), 2: ("accuracy", "matthews", "f1")}.get(task.num_labels, ("accuracy",))
@@ -205,11 +258,13 @@ def score_predictions(task: tasks.Task, predicted: Sequence[float], rows: Sequen
                  "calibration error": metrics.calibration_error(np.array(confidence), a == b)}
         for record, p in zip(records, confidence, strict=True):
             record["confidence"] = round(p, 4)
+    for record, one in zip(records, lost, strict=bool(lost)):
+        record["loss"] = one
     return Score(task.metric, score, len(rows),
                  metrics.wilson(score, len(rows)) if metric is metrics.accuracy else metrics.bootstrap(metric, a, b),
                  by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), more,
                  answers_given=shares([task.classes[x] for x in predicted]) if task.classes else {},
-                 records=records, cut=sum(r.cut for r in rows))
+                 records=records, cut=sum(r.cut for r in rows), **_mean_losses(records if lost else []))
 
 
 def majority(task: tasks.Task, train: Sequence[tasks.Sentence], test: Sequence[batch.Row]) -> Score:

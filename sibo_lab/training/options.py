@@ -169,13 +169,14 @@ def resolve(args: Namespace, family: str, task: tasks.Task, examples: int) -> Ru
     values = recipes.recipe(family, task.kind, args.method) | chat | given(args, (*fields(Run), *OF_METHOD))
     if args.epochs:
         values["steps"] = None
+    if args.validate is None and examples:  # by default, a tenth at most
+        values["validate"] = min(values.get("validate", Run.validate), max(1, examples // 10))
     if args.dtype is None and (args.method == "full" or args.device == "cpu" and not fast_bfloat16()):
         values["dtype"] = "float32"
     run = recipes.run_of(**values)
     if run.score_on == "validation" and not run.validate:
         raise ValueError("--score-on validation: expected --validate N, how many examples to hold out for it, got 0")
-    left = examples - min(run.validate, examples // 10)
-    steps = run.steps or math.ceil(run.epochs * max(left, 1) / run.batch_size)
+    steps = run.steps or math.ceil(run.epochs * max(examples - run.validate, 1) / run.batch_size)
     return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size),
                    task=_full_name(args.task), test=tuple(map(_full_name, run.test)),
                    data_dir=str(tasks.data_dir(args.data_dir).absolute()))

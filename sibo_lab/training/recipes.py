@@ -39,6 +39,8 @@ class Run:
                    ".parquet", "T")
     test: tuple[str, ...] = of((), "tasks to score (default: those of --task)", "A,B")
     score_on: str = of("test", "examples to score", choices=("test", "validation"))
+    score_by: str = of("answers", "answers: what share of those that the model writes is right; loss: what the right "
+                       "ones cost, alone", choices=("answers", "loss"))
     protocol: str = of("clean", "how a question is put. paper: the official code's indented prompt, and 4 beams to "
                        "score with; chat: the backbone's own chat template (default: chat for rows with messages, a "
                        "system text or history, clean for others)", choices=batch.PROTOCOLS)
@@ -53,7 +55,8 @@ class Run:
     micro_batch_size: int = of(4, "examples at a time: changes memory, not results", "N", 1)
     cutoff: int = of(256, "tokens that an example is cut to", "N", 1)
     train_on_inputs: bool = of(True, "the loss counts the prompt too; with --protocol chat only if asked for")
-    validate: int = of(120, "examples held out of training to choose the best checkpoint by; 0 keeps the last", "N", 0)
+    validate: int = of(120, "questions held out of training to choose the best checkpoint by, by default at most a "
+                       "tenth; 0 keeps the last", "N", 0)
     validate_every: int = of(200, "steps between validations", "N", 1)
     seed: int = of(0, "of initial weights, data order and dropout (default: 0)", "N")
     dtype: str = of("bfloat16", "of the frozen weights; what is trained is float32 (default: float32 for BERT, "

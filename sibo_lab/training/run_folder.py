@@ -81,8 +81,9 @@ def result(m: nn.Module, run: Run, measured: Measured, frozen: Measured, cut: di
     return {
         "backbone": run.backbone, "method": run.method, "task": run.task, "scored_on": run.score_on,
         "lambda": learned_lam(m) if s and s.learn_lam else s.lam if s else 0.0,
-        **{k: getattr(score, k) for k in "metric score n interval parts more empty answers_given".split()},
-        "baseline_score": baseline.score, "baseline_n": baseline.n,
+        **{k: getattr(score, k) for k in ("metric", "score", "n", "interval", "parts", "more", "empty", "answers_given",
+                                          "loss", "loss_per_token")},
+        "baseline_score": baseline.score, "baseline_n": baseline.n, "baseline_loss": baseline.loss,
         "trainable_parameters": sum(p.numel() for p in m.parameters() if p.requires_grad),
         "total_parameters": quantized.parameters(m), **trained, "peak_memory_bytes": estimate.peak_memory(run.device),
         "similarity": metrics.last_five(curve), "baseline_similarity": metrics.last_five(baseline_curve),
