@@ -34,14 +34,14 @@ class SIBOLayer(Wrapper):
 
     dropout, linear = staticmethod(F.dropout), staticmethod(lambda x, W: F.linear(x, W.to(x.dtype)))
 
-    def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, s: Settings, residual, like):
+    def __init__(self, name: str, base: nn.Module, d_in: int, d_out: int, s: Settings, residual, share: float, like):
         super().__init__(name)
-        self.settings, self.residual, self.lam_start = s, residual, s.lam if residual else 0.0
+        self.settings, self.residual, self.share, self.lam_start = s, residual, share, s.lam * share
         lora, dtype = s.method == "lora", torch.promote_types(like.dtype, torch.float32)
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
-        start = torch.tensor([math.log(s.lam / (1 - s.lam))], device=like.device) if residual and s.learn_lam else None
+        start = torch.tensor([self.lam_start], device=like.device).logit() if residual and s.learn_lam else None
         self.lam_logit = None if start is None else nn.Parameter(start)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.base = base
@@ -111,7 +111,8 @@ def wrap(m: nn.Module, placed: Placement) -> nn.Module:
     for name, (d_in, d_out) in placed.widths.items():
         base, residual = modules[name], residuals.get(placed.mixed.get(name))
         layers[base] = (LoRA if s.method == "lora" else Adapter)(
-            name, base, d_in, d_out, s, residual, next(base.parameters(), like)).train(base.training)
+            name, base, d_in, d_out, s, residual, placed.shares.get(name, 0.0), next(base.parameters(), like)
+        ).train(base.training)
         vars(layers[base]).update(getattr(type(m), "kernels", {}))  # a model may bring a faster dropout and linear
     swap(m.requires_grad_(False), layers)
     m.sibo_before.layers += layers.values()

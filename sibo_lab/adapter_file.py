@@ -68,7 +68,8 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
         if not settings and spec.get("method") != "full":
             settings, widths, _ = place(m, Settings(**spec))
         ours = json.loads(json.dumps(_spec(settings)))
-        spec = {"modules_to_save": ours.get("modules_to_save")} | spec if settings else spec  # older files lack it
+        if settings:  # what older files lack
+            spec = {"modules_to_save": ours.get("modules_to_save"), "lam_by_depth": Settings.lam_by_depth} | spec
         if wrong := [k for k in ours | spec if k not in ours or k not in spec or ours[k] != spec[k]]:
             raise ValueError(f"expected {wrong[0]}={ours.get(wrong[0])!r}, got {quoted(spec.get(wrong[0]))}")
         shapes = {plain(n): tuple(t.shape) for n, t in stored.items()}

@@ -33,6 +33,7 @@ class Placement(NamedTuple):
     settings: Settings  # with nothing left open but h0
     widths: dict[str, tuple[int, int]]  # of what each adapted module's adapter or LoRA reads, and writes
     mixed: dict[str, Stack]  # the modules that get h0, and whose
+    shares: dict[str, float]  # their λ, as a multiple of the settings'
 
 
 def place(m: nn.Module, s: Settings) -> Placement:
@@ -54,8 +55,9 @@ def place(m: nn.Module, s: Settings) -> Placement:
     if s.lam and not (getting and set(getting) <= set(names)):
         raise ValueError(f"sibo_at {quoted(s.sibo_at)}: expected some of the adapted {quoted(list(targets))}, got "
                          f"{quoted(list(at))}; lam=0 is the plain method")
+    shares = {name: share for i, name in enumerate(getting) if (share := s.share(i, len(getting)))}
     named = named_source(a, s.h0, getting) if s.h0 else None
-    mixed, found = {name: named or own_stack(a, name) for name in getting}, {}
+    mixed, found = {name: named or own_stack(a, name) for name in shares}, {}
     for name in names:
         stack, d = mixed.get(name), [x.d for x in (a.stacks.get(name), mixed.get(name)) if x and x.d]
         found[name] = adaptable_widths(a, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
@@ -72,4 +74,4 @@ def place(m: nn.Module, s: Settings) -> Placement:
     if adapted := [n for n in find_all(m, whole) if n in holding]:
         raise ValueError(f"modules_to_save: expected modules without adapters, got {adapted[0]}")
     h0 = s.h0 and find(a.modules, s.h0)[0]
-    return Placement(replace(s, targets=targets, sibo_at=at, h0=h0, modules_to_save=whole), found, mixed)
+    return Placement(replace(s, targets=targets, sibo_at=at, h0=h0, modules_to_save=whole), found, mixed, shares)

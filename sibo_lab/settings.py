@@ -30,6 +30,7 @@ class Settings:
     bottleneck: int = of(256, 1, inf, used_by="adapter")
     side: str = of("out", "out", "in", "parallel", used_by="adapter")  # of the module (parallel: He et al. 2022)
     skip: str = of("mixed", "mixed", "plain", used_by="adapter-sibo")  # h̃ + …, Eq. (4), or h + …
+    lam_by_depth: str = of("even", "even", "rising", "falling", "first-third", "last-third", used_by="-sibo")
     learn_lam: bool = of(False, False, True, used_by="-sibo")  # λ = sigmoid of one number per module (Section 7)
     frozen_too: bool = of(False, False, True, used_by="lora-sibo")  # the frozen weight sees h̃ as well (Table 6)
 
@@ -38,8 +39,16 @@ class Settings:
             check(f, getattr(self, f.name))
         if self.learn_lam and not self.lam:
             raise ValueError("lam: expected above 0 where it is learned (a sigmoid never starts at 0), got 0")
+        if self.lam_by_depth in ("rising", "falling") and self.lam >= 0.5:
+            raise ValueError(f"lam: expected below 0.5 to go up to twice that, {self.lam_by_depth}, got {self.lam}")
         if 0 < self.dropout < 1e-6:
             raise ValueError(f"dropout: expected 0 or at least 1e-6 (below, 1 − p is 1), got {self.dropout}")
+
+    def share(self, i: int, n: int) -> float:
+        """λ of the i-th of n modules that get h0, the first block's to the last's, as a multiple of `lam`."""
+        x = i / max(n - 1, 1)
+        return {"even": 1.0, "rising": 2 * x, "falling": 2 - 2 * x, "first-third": float(3 * i < n),
+                "last-third": float(3 * (n - 1 - i) < n)}[self.lam_by_depth]
 
 
 def check(f: Field, value: object) -> None:

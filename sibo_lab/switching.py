@@ -102,9 +102,9 @@ def set_lam(m: nn.Module, lam: float) -> nn.Module:
         raise ValueError(f"{type(m).__name__}: expected modules that get h0, got the plain method; inject with lam > 0")
     m.sibo = settings
     for x in mixing:
-        x.lam_start = lam
+        x.lam_start = lam * x.share
         if x.lam_logit is not None:
-            x.lam_logit.data.fill_(math.log(lam / (1 - lam)))
+            x.lam_logit.data.fill_(math.log(x.lam_start / (1 - x.lam_start)))
     return m
 
 

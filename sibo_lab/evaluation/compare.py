@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,11 @@ import numpy as np
 from sibo_lab import cli, files
 from sibo_lab.evaluation import metrics
 
-PLAIN = {"lam": 0.0, "learn_lam": False, "sibo_at": None, "frozen_too": False, "skip": "mixed"}  # settings without h0
-TABLE = ("backbone", "task", "test", "score_on", "limit")  # what all runs of a table share
+PLAIN = {"lam": 0.0, "lam_by_depth": "even", "learn_lam": False, "sibo_at": None, "frozen_too": False,
+         "skip": "mixed"}  # settings without h0
+OLD = {"score_by": "answers", "lam_by_depth": "even"}  # what config.json does not say in older runs
+TABLE = ("backbone", "task", "test", "score_on", "score_by", "limit")  # what all runs of a table share
+AGAINST = "against plain (95 %)"
 ASIDE = ("out", "data_dir", "log")  # of this machine, and how a run is followed: they change no number
 
 
@@ -26,6 +29,7 @@ class Done:
     result: dict  # result.json
     right: dict[str, str]  # by task, which answers were right: "0110…" (answers.jsonl)
     losses: Sequence[float] = ()  # mean training loss of each quarter of the steps (metrics.jsonl)
+    answers: dict[str, list[float]] = field(default_factory=dict)  # by task, the loss of each right answer, in nats
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,21 @@ def _saved(line: str, where: str) -> Done:
     try:
         run = Done(**json.loads(line))
         if {"seed", "method", "lam"} <= run.config.keys() and "score" in run.result:
-            return run
+            return replace(run, config=OLD | run.config)
     except (ValueError, TypeError, AttributeError):
         pass
     raise ValueError(f"{where}: expected a run that eval.py --table --save wrote, got {files.quoted(line)}")
 
 
 def _finished(folder: Path) -> Done:
-    right, loss = {}, losses(folder)
+    right, answers, loss = {}, {}, losses(folder)
     for answer in _lines(folder / "answers.jsonl"):
         if "right" in answer:
             right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
-    return Done(files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
-                [float(np.nanmean(part)) for part in np.array_split(loss, 4)] if len(loss) >= 4 else [])
+        if "loss" in answer:
+            answers.setdefault(answer["task"], []).append(round(answer["loss"], 5))
+    return Done(OLD | files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
+                [float(np.nanmean(part)) for part in np.array_split(loss, 4)] if len(loss) >= 4 else [], answers)
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -127,22 +133,35 @@ def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
     return [sorted(rows.values(), key=order) for rows in tables.values()]
 
 
-def difference(group: SeedGroup) -> tuple[float, float] | None:
-    """The score minus the plain method's, and half its 95 % interval (nan: unknown): Student's t over equal seeds (same
-    data, same order), or for one seed the normal interval over the test examples."""
-    pairs = [(ours, group.plain[seed]) for seed, ours in sorted(group.runs.items()) if seed in group.plain]
+def difference(group: SeedGroup) -> metrics.Difference | None:
+    """The score minus the plain method's: Student's t over equal seeds (same data, same order), or for one seed the
+    normal interval over the test examples."""
+    pairs = _pairs(group)
     if not pairs:
         return None
     each = np.array([ours.result["score"] - plain.result["score"] for ours, plain in pairs])
     mean, n = float(each.mean()), len(each)
     if n > 1:
-        return mean, metrics.student_t(n - 1) * float(each.std(ddof=1)) / math.sqrt(n)
+        return metrics.Difference(mean, metrics.student_t(n - 1) * float(each.std(ddof=1)) / math.sqrt(n))
     ours, plain = pairs[0]
     tests = [np.array(list(ours.right[t]), float) - np.array(list(plain.right[t]), float) for t in ours.right]
     if not tests or min(map(len, tests)) < 2:
-        return mean, math.nan
+        return metrics.Difference(mean, math.nan)
     variance = sum(d.var(ddof=1) / len(d) / len(tests) ** 2 for d in tests)  # the score is the mean of the tests'
-    return mean, 1.96 * math.sqrt(variance)
+    return metrics.Difference(mean, 1.96 * math.sqrt(variance))
+
+
+def loss_difference(group: SeedGroup) -> metrics.Difference | None:
+    """The held-out loss per answer minus the plain method's, paired by seed and example; below 0 is better."""
+    pairs = _pairs(group)
+    if not pairs or not all(run.answers for pair in pairs for run in pair):
+        return None
+    return metrics.paired(np.array([np.concatenate([np.subtract(ours.answers[t], plain.answers[t])
+                                                    for t in ours.answers]) for ours, plain in pairs]))
+
+
+def _pairs(group: SeedGroup) -> list[tuple[Done, Done]]:
+    return [(ours, group.plain[seed]) for seed, ours in sorted(group.runs.items()) if seed in group.plain]
 
 
 def tables(runs: Sequence[Done], markdown: bool = False) -> str:
@@ -154,18 +173,20 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     varying = [k for k in config if k not in (*TABLE, *ASIDE, "seed", "device", "method")
                and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
     scale, digits = (100, ".1f") if result["metric"] == "accuracy" else (1, ".3f")
-    metric = result["metric"] + " %" * (scale == 100) + " (validation)" * (config["score_on"] == "validation")
-    cells = [["method", *varying, "seeds", metric, "against plain (95 %)", *result["parts"], "similarity",
-              "trained parameters"]]
+    on = " (validation)" * (config["score_on"] == "validation")
+    scored, lost = result["metric"] != "loss", all(g.first.get("loss") is not None for g in rows)
+    cells = [["method", *varying, "seeds", *[result["metric"] + " %" * (scale == 100) + on, AGAINST] * scored,
+              *["loss per answer" + on * (not scored), AGAINST, "could show"] * lost,
+              *result["parts"], "similarity", "trained parameters"]]
     for g in rows:
-        score, d = scale * g.over_seeds("score"), difference(g)
+        d, more = difference(g), loss_difference(g)
         cells.append([
             g.config["method"],
             *("" if x is None else f"{x:g}" if isinstance(x, float) else x for x in map(g.config.get, varying)),
-            len(score),
-            f"{score.mean():{digits}}" + (f" ± {score.std(ddof=1):{digits}}" if len(score) > 1 else ""),
-            "" if d is None else f"{scale * d[0]:+{digits}}" + (
-                " (no interval)" if math.isnan(d[1]) else f" ± {scale * d[1]:{digits}}"),
+            len(g.runs),
+            *[_over_seeds(scale * g.over_seeds("score"), digits), _against(d, scale, digits)] * scored,
+            *[_over_seeds(g.over_seeds("loss"), ".3f") if lost else "", _against(more, 1, ".4f"),
+              f"{more.could_show:.4f}" if more else ""] * lost,
             *(f"{scale * np.mean([x[part] for x in g.over_seeds('parts')]):{digits}}" for part in result["parts"]),
             f"{g.over_seeds('similarity').mean():.3f}",
             f"{g.first['trainable_parameters']:,}"])
@@ -176,11 +197,22 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     return f"{title}\n{cli.format_table(cells)}"
 
 
+def _over_seeds(values: np.ndarray, digits: str) -> str:
+    return f"{values.mean():{digits}}" + (f" ± {values.std(ddof=1):{digits}}" if len(values) > 1 else "")
+
+
+def _against(d: metrics.Difference | None, scale: float, digits: str) -> str:
+    if d is None:
+        return ""
+    half = " (no interval)" if math.isnan(d.half) else f" ± {scale * d.half:{digits}}"
+    return f"{scale * d.mean:+{digits}}{half}"
+
+
 def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
     """A label: what sets a group apart from the others of its method."""
     c = g.config
     labels = {"lam": "λ {lam}", "sibo_at": "{sibo_at}", "frozen_too": "frozen too", "skip": "{skip} skip",
-              "side": "side {side}", "learn_lam": "λ learned", "lr": "lr {lr}"}
+              "side": "side {side}", "lam_by_depth": "λ {lam_by_depth}", "learn_lam": "λ learned", "lr": "lr {lr}"}
     same = [other.config for other in rows if other.config["method"] == c["method"]]
     own = [k for k in labels if c[k] and len({json.dumps(other[k]) for other in same}) > 1]
     return ", ".join([c["method"], *(labels[k].format_map(c) for k in own)])
@@ -194,6 +226,8 @@ def side_by_side(results: Sequence[dict]) -> str:
         ("", "before", "{method}".format_map),
         (r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
         *((f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
+        *[("loss per answer", "" if r["baseline_loss"] is None else f"{r['baseline_loss']:.4f}",
+           lambda x: f"{x['loss']:.4f}")] * (r.get("loss") is not None and r["metric"] != "loss"),
         ("scored on", r["baseline_n"], "{n}".format_map),
         ("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
         ("similarity, last five layers", f"{r['baseline_similarity']:.3f}", "{similarity:.3f}".format_map),

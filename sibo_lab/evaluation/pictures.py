@@ -48,6 +48,22 @@ def draw_runs(runs: Sequence[compare.Done], path: Path) -> None:
     files.write(path, fig.savefig)
 
 
+def draw_differences(rows: dict[str, metrics.Difference], path: Path, title: str) -> None:
+    """A forest plot of loss differences: the mean and its 95 % interval, a line per row; shaded, what the design could
+    not have shown."""
+    fig, ax = figure(height=1.4 + 0.4 * len(rows))
+    for y, (label, d) in enumerate(rows.items()):
+        ax.barh(y, 2 * d.could_show, left=-d.could_show, height=0.7, color="0.92", lw=0, zorder=0)
+        ax.errorbar(d.mean, y, xerr=d.half, fmt="o", ms=5, capsize=3, color=look(label)["color"])
+    ax.axvline(0, color="0.4", lw=1)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel="loss per answer, in nats, minus the plain method's (95 %); left is better\n"
+                  "grey: a true difference within it would mostly have been missed", title=title)
+    files.write(path, fig.savefig)
+
+
 def draw_similarity(curves: dict[str, Sequence[float]], path: Path, title: str) -> None:
     """Eq. (3) against the layer, a line per model; the last five, whose mean the paper reports, are shaded."""
     fig, ax = figure(height=4.5)

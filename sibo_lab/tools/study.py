@@ -25,7 +25,7 @@ from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import pictures
 from sibo_lab.evaluation.arguments import require_device
-from sibo_lab.evaluation.compare import SeedGroup, groups, name, name_of, read
+from sibo_lab.evaluation.compare import SeedGroup, groups, loss_difference, name, name_of, read, save
 from sibo_lab.placement import place
 from sibo_lab.tools import bench_rows
 from sibo_lab.training import loop, options, run_folder
@@ -140,6 +140,14 @@ def learned(rows: Groups, file: str) -> None:
            ylim=(0, None), ylabel="learned λ (dashed: its start; bars: deviation)")
 
 
+def gain(rows: Groups, file: str) -> list[str]:
+    """The held-out loss per answer against the plain method's, of each SIBO group; all losses go into file.jsonl."""
+    save([run for g in rows for run in g.runs.values()], Path(f"{file}.jsonl"))
+    found = {name(g, rows): loss_difference(g) for g in rows if g.plain}
+    pictures.draw_differences(found, Path(f"{file}.png"), title(rows))
+    return [f"{label} {d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" for label, d in found.items()]
+
+
 def examples(args: Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
     """The frozen backbone, `n` test examples with labels, and the padding id."""
     require_device(args.device)
@@ -219,6 +227,9 @@ def step_and_flops(args: Namespace, method: str, lam: float) -> tuple[Callable, 
 
 
 ALL = {"method": ("adapter", "lora", "adapter-sibo", "lora-sibo")}
+LOSS = {"score_by": "loss", "lam": (0.1,)}  # the authors' λ for LLaMA throughout
+ADAPTERS = LOSS | {"method": ("adapter", "adapter-sibo")}
+SIBO = LOSS | {"method": ("adapter-sibo",)}
 STUDIES = {  # where in the paper; a function of the options and the files' path without its ending
     "lambda": ("Figure 4", partial(trained, score_by_lam, [ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
     "placement": ("Table 5", partial(trained, all_scores, [
@@ -228,6 +239,11 @@ STUDIES = {  # where in the paper; a function of the options and the files' path
     "similarity": ("Figures 1, 2, 5, 6", partial(trained, similarity, [ALL])),
     "learned": ("Section 7", partial(trained, learned, [
         ALL, {"method": ("adapter-sibo", "lora-sibo"), "learn_lam": True}])),
+    "gain": ("–", partial(trained, gain, [
+        ADAPTERS, ADAPTERS | {"side": "in"}, LOSS | {"method": ("lora", "lora-sibo"), "lam": (0.3,)}])),
+    "where": ("–", partial(trained, gain, [
+        ADAPTERS, ADAPTERS | {"side": "in"}, SIBO | {"learn_lam": True}, SIBO | {"side": "in", "learn_lam": True},
+        *(SIBO | {"lam_by_depth": where} for where in ("rising", "falling", "first-third", "last-third"))])),
     "norms": ("–", norms),
     "cost": ("Table 9", cost),
 }

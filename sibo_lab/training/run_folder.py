@@ -50,7 +50,8 @@ def folder_of(run: Run, args: argparse.Namespace, several: bool) -> Run:
         return replace(run, out=args.out or f"runs/{backbone}-{run.method}-{task}")
     s, marks = run.settings, [run.method]
     if s:
-        marks += [f"lam{s.lam:g}" * (s.lam > 0), s.sibo_at or "", "learned" * s.learn_lam, "frozen-too" * s.frozen_too]
+        marks += [f"side-{s.side}" * (s.side != "out"), f"lam{s.lam:g}" * (s.lam > 0), s.sibo_at or "",
+                  s.lam_by_depth * (s.lam_by_depth != "even"), "learned" * s.learn_lam, "frozen-too" * s.frozen_too]
     marks += [f"lr{run.lr:g}", f"seed{run.seed}"]
     return replace(run, out=str(Path(args.out or f"runs/{backbone}-{task}", "-".join(filter(None, marks)))))
 
@@ -60,7 +61,7 @@ def claim(run: Run, resuming: bool = False) -> dict | None:
     differs, and for one with a saved state, unless it is resumed."""
     out = Path(run.out)
     if (out / "config.json").is_file():
-        theirs, ours = files.read_json(out / "config.json"), json.loads(json.dumps(run.config()))
+        theirs, ours = compare.OLD | files.read_json(out / "config.json"), json.loads(json.dumps(run.config()))
         for key in sorted(ours | theirs):
             if ours.get(key) != theirs.get(key) and key not in compare.ASIDE and options.uses(run.method, key):
                 raise ValueError(f"{out}: expected {key} {ours.get(key)}, got a run with {theirs.get(key)}; name a new "
