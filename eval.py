@@ -22,10 +22,11 @@ def similarity(hidden: Tensor, attention_mask: Tensor) -> float:
     """Eq. (3): the mean cosine over all pairs i ≠ j of a sentence's tokens, then the mean over the sentences.
 
     hidden (B, T, d), attention_mask (B, T) with 0 on padding. ValueError if no sentence has two tokens."""
-    return float(_mean(_similarities(hidden, attention_mask)))
+    return float(_mean(similarities(hidden, attention_mask)))
 
 
-def _similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+def similarities(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Eq. (3) of each sentence of two or more tokens."""
     mask = attention_mask.bool()
     u = nn.functional.normalize(hidden.double(), dim=-1) * mask[..., None]  # (B, T, d): h / |h|, padding 0
     pairs = u.sum(1).square().sum(-1) - u.square().sum((1, 2))  # Σ_{i≠j} cos(h_i, h_j) = |Σ_i u_i|² − Σ_i |u_i|²
@@ -40,14 +41,14 @@ def _mean(similarities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0, batch_size: int = 16) -> list[float]:
+def layersimilarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states: the curve of Figures 1 and 2."""
     generate.require_eval(m)
     found = []
     for start in range(0, len(rows), batch_size):
         b = batch.to_device(batch.collate(rows[start:start + batch_size], pad_id), m)
         b.pop("labels", None)
-        found.append(torch.stack([_similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)]))
+        found.append(torch.stack([similarities(h, b["attention_mask"]) for h in m.hidden_states(**b)]))
     return _mean(torch.cat(found, 1)).tolist()  # of (L+1, sentences)
 
 
@@ -130,9 +131,9 @@ def draw_similarity(args: Namespace) -> None:
     args.protocol = batch.protocol_for(args.protocol, test)
     m, t = load(args)
     rows = similarity_rows(m, t, test, protocol=args.protocol)
-    curves = {args.backbone: layer_similarities(m, rows)}
+    curves = {args.backbone: layersimilarities(m, rows)}
     if args.run or args.peft:
-        curves[args.config.get("method", "lora")] = layer_similarities(adapt(m, args), rows)
+        curves[args.config.get("method", "lora")] = layersimilarities(adapt(m, args), rows)
     pictures.draw_similarity(curves, out, f"{args.backbone} on {task.name}")
     for name, curve in curves.items():
         print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {metrics.last_five(curve):.4f}")

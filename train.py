@@ -27,7 +27,7 @@ from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
 from sibo_lab.parallel import all_gather_dicts, one_rank_at_a_time, rank, wrap
 from sibo_lab.placement import place
-from sibo_lab.training import estimate, loop, options, resume, run_folder
+from sibo_lab.training import estimate, loop, options, remedies, resume, run_folder
 from sibo_lab.training.options import parser
 from sibo_lab.training.recipes import Run
 
@@ -74,6 +74,10 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)
     m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
+    if run.stochastic_depth:
+        remedies.stochastic_depth(m, run.stochastic_depth)
+    if run.similarity_loss:
+        remedies.SimilarityLoss(m, run.similarity_loss, evaluation.similarities)
     if not rank():
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
     choose = valid and (run.score_on == "test" or run.validate_every < run.steps)  # else the score says the same
@@ -191,6 +195,9 @@ def read_data(args: Namespace, dry: bool) -> Data:
     tasks.require_own(args.ignore_columns, *learned, *tests)
     if other := [t.name for t in tests if t.num_labels != task.num_labels]:
         raise ValueError(f"--test: expected tasks that a model of {args.task} can answer, got {other[0]}")
+    if args.similarity_loss and not task.num_labels:
+        raise ValueError(f"--similarity-loss: expected a GLUE task, with a BERT, got {args.task}, whose prompts begin "
+                         "alike")
     if task.num_labels and args.score_by == "loss":
         raise ValueError(f"--score-by loss: expected a text-to-text task, got {args.task}, which has its loss beside "
                          "its score")

@@ -15,7 +15,8 @@ from sibo_lab.evaluation import metrics
 
 PLAIN = {"lam": 0.0, "lam_by_depth": "even", "learn_lam": False, "sibo_at": None, "frozen_too": False,
          "skip": "mixed"}  # settings without h0
-OLD = {"score_by": "answers", "lam_by_depth": "even"}  # what config.json does not say in older runs
+REMEDIES = {"stochastic_depth": 0.0, "similarity_loss": 0.0}  # others than h0, off
+OLD = {"score_by": "answers", "lam_by_depth": "even"} | REMEDIES  # what config.json does not say in older runs
 TABLE = ("backbone", "task", "test", "score_on", "score_by", "limit")  # what all runs of a table share
 AGAINST = "against plain (95 %)"
 ASIDE = ("out", "data_dir", "log")  # of this machine, and how a run is followed: they change no number
@@ -37,7 +38,7 @@ class SeedGroup:
     """Runs that differ only in their seeds."""
 
     runs: dict[int, Done]  # by seed
-    plain: dict[int, Done]  # the same without h0
+    plain: dict[int, Done]  # the same without h0, or another remedy
 
     @property
     def config(self) -> dict:
@@ -127,8 +128,8 @@ def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
         rows.setdefault(key(run.config), SeedGroup({}, {})).runs[run.config["seed"]] = run
     for rows in tables.values():
         for g in rows.values():
-            method, sibo, _ = g.config["method"].partition("-sibo")
-            if sibo and (plain := rows.get(key(g.config | PLAIN | {"method": method}))):
+            plain = rows.get(key(g.config | PLAIN | REMEDIES | {"method": g.config["method"].removesuffix("-sibo")}))
+            if plain and plain is not g:
                 g.plain.update(plain.runs)
     return [sorted(rows.values(), key=order) for rows in tables.values()]
 
@@ -212,7 +213,9 @@ def name(g: SeedGroup, rows: Sequence[SeedGroup]) -> str:
     """A label: what sets a group apart from the others of its method."""
     c = g.config
     labels = {"lam": "λ {lam}", "sibo_at": "{sibo_at}", "frozen_too": "frozen too", "skip": "{skip} skip",
-              "side": "side {side}", "lam_by_depth": "λ {lam_by_depth}", "learn_lam": "λ learned", "lr": "lr {lr}"}
+              "side": "side {side}", "lam_by_depth": "λ {lam_by_depth}", "learn_lam": "λ learned",
+              "stochastic_depth": "stochastic depth {stochastic_depth}",
+              "similarity_loss": "similarity loss {similarity_loss}", "lr": "lr {lr}"}
     same = [other.config for other in rows if other.config["method"] == c["method"]]
     own = [k for k in labels if c[k] and len({json.dumps(other[k]) for other in same}) > 1]
     return ", ".join([c["method"], *(labels[k].format_map(c) for k in own)])

@@ -27,7 +27,7 @@ from sibo_lab.evaluation import pictures
 from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.evaluation.compare import SeedGroup, groups, loss_difference, name, name_of, read, save
 from sibo_lab.placement import place
-from sibo_lab.tools import bench_rows
+from sibo_lab.tools import bench_rows, depth
 from sibo_lab.training import loop, options, run_folder
 
 Groups = Sequence[SeedGroup]
@@ -229,6 +229,7 @@ def step_and_flops(args: Namespace, method: str, lam: float) -> tuple[Callable, 
 ALL = {"method": ("adapter", "lora", "adapter-sibo", "lora-sibo")}
 LOSS = {"score_by": "loss", "lam": (0.1,)}  # the authors' λ for LLaMA throughout
 ADAPTERS = LOSS | {"method": ("adapter", "adapter-sibo")}
+METHODS = {"method": ("adapter", "adapter-sibo"), "lam": (0.2,)}
 SIBO = LOSS | {"method": ("adapter-sibo",)}
 STUDIES = {  # where in the paper; a function of the options and the files' path without its ending
     "lambda": ("Figure 4", partial(trained, score_by_lam, [ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
@@ -244,6 +245,9 @@ STUDIES = {  # where in the paper; a function of the options and the files' path
     "where": ("–", partial(trained, gain, [
         ADAPTERS, ADAPTERS | {"side": "in"}, SIBO | {"learn_lam": True}, SIBO | {"side": "in", "learn_lam": True},
         *(SIBO | {"lam_by_depth": where} for where in ("rising", "falling", "first-third", "last-third"))])),
+    "remedies": ("–", partial(trained, gain, [
+        METHODS | more for more in ({}, {"stochastic_depth": 0.1}, {"similarity_loss": 0.1})])),
+    "depth": ("–", depth.study),
     "norms": ("–", norms),
     "cost": ("Table 9", cost),
 }
