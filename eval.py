@@ -148,8 +148,17 @@ def ask(args: Namespace) -> None:
     print(scoring.responses(adapt(m, args), t, [prompt], 256, 1, beams)[0])
 
 
+def held_out(args: Namespace) -> list[tuple[tasks.Task, Sequence]]:
+    """The training examples that a run left out to be scored on."""
+    run, made = args.config, args.trained[0].kind == "word-problems"
+    several = (run["steps"] * run["batch_size"], run["seed"]) if made else ()
+    rows = [row for t in args.trained for row in readers.load(t, "train", args.data_dir, *several)]
+    return [(args.trained[0], readers.hold_out(rows, args.held_out)[1][:args.limit])]
+
+
 def score(args: Namespace) -> None:
-    tests = readers.load_tests(args.tests, args.data_dir, args.limit)
+    tests = held_out(args) if args.held_out else readers.load_tests(args.tests, args.data_dir, args.limit)
+    scoring.require_answers(tests, args.score_by)
     args.protocol = batch.protocol_for(args.protocol, [row for _, test in tests for row in test])
     m, t = load(args)
     adapt(m, args)
@@ -159,7 +168,8 @@ def score(args: Namespace) -> None:
                     for s in test]
             found = scoring.score_sentences(m, t, task, rows, args.batch_size)
         else:
-            found = scoring.score_examples(m, t, task, test, args.batch_size, args.num_beams, args.protocol)
+            found = scoring.score_examples(m, t, task, test, args.batch_size, args.num_beams, args.protocol,
+                                           args.score_by)
         print(f"{task.name}: {found}" if len(tests) > 1 else found)
 
 

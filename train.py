@@ -199,8 +199,8 @@ def read_data(args: Namespace, dry: bool) -> Data:
         raise ValueError(f"--similarity-loss: expected a GLUE task, with a BERT, got {args.task}, whose prompts begin "
                          "alike")
     if task.num_labels and args.score_by == "loss":
-        raise ValueError(f"--score-by loss: expected a text-to-text task, got {args.task}, which has its loss beside "
-                         "its score")
+        raise ValueError(f"--score-by loss: expected a text-to-text task, got {args.task}, whose loss stands "
+                         "beside its score")
     if task.num_labels and args.protocol in ("paper", "chat"):
         raise ValueError(f"--protocol {args.protocol}: expected a text-to-text task, with a prompt and beams, got "
                          f"{args.task}")
@@ -208,9 +208,7 @@ def read_data(args: Namespace, dry: bool) -> Data:
     unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
     train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
     tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
-    if args.score_by == "loss" and (bare := [t.name for t, test in tests if not all(e.output for e in test)]):
-        raise ValueError(f"--score-by loss: expected test examples with an answer to learn, got {bare[0]}'s, without; "
-                         "use --score-on validation")
+    scoring.require_answers(tests, args.score_by)
     for t, test in () if rank() else tests:
         if seen := readers.overlap(train, test):
             print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
@@ -250,7 +248,7 @@ def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone)
         rows = d.train or readers.load(d.task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
         rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
         encoded = encode(rows, backbone.t, run), encode(valid, backbone.t, run)  # or refused: no folder is made yet
-        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid)], rows=encoded,
+        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid[:run.limit])], rows=encoded,
                        cut=count_cut(*encoded, run))
         with one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
             results[i] = execute(run, mine, backbone, args.save_every, args.resume)

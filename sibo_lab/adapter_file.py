@@ -66,7 +66,7 @@ def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
                              "in format 1; train it again")
         settings, widths = getattr(m, "sibo", None), {}
         if not settings and spec.get("method") != "full":
-            settings, widths, _ = place(m, Settings(**spec))
+            settings, widths, *_ = place(m, Settings(**spec))
         ours = json.loads(json.dumps(_spec(settings)))
         if settings:  # what older files lack
             spec = {"modules_to_save": ours.get("modules_to_save"), "lam_by_depth": Settings.lam_by_depth} | spec

@@ -37,10 +37,13 @@ def parser() -> cli.Parser:
     add("--peft", type=Path, metavar="DIR", help="of --backbone: a LoRA for it that peft saved")
     add("--merge", action="store_true", help="fold LoRA into the weights first")
     add = p.add_argument_group("on what").add_argument
-    add("--task", metavar="A,B", help="short names, or files of your own (default: the run's, or word-problems)")
+    add("--task", metavar="A,B", help="short names, or files of your own (default: what the run was scored on, or "
+        "word-problems)")
     add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used (default: the run's)")
     add("--data-dir", help="the tasks' files (default: $SIBO_DATA, else the cache)")
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
+    add("--score-by", choices=["answers", "loss"], help="what the model answers, or what the right answers cost "
+        "(default: the run's, or answers)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
     add("--export", nargs=2, metavar=("hf|peft|gguf", "DIR|FILE"), help="instead: write the run for Hugging Face, or a "
@@ -115,6 +118,12 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.run}: expected a run that can answer {name}, got one on {run['task']}")
     if labels and (args.protocol or args.num_beams):
         raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}")
+    args.trained = trained
+    args.held_out = run["validate"] if run.get("score_on") == "validation" and not args.task else 0
+    args.score_by = args.score_by or ("answers" if labels else run.get("score_by", "answers"))
+    if labels and args.score_by == "loss":
+        raise ValueError(f"--score-by loss: expected a text-to-text task, got {name}, whose loss stands beside its "
+                         "score")
     args.limit = args.limit or (None if args.task and args.tests != trained else run.get("limit"))
     args.data_dir = tasks.data_dir(args.data_dir or run.get("data_dir"))
     args.protocol = args.protocol or (run.get("protocol", "clean") if run else None)

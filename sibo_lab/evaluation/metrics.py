@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 Array = np.ndarray
 
 
-def student_t(df: float, p: float = 0.975) -> float:
+@cache
+def student_t(df: int, p: float = 0.975) -> float:
     """The point that Student's t is below with probability p ≥ 0.5: with t = √df tan u its density is that of
     cos(u)^(df−1)."""
     u = np.linspace(0, np.pi / 2, 100_001)

@@ -154,6 +154,14 @@ def losses(m: nn.Module, t: subwords.Tokenizer, examples: Sequence[tasks.Example
     return _in_batches(m, rows, lambda row: len(row.ids), LOSSES_AT_ONCE, work, "losses")
 
 
+def require_answers(tests: Sequence[tuple[tasks.Task, Sequence[tasks.Example]]], by: str) -> None:
+    """ValueError for examples to score by their loss that have no answer to learn."""
+    for task, test in tests if by == "loss" else ():
+        if not all(e.output for e in test):
+            raise ValueError(f"--score-by loss: expected test examples with an answer to learn, got {task.name}'s, "
+                             "with the result alone; use --score-on validation")
+
+
 def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequence[str]) -> Score:
     """The mean loss per answer, as a task's score."""
     each = np.array([one["loss"] for one in lost])

@@ -227,10 +227,11 @@ def step_and_flops(args: Namespace, method: str, lam: float) -> tuple[Callable, 
 
 
 ALL = {"method": ("adapter", "lora", "adapter-sibo", "lora-sibo")}
-LOSS = {"score_by": "loss", "lam": (0.1,)}  # the authors' λ for LLaMA throughout
-ADAPTERS = LOSS | {"method": ("adapter", "adapter-sibo")}
 METHODS = {"method": ("adapter", "adapter-sibo"), "lam": (0.2,)}
-SIBO = LOSS | {"method": ("adapter-sibo",)}
+LOSS = {"score_by": "loss", "lr": (1e-3,)}  # the better of 3e-4 and 1e-3 for the plain adapter and LoRA
+ADAPTERS = LOSS | {"method": ("adapter", "adapter-sibo"), "lam": (0.1,)}  # the authors' λ for LLaMA throughout
+INPUTS = {"side": "in", "lr": (3e-4,)}  # where 3e-4 was the better one
+ONE = ADAPTERS | {"method": ("adapter-sibo",)}
 STUDIES = {  # where in the paper; a function of the options and the files' path without its ending
     "lambda": ("Figure 4", partial(trained, score_by_lam, [ALL | {"lam": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}])),
     "placement": ("Table 5", partial(trained, all_scores, [
@@ -241,10 +242,10 @@ STUDIES = {  # where in the paper; a function of the options and the files' path
     "learned": ("Section 7", partial(trained, learned, [
         ALL, {"method": ("adapter-sibo", "lora-sibo"), "learn_lam": True}])),
     "gain": ("–", partial(trained, gain, [
-        ADAPTERS, ADAPTERS | {"side": "in"}, LOSS | {"method": ("lora", "lora-sibo"), "lam": (0.3,)}])),
+        ADAPTERS, ADAPTERS | INPUTS, LOSS | {"method": ("lora", "lora-sibo"), "lam": (0.3,)}])),
     "where": ("–", partial(trained, gain, [
-        ADAPTERS, ADAPTERS | {"side": "in"}, SIBO | {"learn_lam": True}, SIBO | {"side": "in", "learn_lam": True},
-        *(SIBO | {"lam_by_depth": where} for where in ("rising", "falling", "first-third", "last-third"))])),
+        ADAPTERS, ADAPTERS | INPUTS, ONE | {"learn_lam": True}, ONE | INPUTS | {"learn_lam": True},
+        *(ONE | {"lam_by_depth": where} for where in ("rising", "falling", "first-third", "last-third"))])),
     "remedies": ("–", partial(trained, gain, [
         METHODS | more for more in ({}, {"stochastic_depth": 0.1}, {"similarity_loss": 0.1})])),
     "depth": ("–", depth.study),

@@ -40,11 +40,11 @@ class SimilarityLoss:
             mask = torch.ones(out.shape[:2], device=out.device) if mask is None else mask[:, 0, 0]  # of (B, 1, 1, T)
             self.found.append(self.similarities(out, mask).mean())
 
-    def add(self, m: nn.Module, inputs: tuple, loss: Tensor) -> Tensor:
-        if not m.training:
-            return loss
-        found, self.found = torch.stack(self.found), []
-        return loss + self.weight * found.mean().to(loss.dtype)
+    def add(self, m: nn.Module, inputs: tuple, out: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        found, self.found = self.found, []
+        if not found or isinstance(out, list) or out.ndim:  # not a training pass's loss
+            return out
+        return out + self.weight * torch.stack(found).mean().to(out.dtype)
 
 
 class InitialTokens(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from run_folders import run
 
-from sibo_lab.evaluation import compare
+from sibo_lab.evaluation import compare, metrics
 
 
 def test_the_difference_pairs_equal_seeds_and_its_interval_is_students(tmp_path):
@@ -17,9 +17,9 @@ def test_the_difference_pairs_equal_seeds_and_its_interval_is_students(tmp_path)
     for seed, score in sibo.items():
         run(tmp_path, "lora-sibo", seed, score)
     (rows,) = compare.groups(compare.read([tmp_path]))
-    mean, half = compare.difference(next(g for g in rows if g.plain))
+    d = compare.difference(next(g for g in rows if g.plain))
     oracle = scipy.stats.ttest_rel([sibo[s] for s in range(3)], [plain[s] for s in range(3)]).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx(tuple(oracle), rel=1e-3)
+    assert (d.mean - d.half, d.mean + d.half) == pytest.approx(tuple(oracle), rel=1e-3)
 
 
 def test_with_one_seed_the_interval_is_over_the_examples_that_both_answered(tmp_path):
@@ -27,8 +27,59 @@ def test_with_one_seed_the_interval_is_over_the_examples_that_both_answered(tmp_
     run(tmp_path, "adapter-sibo", 0, a.mean(), a)
     run(tmp_path, "adapter", 0, b.mean(), b)
     (rows,) = compare.groups(compare.read([tmp_path]))
-    mean, half = compare.difference(next(g for g in rows if g.plain))
-    assert mean == pytest.approx(1 / 6) and half == pytest.approx(1.96 * (a - b).std(ddof=1) / 6**0.5)
+    d = compare.difference(next(g for g in rows if g.plain))
+    assert d.mean == pytest.approx(1 / 6) and d.half == pytest.approx(1.96 * (a - b).std(ddof=1) / 6**0.5)
+
+
+def lost(folder, *pairs, **settings):
+    """Runs of LoRA and LoRA-SIBO whose answers cost these, per seed."""
+    for seed, (plain, ours) in enumerate(pairs):
+        run(folder, "lora", seed, lost=plain, **settings)
+        run(folder, "lora-sibo", seed, lost=ours, **settings)
+    (rows,) = compare.groups(compare.read([folder]))
+    return next(g for g in rows if g.plain)
+
+
+def test_losses_are_paired_by_seed_and_example(tmp_path):
+    d = compare.loss_difference(lost(tmp_path, ([1, 2, 3], [2, 2, 5]), ([4, 4, 4], [4, 5, 6])))
+    assert d == metrics.paired(np.array([[1, 0, 2], [0, 1, 2]])) and d.mean == 1
+
+
+def test_with_one_seed_the_interval_of_a_loss_is_students_over_examples(tmp_path):
+    plain, ours = np.random.default_rng(0).random((2, 20))
+    d = compare.loss_difference(lost(tmp_path, (plain.tolist(), ours.tolist())))
+    oracle = scipy.stats.ttest_rel(ours, plain).confidence_interval(0.95)
+    assert (d.mean - d.half, d.mean + d.half) == pytest.approx(tuple(oracle), rel=1e-3)
+
+
+def test_runs_without_losses_have_no_difference_of_them(tmp_path):
+    assert compare.loss_difference(lost(tmp_path, (None, None))) is None
+
+
+def test_the_table_has_the_loss_beside_the_score_and_alone_where_it_is_the_score(tmp_path):
+    lost(tmp_path, ([1, 2, 3], [2, 2, 5]), ([4, 4, 4], [4, 5, 6]))
+    head, _, ours = compare.tables(compare.read([tmp_path]), markdown=True).splitlines()[2:6:1][:2] + [
+        compare.tables(compare.read([tmp_path]), markdown=True).splitlines()[-1]]
+    cells = dict(zip(head.split(" | ")[3:], ours.split(" | ")[3:], strict=True))
+    assert cells["loss per answer"] == "4.000 ± 1.414" and cells["against plain (95 %)"].startswith("+1.0000 ± ")
+
+
+def test_another_remedy_is_compared_with_none_and_with_sibo_too(tmp_path):
+    run(tmp_path, "adapter", 0)
+    run(tmp_path, "adapter", 0, stochastic_depth=0.1)
+    run(tmp_path, "adapter-sibo", 0, stochastic_depth=0.1)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    none = rows[0].runs[0]
+    assert [g.plain for g in rows] == [{}, {0: none}, {0: none}]
+
+
+def test_a_run_from_before_a_setting_was_there_has_its_default(tmp_path):
+    folder = run(tmp_path, "lora", 0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in compare.OLD}))
+    run(tmp_path, "lora", 1)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert len(rows) == 1
 
 
 def test_a_plain_run_of_other_settings_is_no_counterpart(tmp_path):
@@ -39,7 +90,7 @@ def test_a_plain_run_of_other_settings_is_no_counterpart(tmp_path):
 
 
 @pytest.mark.parametrize("differs", [{"task": "svamp"}, {"test": ("svamp",)}, {"limit": 5}, {"backbone": "minilm"},
-                                     {"score_on": "validation"}])
+                                     {"score_on": "validation"}, {"score_by": "loss"}])
 def test_runs_that_are_scored_on_something_else_stand_in_another_table(tmp_path, differs):
     run(tmp_path, "lora", 0)
     run(tmp_path, "lora", 0, **differs)

@@ -38,9 +38,39 @@ def test_last_five_is_the_mean_of_the_last_five_entries():
     assert metrics.last_five([9, 9, 1, 2, 3, 4, 5]) == 3.0
 
 
-@given(st.integers(1, 60))
-def test_the_quantile_of_students_t_is_scipys(df):
-    assert metrics.student_t(df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-3)
+@given(st.integers(1, 60), st.sampled_from((0.8, 0.975)))
+def test_the_quantile_of_students_t_is_scipys(df, p):
+    assert metrics.student_t(df, p) == pytest.approx(scipy.stats.t.ppf(p, df), rel=1e-3)
+
+
+def test_where_examples_agree_the_interval_is_students_over_seeds():
+    each = np.array([0.3, -0.1, 0.2, 0.5])
+    d = metrics.paired(np.tile(each[:, None], 50))
+    oracle = scipy.stats.ttest_1samp(each, 0).confidence_interval(0.95)
+    assert (d.mean - d.half, d.mean + d.half) == pytest.approx(tuple(oracle), rel=1e-3)
+
+
+@pytest.mark.parametrize(("seeds", "over_seeds", "over_examples", "both"), [
+    (1, 0.0, 1.0, 1.0), (3, 0.0, 1.0, 1.0), (3, 0.2, 1.0, 0.5), (3, 1.0, 1.0, 1.0), (6, 0.3, 0.2, 1.0)])
+def test_95_of_100_intervals_hold_the_true_difference_and_80_exclude_0_at_what_could_be_shown(seeds, over_seeds,
+                                                                                             over_examples, both):
+    rng, inside, shown = np.random.default_rng(0), [], []
+
+    def study(true):
+        return metrics.paired(true + rng.normal(0, over_seeds, (seeds, 1)) + rng.normal(0, over_examples, (1, 40))
+                              + rng.normal(0, both, (seeds, 40)))
+
+    typical = np.mean([study(0.0).could_show for _ in range(200)])
+    for _ in range(1000):
+        d = study(typical)
+        inside.append(abs(d.mean - typical) <= d.half)
+        shown.append(d.mean - d.half > 0)
+    assert 0.93 <= np.mean(inside) <= 0.98 and 0.6 <= np.mean(shown) <= 0.85
+
+
+def test_one_example_has_no_interval():
+    d = metrics.paired(np.array([[0.5], [0.7]]))
+    assert d.mean == pytest.approx(0.6) and np.isnan(d.half) and np.isnan(d.could_show)
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
