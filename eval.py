@@ -41,7 +41,7 @@ def _mean(similarities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layersimilarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0, batch_size: int = 16) -> list[float]:
+def layer_similarities(m: nn.Module, rows: Sequence[batch.Row], pad_id: int = 0, batch_size: int = 16) -> list[float]:
     """Eq. (3) of each of the L+1 hidden states: the curve of Figures 1 and 2."""
     generate.require_eval(m)
     found = []
@@ -131,9 +131,9 @@ def draw_similarity(args: Namespace) -> None:
     args.protocol = batch.protocol_for(args.protocol, test)
     m, t = load(args)
     rows = similarity_rows(m, t, test, protocol=args.protocol)
-    curves = {args.backbone: layersimilarities(m, rows)}
+    curves = {args.backbone: layer_similarities(m, rows)}
     if args.run or args.peft:
-        curves[args.config.get("method", "lora")] = layersimilarities(adapt(m, args), rows)
+        curves[args.config.get("method", "lora")] = layer_similarities(adapt(m, args), rows)
     pictures.draw_similarity(curves, out, f"{args.backbone} on {task.name}")
     for name, curve in curves.items():
         print(f"{name:14} {' '.join(f'{x:.3f}' for x in curve)}   last five {metrics.last_five(curve):.4f}")

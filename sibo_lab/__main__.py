@@ -22,7 +22,8 @@ COMMANDS = {  # the module that carries it out; the options it takes, from what 
 
 HELP = """usage: python -m sibo_lab COMMAND …   (each has its own --help)
   data list | fetch | overlap | show | harness   the benchmarks' files; what a model sees of them, or of yours
-  study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms
+  study NAME                      the paper's analyses: lambda, placement, low-rank, cost, similarity, learned, norms;
+                                  and where an initial residual helps: gain, where, depth, remedies
   bench                           speed and memory
   export RUN hf|peft|gguf PLACE   a run for other libraries, as eval.py --export
   table DIR …                     runs side by side, as eval.py --table"""

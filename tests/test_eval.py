@@ -97,11 +97,29 @@ def test_a_runs_answers_and_how_far_to_trust_its_score_are_saved(tmp_path, tiny_
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
     examples = readers.load(tasks.task("word-problems"), "test", None, 3)
     assert [a["gold"] for a in answers] == [e.answer for e in examples]
-    assert all(a.keys() == {"task", "gold", "response", "answer", "right"} for a in answers)
+    assert all(a.keys() == {"task", "gold", "response", "answer", "right", "loss", "tokens"} for a in answers)
+    assert result["loss"] == pytest.approx(np.mean([a["loss"] for a in answers]))
     assert result["score"] == np.mean([a["right"] for a in answers])
     assert result["empty"] == np.mean([a["answer"] is None for a in answers])
     assert result["interval"] == list(metrics.wilson(result["score"], 3))
     assert result["answers_given"] == scoring.shares([a["answer"] for a in answers])
+
+
+def test_a_run_scored_on_validation_is_scored_on_it_again(tmp_path, tiny_llama, capsys):
+    rows = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(40)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    run(train, "--backbone", tiny_llama, "--task", tmp_path / "mine.json", "--score-on", "validation", "--validate", 15,
+        "--score-by", "loss", "--steps", 1, "--batch-size", 2, "--dtype", "float32", "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["metric"], result["n"], result["score"]) == ("loss", 15, result["loss"])
+    capsys.readouterr()
+    run(evaluation, tmp_path / "run")
+    assert capsys.readouterr().out.startswith(f"loss {result['loss']:.4f} (n 15;")
+    run(evaluation, tmp_path / "run", "--score-by", "answers", "--limit", 4)
+    out = capsys.readouterr().out
+    assert out.startswith("accuracy ") and "(n 4;" in out and "loss per answer" in out
+    run(evaluation, tmp_path / "run", "--task", tmp_path / "mine.json")  # its test set
+    assert "(n 4;" in capsys.readouterr().out
 
 
 def test_compiled_steps_give_the_same_answers(monkeypatch, tmp_path, tiny_llama, capsys):

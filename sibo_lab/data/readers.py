@@ -39,10 +39,9 @@ def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int
     if task.kind == "own":
         rows = own.answered(rows, paths, split, apart)
     if not task.test:
-        try:
-            rows = hold_out(rows, task.held_out, tenth=True)[split == "test"]
-        except ValueError as e:
-            raise ValueError(f"{paths}: {e}") from None
+        rows = hold_out(rows, task.held_out, tenth=True)[split == "test"]
+        if not rows:
+            raise ValueError(f"{paths}: expected two or more different questions, got one; the test holds it out")
     return rows[:n]
 
 
@@ -58,15 +57,15 @@ def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tup
 
 def hold_out(rows: list, n: int, tenth: bool = False) -> tuple[list, list]:
     """The rest of the rows (Examples or Sentences), and those of the n questions of lowest hash (tenth: or of a tenth
-    of them, where that is less). Both in the order of the hashes: always the same, and as good as shuffled (files are
-    often sorted). ValueError where that leaves no question."""
+    of them, where that is less, but at least one). Both in the order of the hashes: always the same, and as good as
+    shuffled (files are often sorted). ValueError for n or fewer questions."""
     def order(row):
         return hashlib.sha256("\n".join(map(str, _texts(row))).encode()).digest()
 
     questions = [list(same) for _, same in groupby(sorted(rows, key=order), order)]
     if tenth:
         n = max(1, min(n, len(questions) // 10))
-    if n >= len(questions):
+    elif n >= len(questions):
         raise ValueError(f"expected more different questions than the {n} to hold out, got {len(questions)}")
     return list(chain(*questions[n:])), list(chain(*questions[:n]))
 

@@ -79,19 +79,24 @@ def _saved(line: str, where: str) -> Done:
 
 
 def _finished(folder: Path) -> Done:
-    right, answers, loss = {}, {}, losses(folder)
+    right, answers = {}, {}
     for answer in _lines(folder / "answers.jsonl"):
         if "right" in answer:
             right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
         if "loss" in answer:
             answers.setdefault(answer["task"], []).append(round(answer["loss"], 5))
     return Done(OLD | files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
-                [float(np.nanmean(part)) for part in np.array_split(loss, 4)] if len(loss) >= 4 else [], answers)
+                quarters(losses(folder)), answers)
 
 
 def losses(folder: Path) -> np.ndarray:
     """Of each training step; nan where it was skipped."""
     return np.array([line["loss"] for line in _lines(folder / "metrics.jsonl")], float)
+
+
+def quarters(loss: np.ndarray) -> list[float]:
+    """The mean of each quarter of the steps; empty for fewer than four."""
+    return [float(np.nanmean(part)) for part in np.array_split(loss, 4)] if len(loss) >= 4 else []
 
 
 def _lines(file: Path) -> list[dict]:

@@ -19,7 +19,7 @@ import model
 from sibo_lab import files
 from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.evaluation import metrics, pictures
+from sibo_lab.evaluation import compare, metrics, pictures
 from sibo_lab.training import loop, remedies, resume, run_folder
 from sibo_lab.training.recipes import Run, run_of
 
@@ -104,11 +104,10 @@ def train(variant: str, blocks: int, run: Run, rows: list[batch.Row], held: list
         m = prepare(build(blocks, run.seed), variant)
         loop.fit(m, rows, 0, run, every=resume.SaveEvery(), resuming=resuming)
         h0 = getattr(m, "initial_tokens", None)
-        lines = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         found = Trained(variant, blocks, run.seed, [round(x, 5) for x in losses(m, held)],
                         [round(x, 4) for x in evaluation.layer_similarities(m, held[:64])],
                         [round(x, 4) for x in h0.lam_logit.sigmoid().tolist()] if h0 else [],
-                        [round(float(np.mean(q)), 4) for q in np.array_split(lines, 4)], run_folder.command())
+                        [round(x, 4) for x in compare.quarters(compare.losses(out))], run_folder.command())
         files.write(out / "result.json", json.dumps(asdict(found)) + "\n")
     return found
 

@@ -52,6 +52,7 @@ def folder_of(run: Run, args: argparse.Namespace, several: bool) -> Run:
     if s:
         marks += [f"side-{s.side}" * (s.side != "out"), f"lam{s.lam:g}" * (s.lam > 0), s.sibo_at or "",
                   s.lam_by_depth * (s.lam_by_depth != "even"), "learned" * s.learn_lam, "frozen-too" * s.frozen_too]
+    marks += [f"{name.replace('_', '-')}{getattr(run, name):g}" for name in compare.REMEDIES if getattr(run, name)]
     marks += [f"lr{run.lr:g}", f"seed{run.seed}"]
     return replace(run, out=str(Path(args.out or f"runs/{backbone}-{task}", "-".join(filter(None, marks)))))
 

@@ -67,6 +67,21 @@ def test_a_tenth_of_the_questions_is_held_out_and_none_is_in_both(tmp_path_facto
     assert len(held) == max(1, len(set(numbers)) // 10)
 
 
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=80).filter(lambda values: len(set(values)) > 1), st.data())
+@settings(max_examples=40, deadline=None)
+def test_as_many_questions_are_held_out_as_asked_for(numbers, data):
+    rows = [tasks.Example(f"Question {n}?", str(i)) for i, n in enumerate(numbers)]
+    n = data.draw(st.integers(1, len(set(numbers))))
+    if n == len(set(numbers)):
+        with pytest.raises(ValueError, match=f"expected more different questions than the {n} to hold out, got {n}"):
+            readers.hold_out(rows, n)
+        return
+    rest, held = readers.hold_out(rows, n)
+    assert len({e.instruction for e in held}) == n and sorted(e.output for e in rest + held) == sorted(
+        e.output for e in rows)
+    assert {e.instruction for e in readers.hold_out(rows, 1)[1]} <= {e.instruction for e in held}
+
+
 def test_at_most_200_questions_of_a_users_own_file_are_held_out_and_120_of_a_published_set(tmp_path):
     rows = [{"instruction": f"Question {i}?", "output": "Yes.", "answer": "yes"} for i in range(3000)]
     assert len(own(write(tmp_path / "a.json", rows), "test")) == 200

@@ -47,9 +47,68 @@ def tiny(family, method=None, num_labels=None):
 
 LLMS = [("llama", None), ("gptj", None), ("llama", "adapter"), ("gptj", "lora")]
 llms = pytest.mark.parametrize(("family", "method"), LLMS)
+SENTENCES = [batch.Row([1, *range(2, 3 + 3 * i), 2], i % 2, types=[0] * (3 + 3 * i)) for i in range(7)]
 QUESTIONS = ["Is it so?", "Say a word.\n", "Which of these is the longest of all?", "x", "Is it not so?\n"]
 CHOICES = [["true", "false"], ["\n\nyes", "\nno", "\n\nyes and no"], ["the one answer"],
            ["b", "the whole of it", "c", "the half"], ["answer1", "answer2", "answer10", "answer"]]
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+LEARNED = [tasks.Example(q, "yes " * i + "it is 7.", "7") for i, q in enumerate(QUESTIONS)]
+
+
+@llms
+@torch.no_grad()
+def test_the_loss_of_an_answer_is_that_of_a_training_step_on_it_alone(family, method):
+    m = tiny(family, method)
+    found = scoring.losses(m, Bytes(), LEARNED)
+    for e, one in zip(LEARNED, found, strict=True):
+        row = batch.encode(e, Bytes(), 10_000)
+        assert one["tokens"] == len(e.output) + 1  # and the end
+        alone = model.loss(m, torch.tensor([row.ids]), torch.tensor([row.labels]))
+        assert one["loss"] == pytest.approx(one["tokens"] * float(alone), rel=1e-5)
+
+
+def test_the_loss_of_an_answer_is_transformers(tiny_llama):
+    from transformers import LlamaForCausalLM
+
+    from sibo_lab.backbone import tokenizer
+
+    t, theirs = tokenizer.from_pretrained(tiny_llama), LlamaForCausalLM.from_pretrained(tiny_llama)
+    for e, one in zip(LEARNED, scoring.losses(model.from_pretrained(tiny_llama), t, LEARNED), strict=True):
+        row = batch.encode(e, t, 10_000)
+        alone = theirs(torch.tensor([row.ids]), labels=torch.tensor([row.labels])).loss
+        assert one["loss"] == pytest.approx(one["tokens"] * float(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("by", ["answers", "loss"])
+def test_a_score_has_the_mean_loss_per_answer_and_per_token(by, monkeypatch):
+    monkeypatch.setattr(tasks.Task, "max_new_tokens", 3)
+    m, task = tiny("llama"), tasks.task("word-problems")
+    found, lost = scoring.score_examples(m, Bytes(), task, LEARNED, by=by), scoring.losses(m, Bytes(), LEARNED)
+    total = sum(one["loss"] for one in lost)
+    assert (found.loss, found.loss_per_token) == pytest.approx((total / 5, total / sum(x["tokens"] for x in lost)))
+    assert [(r["loss"], r["tokens"]) for r in found.records] == [(one["loss"], one["tokens"]) for one in lost]
+    assert (found.metric, found.score) == (("accuracy", 0.0) if by == "answers" else ("loss", found.loss))
+
+
+def test_a_test_without_answers_to_learn_has_no_loss():
+    examples = [*LEARNED, tasks.Example("How many?", "", "3")]
+    assert scoring.losses(None, Bytes(), examples) == []
+    with pytest.raises(ValueError, match="score-by loss: expected test examples with an answer to learn, got svamp's"):
+        scoring.require_answers([(tasks.task("svamp"), examples)], "loss")
+
+
+@pytest.mark.parametrize(("name", "labels"), [("rte", 2), ("stsb", 1)])
+@torch.no_grad()
+def test_the_loss_of_a_sentence_is_that_of_a_training_step_on_it_alone(name, labels):
+    m, t = tiny("bert", num_labels=labels), Bytes()
+    found = scoring.score_sentences(m, t, tasks.task(name), SENTENCES, 3)
+    alone = [float(model.loss(m, torch.tensor([row.ids]), torch.tensor([row.labels]))) for row in SENTENCES]
+    assert [r["loss"] for r in found.records] == pytest.approx(alone, rel=1e-4)
+    assert found.loss == pytest.approx(sum(alone) / len(alone), rel=1e-4) and found.loss_per_token is None
 
 
 # --------------------------------------------------------------------------------------------------------- likelihoods
@@ -119,9 +178,6 @@ def test_neither_batch_size_nor_padding_nor_order_changes_an_answer_or_a_choice(
         for i, record in zip(order, found.records, strict=True):
             assert record == alone.records[i] | {"choices": pytest.approx(alone.records[i]["choices"], abs=1e-4)}
         assert (found.score, found.interval, found.more) == (alone.score, alone.interval, alone.more)
-
-
-SENTENCES = [batch.Row([1, *range(2, 3 + 3 * i), 2], i % 2, types=[0] * (3 + 3 * i)) for i in range(7)]
 
 
 @settings(max_examples=6, deadline=None)

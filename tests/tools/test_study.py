@@ -11,6 +11,7 @@ import model
 from sibo_lab import __main__
 from sibo_lab.backbone import tokenizer
 from sibo_lab.data import batch, readers, tasks
+from sibo_lab.evaluation import compare
 from sibo_lab.tools import study
 
 
@@ -49,6 +50,34 @@ def test_a_study_of_runs_writes_one_line_per_run_a_picture_and_a_line_for_the_ta
     again, _ = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 1,
                        "--batch-size", 1, "--dtype", "float32", "--validate", 0, "--out", tmp_path / "runs")
     assert again == line
+
+
+@pytest.mark.parametrize(("name", "plain", "compared"), [("gain", 3, 3), ("where", 2, 8)])
+def test_a_study_of_losses_compares_each_sibo_with_its_plain_method_and_keeps_every_answers_loss(
+        monkeypatch, capsys, tmp_path, tiny_llama, mine, name, plain, compared):
+    line, rows = command(monkeypatch, capsys, tmp_path, name, "--backbone", tiny_llama, "--task", mine, "--steps", 2,
+                         "--batch-size", 1, "--dtype", "float32", "--validate", 3, "--score-on", "validation",
+                         "--seeds", "0,1", "--out", tmp_path / "runs")
+    assert len(rows) == 2 * (plain + compared) and line.count("(could show ") == compared
+    saved = compare.read([tmp_path / f"results/{name}-{tiny_llama.name}-mine.jsonl"])
+    assert len(saved) == len(rows) and {len(run.answers[str(mine)]) for run in saved} == {3}
+    (groups,) = compare.groups(saved)
+    for g in groups:
+        if g.plain:
+            d = compare.loss_difference(g)
+            assert f"{d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" in line
+
+
+def test_the_remedies_are_compared_with_none(monkeypatch, capsys, tmp_path, tiny_bert):
+    (tmp_path / "glue/CoLA").mkdir(parents=True)
+    lines = "".join(f"x\t{i % 2}\t\tSome {i} words.\n" for i in range(12))
+    for split in ("train", "dev"):
+        (tmp_path / f"glue/CoLA/{split}.tsv").write_text(lines)
+    line, rows = command(monkeypatch, capsys, tmp_path, "remedies", "--backbone", tiny_bert, "--task", "cola",
+                         "--steps", 2, "--data-dir", tmp_path, "--out", tmp_path / "runs")
+    assert len(rows) == 6 and line.count("(could show ") == 5
+    for remedy in ("stochastic depth 0.1", "similarity loss 0.1"):
+        assert f"adapter, {remedy} " in line and f"adapter-sibo, {remedy} " in line
 
 
 def test_a_learned_lam_is_drawn_where_not_every_block_has_one(monkeypatch, capsys, tmp_path, tiny_llama, mine):

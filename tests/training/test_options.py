@@ -36,6 +36,11 @@ from sibo_lab.training import options, recipes
     (["--task", "svamp"], "svamp has no training file"),
     (["--task", "missing.json"], "missing.json"),
     (["--device", "cuda:99"], "got cuda:99"),
+    (["--stochastic-depth", "1"], "--stochastic-depth: expected below 1, got 1.0"),
+    (["--similarity-loss", "0.1"], "--similarity-loss: expected a GLUE task, with a BERT, got word-problems"),
+    (["--similarity-loss", "0.1", "--grad-checkpoint"], "--similarity-loss: expected no --grad-checkpoint"),
+    (["--task", "cola", "--score-by", "loss"], "--score-by loss: expected a text-to-text task, got cola"),
+    (["--lam", "0.6", "--lam-by-depth", "rising"], "--lam: expected below 0.5 to go up to twice that, rising, got 0.6"),
 ])
 def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monkeypatch, capsys, tmp_path, args, says):
     monkeypatch.setenv("SIBO_CACHE", str(tmp_path / "cache"))
@@ -86,3 +91,14 @@ def test_a_run_names_its_files_so_that_they_are_found_from_any_folder(monkeypatc
     args.protocol = "clean"
     run = options.resolve(args, "llama", tasks.task("a.json"), 10)
     assert (run.task, run.test) == (str(tmp_path / "a.json"), (str(tmp_path / "b.csv"), "gsm8k+mawps"))
+
+
+def test_by_default_at_most_a_tenth_is_held_out_and_what_is_asked_for_otherwise():
+    def validate(*given, examples):
+        args = options.parser().parse_args(["--task", "gsm8k", *given])
+        one, = options.grid(args)
+        one.protocol = "clean"
+        return options.resolve(one, "llama", tasks.task("gsm8k"), examples).validate
+
+    assert [validate(examples=n) for n in (5, 300, 1199, 7473)] == [1, 30, 119, 120]
+    assert [validate("--validate", n, examples=300) for n in ("0", "30", "120", "299")] == [0, 30, 120, 299]
