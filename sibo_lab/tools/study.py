@@ -252,6 +252,11 @@ STUDIES = {  # where in the paper; a function of the options and the files' path
     "norms": ("–", norms),
     "cost": ("Table 9", cost),
 }
+OPTIONS = {  # of train.py's, those that a study reads which does not train by it
+    "norms": ("backbone", "task", "data_dir", "dtype", "device"),
+    "cost": ("backbone", "task", "data_dir", "dtype", "device", "lam", "batch_size"),
+    "depth": ("backbone", "data_dir", "seed", "steps", "lr", "batch_size", "resume", "out"),
+}
 
 
 def parser() -> cli.Parser:
@@ -265,6 +270,10 @@ def parser() -> cli.Parser:
 
 def main(args: Namespace) -> None:
     where, study = STUDIES[args.study]
+    usual = vars(parser().parse_args([args.study])) if args.study in OPTIONS else {}
+    if unread := [k for k, v in usual.items() if vars(args)[k] != v and k not in ("results", *OPTIONS[args.study])]:
+        raise ValueError(f"{options.flag(unread[0])}: expected an option that study {args.study} reads ("
+                         f"{', '.join(map(options.flag, OPTIONS[args.study]))}), got {vars(args)[unread[0]]}")
     summary = study(args, f"{args.results}/{args.study}-{name_of(args.backbone)}-{name_of(args.task)}")
     if summary:
         print(f"| {where} | `{run_folder.command()}` | {'; '.join(summary)} |")

@@ -146,6 +146,15 @@ def test_a_dry_run_of_a_study_says_what_it_would_train_and_stops(monkeypatch, ca
     assert capsys.readouterr().out.count("trainable parameters") == 3 and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(("name", "given"), [
+    ("norms", ("--steps", 3)), ("cost", ("--lr", 3)), ("depth", ("--rank", 4))])
+def test_an_option_that_a_study_does_not_read_is_refused(monkeypatch, capsys, tmp_path, name, given):
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, name, *given, "--results", tmp_path)
+    assert e.value.code == 2 and f"error: {given[0]}: expected an option that study {name} reads (--backbone, " in (
+        capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["norms", "cost"])
 def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path, tiny_llama, mine, name):
     with pytest.raises(SystemExit) as e:
