@@ -134,8 +134,9 @@ def summary(m: nn.Module) -> str:
     trained, total = (sum(p.numel() for p in m.parameters() if p.requires_grad or every) for every in (False, True))
     size = f"rank {s.rank}, alpha {s.alpha:g}" if s.method == "lora" else f"bottleneck {s.bottleneck}, side {s.side}"
     mixing = [x for x in inside if x.residual]
+    lam = f"{s.lam:g}{f', {s.lam_by_depth}' * (s.lam_by_depth != 'even')}{', learned' * s.learn_lam}"
     return "\n".join([
-        f"{type(uncompiled(m)).__name__}: {s.method}, {size}, λ = {s.lam:g}{', learned' * s.learn_lam}",
+        f"{type(uncompiled(m)).__name__}: {s.method}, {size}, λ = {lam}",
         f"adapted: {len(inside)} modules ({named(inside)})", f"get h0:  {len(mixing)} modules ({named(mixing)})",
         f"whole:   {', '.join(s.modules_to_save) or 'none'}",
         f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})"])

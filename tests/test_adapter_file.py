@@ -60,7 +60,8 @@ def test_a_file_holds_exactly_what_was_trained_and_its_settings(tmp_path):
     assert spec.pop("backbone") == asdict(tiny().config) and spec == {
         "method": "lora", "lam": 0.3, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
         "sibo_at": ["up_proj"], "h0": None, "modules_to_save": [], "rank": 3, "alpha": 6.0, "dropout": 0.05,
-        "bottleneck": 3, "side": "out", "skip": "mixed", "learn_lam": True, "frozen_too": False, "format": 2}
+        "bottleneck": 3, "side": "out", "skip": "mixed", "lam_by_depth": "even", "learn_lam": True,
+        "frozen_too": False, "format": 2}
 
 
 @pytest.mark.parametrize("family,name", CASES)

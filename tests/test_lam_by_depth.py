@@ -32,7 +32,8 @@ def test_each_blocks_module_mixes_its_own_share_of_h0(by_depth):
 def test_a_third_is_what_naming_its_modules_is():
     named = deep("even", sibo_at=("blocks.2.mlp", "blocks.3.mlp"))
     assert torch.equal(deep("last-third")(IDS), named(IDS))
-    assert "get h0:  2 modules" in sibo.summary(named) and "get h0:  2 modules" in sibo.summary(deep("last-third"))
+    assert "get h0:  2 modules (blocks.2.mlp, blocks.3.mlp)" in sibo.summary(deep("last-third"))
+    assert "λ = 0.2, last-third\n" in sibo.summary(deep("last-third")) and "λ = 0.2\n" in sibo.summary(named)
 
 
 def test_on_average_a_rising_or_falling_lam_is_lam():

@@ -19,7 +19,7 @@ def test_the_defaults_are_a_lora_sibo_with_the_papers_places():
     assert asdict(Settings()) == {
         "method": "lora", "lam": 0.2, "targets": None, "sibo_at": None, "h0": None, "modules_to_save": None,
         "rank": 32, "alpha": 64.0, "dropout": 0.0, "bottleneck": 256, "side": "out", "skip": "mixed",
-        "learn_lam": False, "frozen_too": False}
+        "lam_by_depth": "even", "learn_lam": False, "frozen_too": False}
     assert sibo.Settings is Settings
 
 
@@ -28,7 +28,7 @@ def test_the_defaults_are_a_lora_sibo_with_the_papers_places():
     ("targets", ("q_proj", "up_proj")), ("targets", ["q_proj"]), ("sibo_at", "both"), ("sibo_at", ["up_proj"]),
     ("h0", None), ("h0", "embed"), ("modules_to_save", ["score"]), ("modules_to_save", ()), ("rank", 1),
     ("alpha", -3), ("alpha", 0.5), ("dropout", 0), ("dropout", 1e-6), ("dropout", 0.99), ("bottleneck", 4096),
-    ("side", "parallel"), ("skip", "plain"), ("learn_lam", True), ("frozen_too", True)])
+    ("side", "parallel"), ("skip", "plain"), ("lam_by_depth", "rising"), ("learn_lam", True), ("frozen_too", True)])
 def test_what_a_setting_may_be(name, value):
     assert getattr(Settings(**{name: value}), name) == value
 
@@ -46,6 +46,7 @@ def test_what_a_setting_may_be(name, value):
     ("dropout", 1e-17, "dropout: expected 0 or at least 1e-6 .*, got 1e-17"),
     ("side", "up", "side: expected out or in or parallel, got 'up'"), ("side", [], r"side: .*, got \[\]"),
     ("skip", "none", "skip: expected mixed or plain, got 'none'"),
+    ("lam_by_depth", "up", "lam_by_depth: expected even or rising or falling or first-third or last-third, got 'up'"),
     ("learn_lam", 1, "learn_lam: expected False or True, got 1"), ("frozen_too", "yes", "frozen_too: .*, got 'yes'"),
     ("targets", 3, "targets: expected a name, or several, got 3"),
     ("targets", ["q_proj", 3], r"targets: .*, got \['q_proj', 3\]"),
@@ -94,4 +95,5 @@ def test_each_setting_says_which_methods_use_it():
     used = {name: tuple(m for m in METHODS if f.metadata["used_by"] in m) for name, f in FIELDS.items()}
     assert used == {"method": METHODS, "lam": sibos, "targets": plain, "sibo_at": sibos, "h0": METHODS,
                     "modules_to_save": plain, "rank": loras, "alpha": loras, "dropout": loras, "bottleneck": adapters,
-                    "side": adapters, "skip": ("adapter-sibo",), "learn_lam": sibos, "frozen_too": ("lora-sibo",)}
+                    "side": adapters, "skip": ("adapter-sibo",), "lam_by_depth": sibos, "learn_lam": sibos,
+                    "frozen_too": ("lora-sibo",)}

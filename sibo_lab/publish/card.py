@@ -98,7 +98,8 @@ def _method(backbone: str, config: dict, result: dict, settings: Settings | None
     rows = [["backbone", backbone], ["method", _known(config, settings)],
             [f"λ, learned, of {len(lam)} modules in their order" if isinstance(lam, list) else "λ", lam]]
     if settings:
-        rows += [["adapted", settings.targets], ["get h0", settings.sibo_at if settings.lam else None],
+        rows += [["λ by depth", None if settings.lam_by_depth == "even" else settings.lam_by_depth],
+                 ["adapted", settings.targets], ["get h0", settings.sibo_at if settings.lam else None],
                  ["trained whole", settings.modules_to_save]]
         rows += [[key, getattr(settings, key) or None] for key in OF_METHOD[settings.method]]
     rows += [[label, f"{n:,}" if type(n := result.get(key)) is int else None] for label, key in (

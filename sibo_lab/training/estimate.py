@@ -89,7 +89,7 @@ def described(x: nn.Module) -> str:
         where = {"out": "output", "in": "input", "parallel": "beside it"}[s.side]
         skip = "sub-layer" if s.side == "parallel" else mixed if s.skip == "mixed" else "h"
         formula = f"{where}: {skip} + f({mixed}A)B, bottleneck {s.bottleneck}, Eq. ({4 if lam else 1})"
-    entry = f"   ◄══ h0, λ = {lam}{', learned' * s.learn_lam}" if lam else ""
+    entry = f"   ◄══ h0, λ = {lam:g}{', learned' * s.learn_lam}" if lam else ""
     return f"{shape:14} {formula}{entry}"
 
 
