@@ -90,7 +90,7 @@ TASKS = {task.name: task for task in (
       for folder, counts, *train in (
         ("gsm8k", (7473, 1319), GSM8K), ("AQuA", (2728, 254), AQUA), ("mawps", (1898, 238), MAWPS),
         ("SVAMP", (0, 1000)), ("AddSub", (0, 395)), ("MultiArith", (0, 600)), ("SingleEq", (0, 508)))),
-    Task("mawps-valid", "arithmetic", (MAWPS_VALID,), (), (237, 0), NUMBER),
+    Task("mawps-valid", "arithmetic", (MAWPS_VALID,), (), (237, 0), NUMBER, 120),
     Task("math10k", "arithmetic", ("llm_adapters/ft-training_set/math_10k.json",), held_out=120),
     Task("math-mix", "arithmetic", (GSM8K, MAWPS, AQUA), (), (12099, 0), held_out=120),
     *(Task(name, "commonsense", (f"llm_adapters/{folder}/train.json",), (f"llm_adapters/{folder}/test.json",), counts,

@@ -38,7 +38,7 @@ class SeedGroup:
     """Runs that differ only in their seeds."""
 
     runs: dict[int, Done]  # by seed
-    plain: dict[int, Done]  # the same without h0, or another remedy
+    plain: dict[int, Done]  # the same without h0, and without other remedies if there are such runs
 
     @property
     def config(self) -> dict:
@@ -84,7 +84,8 @@ def _finished(folder: Path) -> Done:
         if "right" in answer:
             right[answer["task"]] = right.get(answer["task"], "") + str(int(answer["right"]))
         if "loss" in answer:
-            answers.setdefault(answer["task"], []).append(round(answer["loss"], 5))
+            lost = math.nan if answer["loss"] is None else answer["loss"]
+            answers.setdefault(answer["task"], []).append(round(lost, 5))
     return Done(OLD | files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
                 quarters(losses(folder)), answers)
 
@@ -133,7 +134,8 @@ def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
         rows.setdefault(key(run.config), SeedGroup({}, {})).runs[run.config["seed"]] = run
     for rows in tables.values():
         for g in rows.values():
-            plain = rows.get(key(g.config | PLAIN | REMEDIES | {"method": g.config["method"].removesuffix("-sibo")}))
+            config = g.config | PLAIN | {"method": g.config["method"].removesuffix("-sibo")}
+            plain = rows.get(key(config | REMEDIES)) or rows.get(key(config))
             if plain and plain is not g:
                 g.plain.update(plain.runs)
     return [sorted(rows.values(), key=order) for rows in tables.values()]

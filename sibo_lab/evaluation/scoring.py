@@ -148,10 +148,14 @@ def losses(m: nn.Module, t: subwords.Tokenizer, examples: Sequence[tasks.Example
         labels = labels[:, first:]  # the head is needed nowhere else
         logits, asked = m(ids[:, :-1], mask, cache=m.new_cache(*ids.shape), last=labels.shape[1]), labels != -100
         each = F.cross_entropy(generate.to_float32(logits[asked]), labels[asked], reduction="none")
-        return [{"loss": float(x.sum()), "tokens": len(x)} for x in each.split(asked.sum(1).tolist())]
+        return [{"loss": _finite(float(x.sum())), "tokens": len(x)} for x in each.split(asked.sum(1).tolist())]
 
     rows = [batch.encode(e, t, sys.maxsize, protocol=protocol) for e in examples]
     return _in_batches(m, rows, lambda row: len(row.ids), LOSSES_AT_ONCE, work, "losses")
+
+
+def _finite(x: float) -> float | None:  # JSON has no other numbers
+    return x if math.isfinite(x) else None
 
 
 def require_answers(tests: Sequence[tuple[tasks.Task, Sequence[tasks.Example]]], by: str) -> None:
@@ -164,7 +168,7 @@ def require_answers(tests: Sequence[tuple[tasks.Task, Sequence[tasks.Example]]],
 
 def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequence[str]) -> Score:
     """The mean loss per answer, as a task's score."""
-    each = np.array([one["loss"] for one in lost])
+    each = np.array([one["loss"] for one in lost], float)
     half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
     score = float(each.mean())
     return Score("loss", score, len(each), (score - half, score + half),
@@ -175,8 +179,8 @@ def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequ
 def _mean_losses(lost: Sequence[dict[str, float]]) -> dict[str, float]:
     if not lost:
         return {}
-    total, tokens = (sum(one.get(k, 0) for one in lost) for k in ("loss", "tokens"))
-    return {"loss": total / len(lost), "loss_per_token": total / tokens if tokens else None}
+    total, tokens = np.sum([one["loss"] for one in lost], dtype=float), sum(one.get("tokens", 0) for one in lost)
+    return {"loss": float(total) / len(lost), "loss_per_token": float(total) / tokens if tokens else None}
 
 
 def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, examples: Sequence[tasks.Example],
@@ -267,7 +271,7 @@ def score_predictions(task: tasks.Task, predicted: Sequence[float], rows: Sequen
         for record, p in zip(records, confidence, strict=True):
             record["confidence"] = round(p, 4)
     for record, one in zip(records, lost, strict=bool(lost)):
-        record["loss"] = one
+        record["loss"] = _finite(one)
     return Score(task.metric, score, len(rows),
                  metrics.wilson(score, len(rows)) if metric is metrics.accuracy else metrics.bootstrap(metric, a, b),
                  by_part([r.part for r in rows], lambda mask: metric(a[mask], b[mask])), more,

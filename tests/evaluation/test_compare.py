@@ -73,6 +73,13 @@ def test_another_remedy_is_compared_with_none_and_with_sibo_too(tmp_path):
     assert [g.plain for g in rows] == [{}, {0: none}, {0: none}]
 
 
+def test_without_a_run_that_has_no_remedy_sibo_is_compared_with_the_plain_method_and_the_same_one(tmp_path):
+    run(tmp_path, "adapter", 0, similarity_loss=0.1)
+    run(tmp_path, "adapter-sibo", 0, similarity_loss=0.1)
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert [g.plain for g in rows] == [{}, rows[0].runs]
+
+
 def test_a_run_from_before_a_setting_was_there_has_its_default(tmp_path):
     folder = run(tmp_path, "lora", 0)
     config = json.loads((folder / "config.json").read_text())

@@ -204,6 +204,7 @@ def test_a_model_gone_wrong_is_scored_as_sure_of_nothing():
     t.pad_id = 0
     m.classifier.out.weight.data.fill_(math.nan)
     found = scoring.score_sentences(m, t, tasks.task("rte"), SENTENCES)
+    assert {r["loss"] for r in found.records} == {None} and math.isnan(found.loss)
     assert found.more["confidence"] == 0 and found.more["calibration error"] == pytest.approx(found.score) != 0
 
 
