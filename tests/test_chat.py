@@ -47,19 +47,25 @@ def command(module, *args):
 
 def test_a_run_on_conversations_is_trained_saved_scored_and_asked_in_the_backbones_template(
         monkeypatch, capsys, tmp_path, backbone, chats):
-    asked, learned, encode = [], [], batch.encode
+    asked, learned, scored, encode = [], [], [], batch.encode
+
+    def encoded(e, t, cutoff, *args, **more):
+        found = scored if cutoff > 10_000 else learned  # no cutoff where an answer's loss is scored
+        found.append(encode(e, t, cutoff, *args, **more))
+        return found[-1]
 
     def answers(m, t, prompts, *_):
         asked.append((t.eos_id, *prompts))
         return ["1"] * len(prompts)
 
     monkeypatch.setattr(scoring, "responses", answers)
-    monkeypatch.setattr(batch, "encode", lambda *args: learned.append(encode(*args)) or learned[-1])
+    monkeypatch.setattr(batch, "encode", encoded)
     code, _, err = run(monkeypatch, capsys, backbone, chats, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (code, config["protocol"], config["train_on_inputs"]) == (0, "chat", False)
     t = tokenizer.from_pretrained(backbone)
     assert len(learned) == 27 and {t.decode([i for i in row.labels if i != -100])[:6] for row in learned} == {"oneSo "}
+    assert len(scored) == 4 and {t.decode([i for i in row.labels if i != -100])[:6] for row in scored} == {"oneSo "}
     test = readers.load(tasks.task(str(chats)), "test", tmp_path, 2)
     prompts = [f"[user]{x.given[0][1]}<|endoftext|>[assistant]one<|endoftext|>[user]And?<|endoftext|>[assistant]"
                for x in test]

@@ -136,8 +136,9 @@ def _log_probabilities(m: nn.Module, spelled: Sequence) -> list:
 
 def losses(m: nn.Module, t: subwords.Tokenizer, examples: Sequence[tasks.Example],
            protocol: str = "clean") -> list[dict[str, float]]:
-    """What each example's answer costs in nats, its end included, as training counts it, and its tokens. Empty where an
-    example has no answer to learn, as in the arithmetic test files."""
+    """What each example's answer costs in nats, its end included, as training counts it (of a conversation, all that
+    the assistant says), and its tokens. Empty where an example has no answer to learn, as in the arithmetic test files.
+    """
     if not all(e.output for e in examples):
         return []
 
