@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import sibo_layers, stir, tiny
 
@@ -53,7 +54,6 @@ def test_a_saved_model_loads_with_each_modules_lam(tmp_path, learn_lam):
 def test_a_file_from_before_lam_could_change_with_depth_loads_as_even(tmp_path):
     m, file = deep("even"), tmp_path / "adapter.safetensors"
     sibo.save(m, tmp_path)
-    from safetensors import safe_open
     with safe_open(file, "pt") as f:
         spec = json.loads(f.metadata()["sibo"])
     del spec["lam_by_depth"]

@@ -90,8 +90,8 @@ def losses(m: nn.Module, rows: list[batch.Row]) -> list[float]:
     found = []
     for start in range(0, len(rows), 16):
         ids = torch.tensor([row.ids for row in rows[start:start + 16]])  # (B, T)
-        each = F.cross_entropy(m(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        found += each.mean(1).tolist()
+        each = F.cross_entropy(m(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        found += each.view(len(ids), -1).mean(1).tolist()
     return found
 
 
