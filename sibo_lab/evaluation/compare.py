@@ -182,7 +182,8 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
                and len({json.dumps(g.config.get(k)) for g in rows}) > 1]
     scale, digits = (100, ".1f") if result["metric"] == "accuracy" else (1, ".3f")
     on = " (validation)" * (config["score_on"] == "validation")
-    scored, lost = result["metric"] != "loss", all(g.first.get("loss") is not None for g in rows)
+    scored, lost = result["metric"] != "loss", all(
+        run.result.get("loss") is not None for g in rows for run in g.runs.values())
     cells = [["method", *varying, "seeds", *[result["metric"] + " %" * (scale == 100) + on, AGAINST] * scored,
               *["loss per answer" + on * (not scored), AGAINST, "could show"] * lost,
               *result["parts"], "similarity", "trained parameters"]]
@@ -232,12 +233,16 @@ def side_by_side(results: Sequence[dict]) -> str:
     """The frozen model and each run, as a table."""
     r = results[0]
     score = (lambda x: f"{100 * x:.1f} %") if r["metric"] == "accuracy" else "{:.4f}".format
+
+    def loss(x):
+        return "" if x is None else f"{x:.4f}"
+
     rows = [
         ("", "before", "{method}".format_map),
         (r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
         *((f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
-        *[("loss per answer", "" if r["baseline_loss"] is None else f"{r['baseline_loss']:.4f}",
-           lambda x: f"{x['loss']:.4f}")] * (r.get("loss") is not None and r["metric"] != "loss"),
+        *[("loss per answer", loss(r["baseline_loss"]), lambda x: loss(x["loss"]))] * (
+            r.get("loss") is not None and r["metric"] != "loss"),
         ("scored on", r["baseline_n"], "{n}".format_map),
         ("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),
         ("similarity, last five layers", f"{r['baseline_similarity']:.3f}", "{similarity:.3f}".format_map),

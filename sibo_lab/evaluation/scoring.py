@@ -168,7 +168,10 @@ def require_answers(tests: Sequence[tuple[tasks.Task, Sequence[tasks.Example]]],
 
 
 def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequence[str]) -> Score:
-    """The mean loss per answer, as a task's score."""
+    """The mean loss per answer, as a task's score; ValueError where one is not finite."""
+    if endless := sum(one["loss"] is None for one in lost):
+        raise ValueError(f"{task.name}: expected a finite loss of each answer, got {endless} of {len(lost)} that are "
+                         "not; score with --dtype float32")
     each = np.array([one["loss"] for one in lost], float)
     half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
     score = float(each.mean())
@@ -178,10 +181,10 @@ def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequ
 
 
 def _mean_losses(lost: Sequence[dict[str, float]]) -> dict[str, float]:
-    if not lost:
+    if not lost or any(one["loss"] is None for one in lost):
         return {}
-    total, tokens = np.sum([one["loss"] for one in lost], dtype=float), sum(one.get("tokens", 0) for one in lost)
-    return {"loss": float(total) / len(lost), "loss_per_token": float(total) / tokens if tokens else None}
+    total, tokens = sum(one["loss"] for one in lost), sum(one.get("tokens", 0) for one in lost)
+    return {"loss": total / len(lost), "loss_per_token": total / tokens if tokens else None}
 
 
 def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, examples: Sequence[tasks.Example],

@@ -123,8 +123,9 @@ def study(args: Namespace, file: str) -> list[str]:
                              batch_size=args.batch_size or 8, micro_batch_size=args.batch_size or 8, seed=seed,
                              dtype="float32", out=f"{args.out or 'runs/depth'}/{name}")
                 found.append(train(variant, blocks, run, rows, held, args.resume))
-    files.write(Path(f"{file}.jsonl"), "".join(json.dumps(asdict(x)) + "\n" for x in found))
-    draw(found, Path(f"{file}.png"))
+    results = Path(file).with_name("depth")  # of no backbone and task
+    files.write(results.with_suffix(".jsonl"), "".join(json.dumps(asdict(x)) + "\n" for x in found))
+    draw(found, results.with_suffix(".png"))
     return [f"{variant}, {blocks} blocks: {np.mean(lost):.3f}" + (
         f", against none {d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" if d else "")
         for variant, blocks, lost, d in table(found)]

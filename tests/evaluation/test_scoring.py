@@ -94,6 +94,11 @@ def test_a_score_has_the_mean_loss_per_answer_and_per_token(by, monkeypatch):
     assert (found.metric, found.score) == (("accuracy", 0.0) if by == "answers" else ("loss", found.loss))
 
 
+def test_a_loss_that_is_not_finite_is_no_score():
+    with pytest.raises(ValueError, match="mawps: expected a finite loss of each answer, got 1 of 2 that are not"):
+        scoring.score_losses(tasks.task("mawps"), [{"loss": 2.5, "tokens": 3}, {"loss": None, "tokens": 3}], ["", ""])
+
+
 def test_a_test_without_answers_to_learn_has_no_loss():
     examples = [*LEARNED, tasks.Example("How many?", "", "3")]
     assert scoring.losses(None, Bytes(), examples) == []
@@ -204,7 +209,7 @@ def test_a_model_gone_wrong_is_scored_as_sure_of_nothing():
     t.pad_id = 0
     m.classifier.out.weight.data.fill_(math.nan)
     found = scoring.score_sentences(m, t, tasks.task("rte"), SENTENCES)
-    assert {r["loss"] for r in found.records} == {None} and math.isnan(found.loss)
+    assert {r["loss"] for r in found.records} == {None} and found.loss is None
     assert found.more["confidence"] == 0 and found.more["calibration error"] == pytest.approx(found.score) != 0
 
 
