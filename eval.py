@@ -150,10 +150,11 @@ def ask(args: Namespace) -> None:
 
 def held_out(args: Namespace) -> list[tuple[tasks.Task, Sequence]]:
     """The training examples that a run left out to be scored on."""
-    run, made = args.config, args.trained[0].kind == "word-problems"  # as many as the run learned from
+    run, made = args.config, [t.kind for t in args.trained] == ["word-problems"]  # as many as the run learned from
     number_and_seed = (run["steps"] * run["batch_size"], run["seed"]) if made else ()
     rows = [row for t in args.trained for row in readers.load(t, "train", args.data_dir, *number_and_seed)]
-    return [(args.trained[0], readers.hold_out(rows, args.held_out)[1][:args.limit])]
+    tenth = "score_by" not in run  # an older run held out no more
+    return [(args.trained[0], readers.hold_out(rows, args.held_out, tenth)[1][:args.limit])]
 
 
 def score(args: Namespace) -> None:

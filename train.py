@@ -159,7 +159,7 @@ def main(args: Namespace, several: bool = False) -> list[Run]:
     backbone = find_backbone(args, d.task, protocol, dry)
     for e in (e for _, test in d.tests for e in test if protocol == "chat" and not dry):
         batch.prompt_of(e, backbone.t, protocol)  # or refused, before weights are read
-    runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], d.task, len(d.train)), args, several)
+    runs = [run_folder.folder_of(options.resolve(one, backbone.spec["model_type"], d.task, d.train), args, several)
             for one in choices]
     if dry:
         unknown = "epochs" if args.steps or d.task.kind == "word-problems" else "" if d.train else "steps"

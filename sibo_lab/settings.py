@@ -45,8 +45,8 @@ class Settings:
             raise ValueError(f"dropout: expected 0 or at least 1e-6 (below, 1 − p is 1), got {self.dropout}")
 
     def share(self, i: int, n: int) -> float:
-        """λ of the i-th of n modules that get h0, the first block's to the last's, as a multiple of `lam`."""
-        x = i / max(n - 1, 1)
+        """λ of the i-th of n blocks that get h0, as a multiple of `lam`; of one alone, `lam`."""
+        x = i / (n - 1) if n > 1 else 0.5
         return {"even": 1.0, "rising": 2 * x, "falling": 2 - 2 * x, "first-third": float(3 * i < n),
                 "last-third": float(3 * (n - 1 - i) < n)}[self.lam_by_depth]
 

@@ -37,6 +37,31 @@ def test_a_third_is_what_naming_its_modules_is():
     assert "λ = 0.2, last-third\n" in sibo.summary(deep("last-third")) and "λ = 0.2\n" in sibo.summary(named)
 
 
+@pytest.mark.parametrize("by_depth", SHARES)
+def test_all_modules_of_a_block_have_its_lam(by_depth):
+    m = deep(by_depth, "lora", sibo_at="both")
+    found = {name: x.lam() for name, x in sibo_layers(m) if "down_proj" not in name}
+    assert len(found) == 4 * 4  # of a block's q_proj, k_proj, v_proj and up_proj
+    for name, lam in found.items():
+        assert lam == pytest.approx(0.2 * SHARES[by_depth][int(name.split(".")[1])])
+
+
+def test_each_stack_of_an_encoder_decoder_rises_on_its_own():
+    from transformers import T5Config, T5Model
+
+    m = sibo.inject(T5Model(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=8, num_layers=3, num_heads=2)), "lora", 0.2,
+                    lam_by_depth="rising", targets=("q",), sibo_at=("*.0.SelfAttention.q",))
+    lams = {name: x.lam() for name, x in sibo_layers(m) if "SelfAttention" in name}
+    for stack in ("encoder", "decoder"):
+        assert [lam for name, lam in lams.items() if name.startswith(stack)] == pytest.approx([0, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("by_depth", SHARES)
+def test_one_block_alone_has_lam_itself(by_depth):
+    m = sibo.inject(tiny(num_hidden_layers=4), "adapter", 0.2, lam_by_depth=by_depth, sibo_at=("blocks.1.mlp",))
+    assert [x.lam() for _, x in sibo_layers(m) if x.lam()] == [pytest.approx(0.2)]
+
+
 def test_on_average_a_rising_or_falling_lam_is_lam():
     for by_depth in ("rising", "falling"):
         lams = [x.lam() for _, x in sibo_layers(deep(by_depth, "lora", targets=("up_proj",)))]

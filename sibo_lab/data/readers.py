@@ -56,18 +56,27 @@ def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tup
 
 
 def hold_out(rows: list, n: int, tenth: bool = False) -> tuple[list, list]:
-    """The rest of the rows (Examples or Sentences), and those of the n questions of lowest hash (tenth: or of a tenth
-    of them, where that is less, but at least one). Both in the order of the hashes: always the same, and as good as
-    shuffled (files are often sorted). ValueError for n or fewer questions."""
+    """The rest of the rows (Examples or Sentences), and those of the first n `questions` (tenth: or of a tenth of them,
+    where that is less, but at least one). ValueError for n or fewer questions."""
+    each = questions(rows)
+    if tenth:
+        n = a_tenth(each, n)
+    elif n >= len(each):
+        raise ValueError(f"expected more different questions than the {n} to hold out, got {len(each)}")
+    return list(chain(*each[n:])), list(chain(*each[:n]))
+
+
+def questions(rows: list) -> list[list]:
+    """The rows (Examples or Sentences) of each question, in the order of the questions' hashes: always the same, and as
+    good as shuffled (files are often sorted)."""
     def order(row):
         return hashlib.sha256("\n".join(map(str, _texts(row))).encode()).digest()
 
-    questions = [list(same) for _, same in groupby(sorted(rows, key=order), order)]
-    if tenth:
-        n = max(1, min(n, len(questions) // 10))
-    elif n >= len(questions):
-        raise ValueError(f"expected more different questions than the {n} to hold out, got {len(questions)}")
-    return list(chain(*questions[n:])), list(chain(*questions[:n]))
+    return [list(same) for _, same in groupby(sorted(rows, key=order), order)]
+
+
+def a_tenth(questions: list[list], most: int) -> int:
+    return min(most, max(1, len(questions) // 10))
 
 
 def overlap(train: list, test: list) -> int:

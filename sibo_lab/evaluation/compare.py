@@ -185,7 +185,7 @@ def _table(rows: Sequence[SeedGroup], markdown: bool) -> str:
     scored, lost = result["metric"] != "loss", all(
         run.result.get("loss") is not None for g in rows for run in g.runs.values())
     cells = [["method", *varying, "seeds", *[result["metric"] + " %" * (scale == 100) + on, AGAINST] * scored,
-              *["loss per answer" + on * (not scored), AGAINST, "could show"] * lost,
+              *["loss per answer" + on * (not scored), f"loss {AGAINST}", "could show"] * lost,
               *result["parts"], "similarity", "trained parameters"]]
     for g in rows:
         d, more = difference(g), loss_difference(g)
@@ -241,7 +241,7 @@ def side_by_side(results: Sequence[dict]) -> str:
         ("", "before", "{method}".format_map),
         (r["metric"], score(r["baseline_score"]), lambda x: score(x["score"])),
         *((f"  {p}", "", lambda x, p=p: score(x["parts"][p])) for p in r["parts"]),
-        *[("loss per answer", loss(r["baseline_loss"]), lambda x: loss(x["loss"]))] * (
+        *[("loss per answer", loss(r.get("baseline_loss")), lambda x: loss(x.get("loss")))] * (
             r.get("loss") is not None and r["metric"] != "loss"),
         ("scored on", r["baseline_n"], "{n}".format_map),
         ("λ", "", lambda x: f"{np.mean(x['lambda']):.3g}"),

@@ -167,17 +167,17 @@ def require_answers(tests: Sequence[tuple[tasks.Task, Sequence[tasks.Example]]],
                              "with the result alone; use --score-on validation")
 
 
-def score_losses(task: tasks.Task, lost: Sequence[dict[str, float]], parts: Sequence[str]) -> Score:
-    """The mean loss per answer, as a task's score; ValueError where one is not finite."""
-    if endless := sum(one["loss"] is None for one in lost):
-        raise ValueError(f"{task.name}: expected a finite loss of each answer, got {endless} of {len(lost)} that are "
-                         "not; score with --dtype float32")
-    each = np.array([one["loss"] for one in lost], float)
+def score_losses(records: Sequence[dict], parts: Sequence[str]) -> Score:
+    """The mean loss per answer, as a score, of records with a task and what `losses` gives; ValueError where a loss is
+    not finite."""
+    if endless := [r["task"] for r in records if r["loss"] is None]:
+        raise ValueError(f"{endless[0]}: expected a finite loss of each answer, got {len(endless)} of {len(records)} "
+                         "that are not; score with --dtype float32")
+    each = np.array([r["loss"] for r in records])
     half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
     score = float(each.mean())
     return Score("loss", score, len(each), (score - half, score + half),
-                 by_part(parts, lambda mask: float(each[mask].mean())),
-                 records=[{"task": task.name} | one for one in lost], **_mean_losses(lost))
+                 by_part(parts, lambda mask: float(each[mask].mean())), records=records, **_mean_losses(records))
 
 
 def _mean_losses(lost: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -194,7 +194,7 @@ def score_examples(m: nn.Module, t: subwords.Tokenizer, task: tasks.Task, exampl
     the loss of the right answers, where they are known, or, by "loss", that alone. num_beams None: the protocol's."""
     lost = losses(m, t, examples, protocol)
     if by == "loss":
-        return score_losses(task, lost, [e.part for e in examples])
+        return score_losses([{"task": task.name} | one for one in lost], [e.part for e in examples])
     prompts = [batch.prompt_of(e, t, protocol) for e in examples]
     texts = responses(m, t, prompts, task.max_new_tokens, batch_size, num_beams or BEAMS[protocol], task.name)
     beside = [{"last letter": answers.last_letter(text)} if task.answers == tasks.LETTER else {} for text in texts]
@@ -224,10 +224,13 @@ def _likeliest(t: subwords.Tokenizer, example: tasks.Example, prompt: str, found
 
 
 def mean(scores: dict[str, Score]) -> Score:
-    """Of several tasks' scores, which become its parts; one stays as it is. Its interval: Zou and Donner 2008."""
-    each = list(scores.values())
+    """Of several tasks' scores, which become its parts; one stays as it is. Its interval: Zou and Donner 2008. Losses
+    are averaged over all answers."""
+    each, records = list(scores.values()), [r for s in scores.values() for r in s.records]
     if len(each) == 1:
         return each[0]
+    if each[0].metric == "loss":
+        return score_losses(records, [r["task"] for r in records])
 
     def named(field):
         return {f"{task} {k}": v for task, s in scores.items() for k, v in getattr(s, field).items()}
@@ -236,7 +239,7 @@ def mean(scores: dict[str, Score]) -> Score:
     low, high = (math.hypot(*(s.interval[side] - s.score for s in each)) / len(each) for side in (0, 1))
     return Score(each[0].metric, score, n, (score - low, score + high), {task: s.score for task, s in scores.items()},
                  named("more"), sum(s.empty * s.n for s in each) / n, named("answers_given"),
-                 records := [r for s in each for r in s.records], sum(s.cut for s in each),
+                 records, sum(s.cut for s in each),
                  **_mean_losses(records if all("loss" in r for r in records) else []))
 
 

@@ -98,9 +98,10 @@ def losses(m: nn.Module, rows: list[batch.Row]) -> list[float]:
 def train(variant: str, blocks: int, run: Run, rows: list[batch.Row], held: list[batch.Row], resuming: bool) -> Trained:
     """Trains a model, unless its result is there, and scores it."""
     out = Path(run.out)
-    if (out / "result.json").is_file():
-        return Trained(**files.read_json(out / "result.json"))
+    if done := run_folder.claim(run, resuming):
+        return Trained(**done)
     with resume.lock(out):
+        files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
         m = prepare(build(blocks, run.seed), variant)
         loop.fit(m, rows, 0, run, every=resume.SaveEvery(), resuming=resuming)
         h0 = getattr(m, "initial_tokens", None)
@@ -113,15 +114,18 @@ def train(variant: str, blocks: int, run: Run, rows: list[batch.Row], held: list
 
 
 def study(args: Namespace, file: str) -> list[str]:
+    if args.lr and len(args.lr) > 1:
+        raise ValueError(f"--lr: expected one for all models, got {','.join(map(str, args.lr))}")
     rows, held = corpus(tasks.data_dir(args.data_dir), args.backbone)
     found = []
-    for seed in args.seed:
+    for seed in args.seed or (0,):
         for blocks in BLOCKS:
             for variant in VARIANTS if blocks == COMPARED_AT else EVERYWHERE:
                 name = f"{variant.replace(', λ ', '-').replace(' ', '-')}-{blocks}-seed{seed}"
-                run = run_of("full", steps=args.steps or 500, warmup=0.1, lr=args.lr[0] if args.lr else 2e-3,
-                             batch_size=args.batch_size or 8, micro_batch_size=args.batch_size or 8, seed=seed,
-                             dtype="float32", out=f"{args.out or 'runs/depth'}/{name}")
+                run = run_of("full", backbone=args.backbone, steps=args.steps or 500, warmup=0.1,
+                             lr=args.lr[0] if args.lr else 2e-3, batch_size=args.batch_size or 8,
+                             micro_batch_size=args.batch_size or 8, seed=seed, dtype="float32",
+                             out=f"{args.out or 'runs/depth'}/{name}")
                 found.append(train(variant, blocks, run, rows, held, args.resume))
     results = Path(file).with_name("depth")  # of no backbone and task
     files.write(results.with_suffix(".jsonl"), "".join(json.dumps(asdict(x)) + "\n" for x in found))

@@ -41,7 +41,8 @@ def trained(draw: Callable[[Groups, str], list | None], choices: Sequence[dict],
     if not folders or parallel.rank():  # --dry-run, --explain; or another process writes
         return []
     (rows,) = groups(read(dict.fromkeys(folders)))
-    single = "method lam sibo_at frozen_too learn_lam lr steps seed metric score n similarity date"
+    single = ("method lam sibo_at side frozen_too lam_by_depth learn_lam stochastic_depth similarity_loss lr steps "
+              "seed metric score loss n similarity date")
     lists = "lambda similarity_per_layer loss_per_quarter"
     runs = [run.result | run.config | {"loss_per_quarter": run.losses} for g in rows for run in g.runs.values()]
     write_csv(file, f"{single} {lists}", [
@@ -63,9 +64,9 @@ def finish(ax, file: str, **labels) -> None:
 
 
 def title(rows: Groups) -> str:
-    first, seeds = rows[0].first, max(len(g.runs) for g in rows)
+    first, seeds = rows[0].first, " to ".join(map(str, sorted({len(g.runs) for g in rows})))
     validation = ", validation" if first["scored_on"] == "validation" else ""
-    return f"{first['backbone']} on {first['task']}{validation}, " + (f"{seeds} seeds" if seeds > 1 else "one seed")
+    return f"{first['backbone']} on {first['task']}{validation}, " + ("one seed" if seeds == "1" else f"{seeds} seeds")
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
@@ -92,11 +93,11 @@ def all_scores(rows: Groups, file: str) -> None:
 def score_by_lam(rows: Groups, file: str) -> list[str]:
     """Figure 4: the score against λ; dashed, the plain methods (λ = 0). Names each method's best."""
     _, ax = pictures.figure()
-    best = []
+    best, sign = [], -1 if rows[0].first["metric"] == "loss" else 1  # a loss: the least
     for method in dict.fromkeys(g.config["method"] for g in rows):
         same, style = [g for g in rows if g.config["method"] == method], pictures.look(method)
         scores = np.array([g.over_seeds("score") for g in same])  # (λ, seeds)
-        best.append(score(same[scores.mean(1).argmax()], rows))
+        best.append(score(same[(sign * scores.mean(1)).argmax()], rows))
         if "sibo" in method:
             draw_means(ax, [g.config["lam"] for g in same], scores, method, label=method)
         else:
@@ -108,15 +109,18 @@ def score_by_lam(rows: Groups, file: str) -> list[str]:
     return best
 
 
+def with_lam(g: SeedGroup, rows: Groups) -> str:
+    label, lam = name(g, rows), g.config["lam"]
+    return label + (f", λ {lam:g}" if lam and "λ" not in label else "")
+
+
 def similarity(rows: Groups, file: str) -> list[str]:
     """Figures 1, 2, 5, 6: Eq. (3) per layer. Names the last five's mean."""
     curves = {"frozen": rows[0].first["baseline_similarity_per_layer"]}
     last_five = [f"frozen {rows[0].first['baseline_similarity']:.3f}"]
     for g in rows:
-        label, lam = name(g, rows), g.config["lam"]
-        last_five.append(f"{label} {g.over_seeds('similarity').mean():.3f}")
-        label += f", λ {lam:g}" if lam and "λ" not in label else ""
-        curves[label] = g.over_seeds("similarity_per_layer").mean(0)
+        last_five.append(f"{name(g, rows)} {g.over_seeds('similarity').mean():.3f}")
+        curves[with_lam(g, rows)] = g.over_seeds("similarity_per_layer").mean(0)
     pictures.draw_similarity(curves, Path(f"{file}.png"), title(rows))
     return last_five
 
@@ -125,7 +129,8 @@ def learned(rows: Groups, file: str) -> None:
     """Section 7: where λ went in each block, a line for each of its modules that get h0; with --targets, which need not
     be in every block, in each module."""
     rows = [g for g in rows if g.config["learn_lam"]]
-    free, blocks = any(g.config["targets"] for g in rows), len(rows[0].first["similarity_per_layer"]) - 1
+    free = any(g.config["targets"] or g.config["lam_by_depth"] != "even" for g in rows)
+    blocks = len(rows[0].first["similarity_per_layer"]) - 1
     _, ax = pictures.figure()
     markers = cycle("os^vD")
     for g in rows:
@@ -143,7 +148,10 @@ def learned(rows: Groups, file: str) -> None:
 def gain(rows: Groups, file: str) -> list[str]:
     """The held-out loss per answer against the plain method's, of each SIBO group; all losses go into file.jsonl."""
     save([run for g in rows for run in g.runs.values()], Path(f"{file}.jsonl"))
-    found = {name(g, rows): loss_difference(g) for g in rows if g.plain}
+    found = {with_lam(g, rows): loss_difference(g) for g in rows if g.plain}
+    if None in found.values():
+        raise ValueError(f"{rows[0].config['task']}: expected the loss of each answer in all runs, got runs without; "
+                         "use --score-by loss, with --score-on validation where a test file has no answers to learn")
     pictures.draw_differences(found, Path(f"{file}.png"), title(rows))
     return [f"{label} {d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" for label, d in found.items()]
 
@@ -247,7 +255,7 @@ STUDIES = {  # where in the paper; a function of the options and the files' path
         ADAPTERS, ADAPTERS | INPUTS, ONE | {"learn_lam": True}, ONE | INPUTS | {"learn_lam": True},
         *(ONE | {"lam_by_depth": where} for where in ("rising", "falling", "first-third", "last-third"))])),
     "remedies": ("–", partial(trained, gain, [
-        METHODS | more for more in ({}, {"stochastic_depth": 0.1}, {"similarity_loss": 0.1})])),
+        METHODS | more for more in ({"similarity_loss": 0.1}, {}, {"stochastic_depth": 0.1})])),  # for a BERT
     "depth": ("–", depth.study),
     "norms": ("–", norms),
     "cost": ("Table 9", cost),
@@ -264,14 +272,15 @@ def parser() -> cli.Parser:
     p.prog, p.description = "-m sibo_lab study", "The paper's analyses. Their other options are train.py's."
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="(default: %(default)s)")
-    p.set_defaults(method=None)
+    p.set_defaults(method=None, score_by=None)  # None: the study's own
     return p
 
 
 def main(args: Namespace) -> None:
     where, study = STUDIES[args.study]
     usual = vars(parser().parse_args([args.study])) if args.study in OPTIONS else {}
-    if unread := [k for k, v in usual.items() if vars(args)[k] != v and k not in ("results", *OPTIONS[args.study])]:
+    read = ("results", "offline", *OPTIONS.get(args.study, ()))
+    if unread := [k for k, v in usual.items() if vars(args)[k] != v and k not in read]:
         raise ValueError(f"{options.flag(unread[0])}: expected an option that study {args.study} reads ("
                          f"{', '.join(map(options.flag, OPTIONS[args.study]))}), got {vars(args)[unread[0]]}")
     summary = study(args, f"{args.results}/{args.study}-{name_of(args.backbone)}-{name_of(args.task)}")

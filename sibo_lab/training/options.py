@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from sibo_lab import cli, files
 from sibo_lab.backbone import quantized
-from sibo_lab.data import tasks
+from sibo_lab.data import readers, tasks
 from sibo_lab.evaluation.arguments import require_device
 from sibo_lab.settings import Settings
 from sibo_lab.training import log, recipes, resume
@@ -168,20 +168,21 @@ def grid(args: Namespace) -> list[Namespace]:
     return found
 
 
-def resolve(args: Namespace, family: str, task: tasks.Task, examples: int) -> Run:
-    """Options over recipe over defaults. `examples`: size of the training set; 0: made to measure."""
+def resolve(args: Namespace, family: str, task: tasks.Task, train: list) -> Run:
+    """Options over recipe over defaults. `train`: the training examples; empty: made to measure."""
     chat = {"train_on_inputs": False} if args.protocol == "chat" else {}  # the assistant's turns alone
     values = recipes.recipe(family, task.kind, args.method) | chat | given(args, (*fields(Run), *OF_METHOD))
     if args.epochs:
         values["steps"] = None
-    if args.validate is None and examples:  # by default, a tenth at most
-        values["validate"] = min(values.get("validate", Run.validate), max(1, examples // 10))
+    if args.validate is None and train:  # by default, a tenth at most
+        values["validate"] = readers.a_tenth(readers.questions(train), values.get("validate", Run.validate))
     if args.dtype is None and (args.method == "full" or args.device == "cpu" and not fast_bfloat16()):
         values["dtype"] = "float32"
     run = recipes.run_of(**values)
     if run.score_on == "validation" and not run.validate:
         raise ValueError("--score-on validation: expected --validate N, how many examples to hold out for it, got 0")
-    steps = run.steps or math.ceil(run.epochs * max(examples - run.validate, 1) / run.batch_size)
+    left = readers.hold_out(train, run.validate)[0] if train and not run.steps else train
+    steps = run.steps or math.ceil(run.epochs * max(len(left), 1) / run.batch_size)
     return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size),
                    task=_full_name(args.task), test=tuple(map(_full_name, run.test)),
                    data_dir=str(tasks.data_dir(args.data_dir).absolute()))

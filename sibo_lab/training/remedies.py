@@ -28,6 +28,7 @@ class SimilarityLoss:
 
     def __init__(self, m: nn.Module, weight: float, similarities: Callable[[Tensor, Tensor], Tensor]):
         self.weight, self.similarities, self.found = weight, similarities, []
+        m.register_forward_pre_hook(lambda *_: self.found.clear())  # of a pass that failed
         for block in m.blocks:
             block.register_forward_hook(self.collect)
         m.register_forward_hook(self.add)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import subprocess
@@ -82,15 +81,12 @@ def result(m: nn.Module, run: Run, measured: Measured, frozen: Measured, cut: di
     to repeat it (`digests`, of the examples)."""
     (score, curve), (baseline, baseline_curve), s = measured, frozen, run.settings
 
-    def finite(x: float | None) -> float | None:  # JSON has no other numbers
-        return x if x is not None and math.isfinite(x) else None
-
     return {
         "backbone": run.backbone, "method": run.method, "task": run.task, "scored_on": run.score_on,
         "lambda": learned_lam(m) if s and s.learn_lam else s.lam if s else 0.0,
         **{k: getattr(score, k) for k in "metric score n interval parts more empty answers_given".split()},
-        "loss": finite(score.loss), "loss_per_token": finite(score.loss_per_token),
-        "baseline_score": baseline.score, "baseline_n": baseline.n, "baseline_loss": finite(baseline.loss),
+        "loss": score.loss, "loss_per_token": score.loss_per_token,
+        "baseline_score": baseline.score, "baseline_n": baseline.n, "baseline_loss": baseline.loss,
         "trainable_parameters": sum(p.numel() for p in m.parameters() if p.requires_grad),
         "total_parameters": quantized.parameters(m), **trained, "peak_memory_bytes": estimate.peak_memory(run.device),
         "similarity": metrics.last_five(curve), "baseline_similarity": metrics.last_five(baseline_curve),

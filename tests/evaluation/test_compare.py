@@ -58,10 +58,19 @@ def test_runs_without_losses_have_no_difference_of_them(tmp_path):
 
 def test_the_table_has_the_loss_beside_the_score_and_alone_where_it_is_the_score(tmp_path):
     lost(tmp_path, ([1, 2, 3], [2, 2, 5]), ([4, 4, 4], [4, 5, 6]))
-    head, _, ours = compare.tables(compare.read([tmp_path]), markdown=True).splitlines()[2:6:1][:2] + [
-        compare.tables(compare.read([tmp_path]), markdown=True).splitlines()[-1]]
-    cells = dict(zip(head.split(" | ")[3:], ours.split(" | ")[3:], strict=True))
-    assert cells["loss per answer"] == "4.000 ± 1.414" and cells["against plain (95 %)"].startswith("+1.0000 ± ")
+    lines = compare.tables(compare.read([tmp_path]), markdown=True).splitlines()
+    cells = dict(zip(lines[2].split(" | "), lines[-1].split(" | "), strict=True))
+    assert cells["loss per answer"] == "4.000 ± 1.414" and cells["loss against plain (95 %)"].startswith("+1.0000 ± ")
+
+
+def test_a_result_from_before_losses_were_scored_stands_beside_others():
+    old = {"method": "lora", "metric": "accuracy", "parts": {}, "lambda": 0.0} | dict.fromkeys((
+        "score baseline_score baseline_n n similarity baseline_similarity trainable_parameters total_parameters "
+        "train_seconds tokens_per_second peak_memory_bytes").split(), 1)
+    assert "loss" not in compare.side_by_side([old, old])
+    (line,) = (x for x in compare.side_by_side([old | {"loss": 2.5, "baseline_loss": 3.5}, old]).splitlines()
+               if x.startswith("loss"))
+    assert line.split() == ["loss", "per", "answer", "3.5000", "2.5000"]
 
 
 def test_another_remedy_is_compared_with_none_and_with_sibo_too(tmp_path):

@@ -51,9 +51,10 @@ def test_where_examples_agree_the_interval_is_students_over_seeds():
 
 
 @pytest.mark.parametrize(("seeds", "over_seeds", "over_examples", "both"), [
-    (1, 0.0, 1.0, 1.0), (3, 0.0, 1.0, 1.0), (3, 0.2, 1.0, 0.5), (3, 1.0, 1.0, 1.0), (6, 0.3, 0.2, 1.0)])
-def test_95_of_100_intervals_hold_the_true_difference_and_80_exclude_0_at_what_could_be_shown(seeds, over_seeds,
-                                                                                             over_examples, both):
+    (1, 0.0, 1.0, 1.0), (2, 0.5, 0.0, 1.0), (3, 0.0, 1.0, 1.0), (3, 0.2, 1.0, 0.5), (3, 1.0, 1.0, 1.0),
+    (3, 0.35, 0.0, 1.0), (3, 0.0, 0.0, 1.0), (6, 0.3, 0.2, 1.0)])
+def test_95_of_100_intervals_or_more_hold_the_true_difference_and_some_80_exclude_0_at_what_could_be_shown(
+        seeds, over_seeds, over_examples, both):
     rng, inside, shown = np.random.default_rng(0), [], []
 
     def study(true):
@@ -65,7 +66,7 @@ def test_95_of_100_intervals_hold_the_true_difference_and_80_exclude_0_at_what_c
         d = study(typical)
         inside.append(abs(d.mean - typical) <= d.half)
         shown.append(d.mean - d.half > 0)
-    assert 0.93 <= np.mean(inside) <= 0.98 and 0.6 <= np.mean(shown) <= 0.85
+    assert 0.94 <= np.mean(inside) and 0.6 <= np.mean(shown) <= 0.85
 
 
 def test_one_example_has_no_interval():

@@ -96,7 +96,7 @@ def test_a_score_has_the_mean_loss_per_answer_and_per_token(by, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_no_score():
     with pytest.raises(ValueError, match="mawps: expected a finite loss of each answer, got 1 of 2 that are not"):
-        scoring.score_losses(tasks.task("mawps"), [{"loss": 2.5, "tokens": 3}, {"loss": None, "tokens": 3}], ["", ""])
+        scoring.score_losses([{"task": "mawps", "loss": x, "tokens": 3} for x in (2.5, None)], ["", ""])
 
 
 def test_a_test_without_answers_to_learn_has_no_loss():
@@ -222,6 +222,14 @@ def test_the_mean_of_several_tasks_counts_all_examples_and_narrows_the_interval(
     assert both.interval == pytest.approx((0.6 - 0.02**0.5 / 2, 0.6 + 0.0125**0.5 / 2))
     assert both.answers_given == {"a A": 0.9, "b B": 1.0} and both.more == {"a likelihood": 0.3}
     assert [r["task"] for r in both.records] == ["a", "b"] and scoring.mean({"a": a}) is a
+
+
+def test_the_loss_of_several_tasks_is_that_of_all_their_answers():
+    of = {name: scoring.score_losses([{"task": name, "loss": x, "tokens": 2} for x in lost], [""] * len(lost))
+          for name, lost in {"a": [1.0], "b": [2.0, 3.0, 6.0]}.items()}
+    both = scoring.mean(of)
+    assert both.score == both.loss == 3.0 and both.loss_per_token == 1.5 and both.n == 4
+    assert both.parts == {"a": 1.0, "b": pytest.approx(11 / 3)} and len(both.records) == 4
 
 
 # --------------------------------------------------------------------------------------------------- the answers given

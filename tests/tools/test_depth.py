@@ -73,6 +73,22 @@ def test_the_study_compares_at_each_depth_and_resumes(monkeypatch, capsys, small
     learned = [x for x in saved if "learned" in x.variant]
     assert all(len(x.lam) == x.blocks - 1 and x.lam != [0.1] * len(x.lam) for x in learned)
     assert all(x.lam == [0.1] * (x.blocks - 1) for x in saved if x.variant == "h0")
+    assert json.loads((small / "runs/h0-2-seed1/config.json").read_text())["lr"] == 2e-3
     written = {f: f.stat().st_mtime_ns for f in (small / "runs").rglob("result.json")}
     run(monkeypatch, small, tiny_llama, "--seeds", "0,1")
     assert all(f.stat().st_mtime_ns == t for f, t in written.items())
+
+
+def test_without_seeds_it_is_seed_0(monkeypatch, small, tiny_llama):
+    run(monkeypatch, small, tiny_llama)
+    assert {json.loads(line)["seed"] for line in (small / "results/depth.jsonl").open()} == {0}
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (("--lr", "1e-3,2e-3"), "--lr: expected one for all models, got 0.001,0.002"),
+    (("--steps", "3"), "expected steps 3, got a run with 2; name a new --out, or delete the folder")])
+def test_models_of_other_settings_are_not_averaged(monkeypatch, capsys, small, tiny_llama, given, told):
+    run(monkeypatch, small, tiny_llama)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, small, tiny_llama, *given, "--seeds", "0,1")
+    assert told in capsys.readouterr().err

@@ -59,6 +59,9 @@ def test_a_study_of_losses_compares_each_sibo_with_its_plain_method_and_keeps_ev
                          "--batch-size", 1, "--dtype", "float32", "--validate", 3, "--score-on", "validation",
                          "--seeds", ",".join(map(str, range(seeds))), "--out", tmp_path / "runs")
     assert len(rows) == seeds * (plain + compared) and line.count("(could show ") == compared
+    assert {r["metric"] for r in rows} == {"loss"}
+    marks = [(r["method"], r["lam"], r["side"], r["lam_by_depth"], r["learn_lam"], r["seed"]) for r in rows]
+    assert len(set(marks)) == len(marks)
     saved = compare.read([tmp_path / f"results/{name}-{tiny_llama.name}-mine.jsonl"])
     assert len(saved) == len(rows) and {len(run.answers[str(mine)]) for run in saved} == {3}
     (groups,) = compare.groups(saved)
@@ -66,6 +69,26 @@ def test_a_study_of_losses_compares_each_sibo_with_its_plain_method_and_keeps_ev
         if g.plain:
             d = compare.loss_difference(g)
             assert f"{d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" in line
+
+
+def test_a_study_of_losses_needs_known_answers(monkeypatch, capsys, tmp_path, tiny_llama):
+    (tmp_path / "raw/mawps").mkdir(parents=True)
+    (tmp_path / "raw/mawps/trainset.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "remedies", "--backbone", tiny_llama, "--task", "gsm8k", "--data-dir", tmp_path, "--results",
+            tmp_path / "results", "--out", tmp_path / "runs")
+    assert "--similarity-loss: expected a GLUE task, with a BERT, got gsm8k" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_of_losses_the_least_is_the_best(tmp_path):
+    runs = [compare.Done(compare.OLD | {
+        "method": "adapter-sibo", "lam": lam, "backbone": "b", "task": "t", "test": [], "score_on": "validation",
+        "limit": None, "sibo_at": None, "lr": 1.0, "seed": 0, "side": "out", "frozen_too": False, "learn_lam": False,
+        "skip": "mixed"}, {"backbone": "b", "task": "t", "scored_on": "validation", "metric": "loss", "n": 3,
+                           "score": cost, "lambda": lam}, {}) for lam, cost in ((0.1, 3.0), (0.3, 2.0), (0.5, 4.0))]
+    (rows,) = compare.groups(runs)
+    assert study.score_by_lam(rows, f"{tmp_path}/x") == ["adapter-sibo, λ 0.3 2.000 (one seed)"]
 
 
 def test_the_remedies_are_compared_with_none(monkeypatch, capsys, tmp_path, tiny_bert):
@@ -77,7 +100,7 @@ def test_the_remedies_are_compared_with_none(monkeypatch, capsys, tmp_path, tiny
                          "--steps", 2, "--data-dir", tmp_path, "--out", tmp_path / "runs")
     assert len(rows) == 6 and line.count("(could show ") == 5
     for remedy in ("stochastic depth 0.1", "similarity loss 0.1"):
-        assert f"adapter, {remedy} " in line and f"adapter-sibo, {remedy} " in line
+        assert f"adapter, {remedy} " in line and f"adapter-sibo, {remedy}, λ 0.2 " in line
 
 
 def test_a_learned_lam_is_drawn_where_not_every_block_has_one(monkeypatch, capsys, tmp_path, tiny_llama, mine):

@@ -89,16 +89,27 @@ def test_a_run_names_its_files_so_that_they_are_found_from_any_folder(monkeypatc
     monkeypatch.chdir(tmp_path)
     args, = options.grid(options.parser().parse_args(["--task", "a.json", "--test", "b.csv,gsm8k+mawps"]))
     args.protocol = "clean"
-    run = options.resolve(args, "llama", tasks.task("a.json"), 10)
+    run = options.resolve(args, "llama", tasks.task("a.json"), [])
     assert (run.task, run.test) == (str(tmp_path / "a.json"), (str(tmp_path / "b.csv"), "gsm8k+mawps"))
 
 
-def test_by_default_at_most_a_tenth_is_held_out_and_what_is_asked_for_otherwise():
-    def validate(*given, examples):
-        args = options.parser().parse_args(["--task", "gsm8k", *given])
-        one, = options.grid(args)
-        one.protocol = "clean"
-        return options.resolve(one, "llama", tasks.task("gsm8k"), examples).validate
+def resolved(*given, questions, times=1, task="gsm8k"):
+    args = options.parser().parse_args(["--task", task, *given])
+    one, = options.grid(args)
+    one.protocol = "clean"
+    train = [tasks.Example(f"Question {i}?", "Yes.") for i in range(questions)] * times
+    return options.resolve(one, "llama", tasks.task(task), train)
 
-    assert [validate(examples=n) for n in (5, 300, 1199, 7473)] == [1, 30, 119, 120]
-    assert [validate("--validate", n, examples=300) for n in ("0", "30", "120", "299")] == [0, 30, 120, 299]
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_by_default_at_most_a_tenth_of_the_questions_is_held_out_and_what_is_asked_for_otherwise(times):
+    found = [resolved(questions=n, times=times).validate for n in (5, 300, 1199, 1473)]
+    assert found == [1, 30, 119, 120]
+    for n in (0, 30, 120, 299):
+        assert resolved("--validate", str(n), questions=300, times=times).validate == n
+    assert resolved(questions=300, task="word-problems").validate == 0  # as its recipe says
+
+
+def test_an_epoch_is_what_is_not_held_out():
+    run = resolved("--epochs", "2", "--batch-size", "4", "--validate", "40", questions=100, times=3)
+    assert run.steps == 2 * 60 * 3 / 4

@@ -71,6 +71,17 @@ def test_the_similarity_loss_is_the_loss_and_equation_3_of_each_block_without_pa
     assert float(model.loss(m, IDS, labels, mask)) == pytest.approx(float(expected), abs=1e-9)  # counts no pass twice
 
 
+def test_of_a_pass_that_failed_the_similarity_loss_keeps_nothing():
+    m, labels = tiny("bert", num_labels=2).train(), torch.tensor([0, 1, 1])
+    remedies.SimilarityLoss(m, 0.3, evaluation.similarities)
+    expected = model.loss(m, IDS, labels).item()
+    hook = m.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.loss(m, IDS.flip(1), labels)
+    hook.remove()
+    assert model.loss(m, IDS, labels).item() == expected
+
+
 def test_the_similarity_loss_makes_tokens_less_alike():
     m = tiny("bert", num_labels=2).train()
     remedies.SimilarityLoss(m, 100.0, evaluation.similarities)
