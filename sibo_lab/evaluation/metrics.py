@@ -25,7 +25,7 @@ class Difference:
 
     mean: float
     half: float  # of its 95 % interval; nan: unknown
-    could_show: float = math.nan  # the smallest true difference whose interval excludes 0 in 80 % of such studies
+    could_show: float = math.nan  # the smallest true difference whose interval excludes 0 in some 75 % of such studies
 
 
 def paired(d: Array) -> Difference:

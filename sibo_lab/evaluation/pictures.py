@@ -52,6 +52,7 @@ def draw_differences(rows: dict[str, metrics.Difference], path: Path, title: str
     """A forest plot of loss differences: the mean and its 95 % interval, a line per row; shaded, what is smaller than
     the design could show."""
     fig, ax = figure(height=1.6 + 0.4 * len(rows))
+    ax.use_sticky_edges = False  # a margin beside the widest
     for y, (label, d) in enumerate(rows.items()):
         ax.barh(y, 2 * d.could_show, left=-d.could_show, height=0.7, color="0.92", lw=0, zorder=0)
         ax.errorbar(d.mean, y, xerr=d.half, fmt="o", ms=5, capsize=3, color=look(label)["color"])
@@ -61,7 +62,7 @@ def draw_differences(rows: dict[str, metrics.Difference], path: Path, title: str
     ax.grid(visible=False, axis="y")
     ax.set(title=title)
     fig.supxlabel("loss per answer in nats, minus the plain method's, and its 95 % interval; left is better\n"
-                  "grey: smaller than a true difference that such a study finds in 80 % of cases", fontsize="medium")
+                  "grey: true differences too small for such a study to find three times in four", fontsize="medium")
     files.write(path, fig.savefig)
 
 

@@ -148,8 +148,8 @@ def table(found: list[Trained]) -> Iterator[tuple[str, int, Tensor, metrics.Diff
 
 
 def draw(found: list[Trained], path: Path) -> None:
-    """The held-out loss against depth, and Eq. (3) of the last five hidden states."""
-    fig, above, below = pictures.figure(height=6.5, ratios=(1, 1))
+    """The held-out loss against depth, Eq. (3) of the last five hidden states, and where λ went."""
+    fig, above, below, learned = pictures.figure(height=9.5, ratios=(1, 1, 1))
     seeds = len({x.seed for x in found})
     for variant in VARIANTS:
         blocks = sorted({x.blocks for x in found if x.variant == variant})
@@ -164,5 +164,12 @@ def draw(found: list[Trained], path: Path) -> None:
         ax.set_xticks(BLOCKS, BLOCKS)
         ax.set(ylabel=what)
     below.set_xlabel(f"blocks (bars: deviation over {seeds} seeds)")
-    fig.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for blocks in sorted({x.blocks for x in found}):
+        lam = np.array([x.lam for x in found if (x.variant, x.blocks) == ("h0, λ learned", blocks)])
+        learned.errorbar(np.arange(2, blocks + 1) / blocks, lam.mean(0), lam.std(0, ddof=int(len(lam) > 1)),
+                         fmt="o-", ms=3, capsize=2, lw=1.2, label=f"{blocks} blocks")
+    learned.axhline(LAM, color="0.5", ls="--", lw=1)
+    learned.set(xlabel="place of the block (1: the last one)", ylabel="learned λ (dashed: its start)", ylim=(0, 1))
+    learned.legend(frameon=False)
+    fig.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     files.write(path, fig.savefig)

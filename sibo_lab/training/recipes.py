@@ -55,7 +55,7 @@ class Run:
     micro_batch_size: int = of(4, "examples at a time: changes memory, not results", "N", 1)
     cutoff: int = of(256, "tokens that an example is cut to", "N", 1)
     train_on_inputs: bool = of(True, "the loss counts the prompt too; with --protocol chat only if asked for")
-    stochastic_depth: float = of(0.0, "share of the sequences that pass the last block by in training, earlier ones in "
+    stochastic_depth: float = of(0.0, "share of the sequences that skip the last block in training, earlier ones in "
                                  "proportion: another remedy, to compare", "P", 0)
     similarity_loss: float = of(0.0, "weight of Eq. (3), over all blocks, in a BERT's training loss: another remedy",
                                 "W", 0)
