@@ -40,14 +40,15 @@ def parser() -> cli.Parser:
     add("--task", metavar="A,B", help="short names, or files of your own (default: what the run was scored on, or "
         "word-problems)")
     add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used (default: the run's)")
-    add("--data-dir", help="the tasks' files (default: $SIBO_DATA, else the cache)")
+    add("--data-dir", help="the tasks' files (default: the run's, else $SIBO_DATA, else the "
+        "cache)")
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
-    add("--score-by", choices=["answers", "loss"], help="what the model answers, or what the right answers cost "
-        "(default: the run's, or answers)")
+    add("--score-by", choices=["answers", "loss"], help="the answers that the model generates, or the loss of "
+        "the right ones (default: the run's, or answers)")
     add("--ask", metavar="QUESTION", help="answer one question instead")
     add("--similarity", action="store_true", help="draw Eq. (3) per layer instead")
     add("--export", nargs=2, metavar=("hf|peft|gguf", "DIR|FILE"), help="instead: write the run for Hugging Face, or a "
-        "plain LoRA for peft or llama.cpp; with a model card")
+        "plain LoRA for peft, with a model card; or a plain LoRA or full model for llama.cpp")
     add("--push", metavar="ORG/NAME", help="of --export: upload it to the Hugging Face hub too (a new repository is "
         "public, unless the organization's default is private)")
     add("--outtype", choices=["f32", "f16", "bf16", "q8_0"], help="of --export gguf: how matrices are stored (default: "

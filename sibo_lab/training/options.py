@@ -23,7 +23,7 @@ SETTINGS = {  # the method's settings as options: metavar, what --help says of t
     "lam": ("λ", "share of h0 in h̃ = (1−λ)h + λh0, in [0, 1)"),
     "lam_by_depth": (None, "how λ goes from the first block to the last: even, rising from 0 to 2 λ, falling from 2 λ "
                      "to 0, or 0 outside the first or the last third (default: even)"),
-    "learn_lam": (None, "learn one λ per module, starting at --lam, in steps 50 times those of the weights"),
+    "learn_lam": (None, "learn one λ per module, starting at --lam, at 50 times the weights' learning rate"),
     "sibo_at": ("P", "whose modules get h0: attn, ffn or both (default: the paper's; with --targets all of these)"),
     "targets": ("A,B", "modules to adapt, by the end of their names (default: the paper's)"),
     "side": (None, "adapters on the output of a sub-layer, on its input, or parallel to it (default: out)"),

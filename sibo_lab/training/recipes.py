@@ -39,8 +39,8 @@ class Run:
                    ".parquet", "T")
     test: tuple[str, ...] = of((), "tasks to score (default: those of --task)", "A,B")
     score_on: str = of("test", "examples to score", choices=("test", "validation"))
-    score_by: str = of("answers", "answers: what share of those that the model writes is right; loss: what the right "
-                       "ones cost, alone", choices=("answers", "loss"))
+    score_by: str = of("answers", "answers: what share of those that the model generates is right; loss: the loss of "
+                       "the right ones, alone", choices=("answers", "loss"))
     protocol: str = of("clean", "how a question is put. paper: the official code's indented prompt, and 4 beams to "
                        "score with; chat: the backbone's own chat template (default: chat for rows with messages, a "
                        "system text or history, clean for others)", choices=batch.PROTOCOLS)
@@ -55,11 +55,11 @@ class Run:
     micro_batch_size: int = of(4, "examples at a time: changes memory, not results", "N", 1)
     cutoff: int = of(256, "tokens that an example is cut to", "N", 1)
     train_on_inputs: bool = of(True, "the loss counts the prompt too; with --protocol chat only if asked for")
-    stochastic_depth: float = of(0.0, "share of the sequences that skip the last block in training, earlier ones in "
-                                 "proportion: another remedy, to compare", "P", 0)
+    stochastic_depth: float = of(0.0, "probability that a sequence skips the last block in training, linearly less "
+                                 "for earlier ones: another remedy, to compare", "P", 0)
     similarity_loss: float = of(0.0, "weight of Eq. (3), over all blocks, in a BERT's training loss: another remedy",
                                 "W", 0)
-    validate: int = of(120, "questions held out of training to choose the best checkpoint by, by default at most a "
+    validate: int = of(120, "questions held out of training to choose the best checkpoint, by default at most a "
                        "tenth; 0 keeps the last", "N", 0)
     validate_every: int = of(200, "steps between validations", "N", 1)
     seed: int = of(0, "of initial weights, data order and dropout (default: 0)", "N")
