@@ -152,9 +152,10 @@ def held_out(args: Namespace) -> list[tuple[tasks.Task, Sequence]]:
     """The training examples that a run left out to be scored on."""
     run, made = args.config, [t.kind for t in args.trained] == ["word-problems"]  # as many as the run learned from
     number_and_seed = (run["steps"] * run["batch_size"], run["seed"]) if made else ()
-    rows = [row for t in args.trained for row in readers.load(t, "train", args.data_dir, *number_and_seed)]
+    loaded = [(t, readers.load(t, "train", args.data_dir, *number_and_seed)) for t in args.trained]
     tenth = "score_by" not in run  # an older run held out no more
-    return [(args.trained[0], readers.hold_out(rows, args.held_out, tenth)[1][:args.limit])]
+    _, held = readers.hold_out([row for _, rows in loaded for row in rows], args.held_out, tenth)
+    return readers.by_task(held[:args.limit], loaded)
 
 
 def score(args: Namespace) -> None:

@@ -222,6 +222,7 @@ class Transformer(nn.Module):
 
 class CausalLM(Transformer):
     window = None  # how many tokens a layer sees where it slides
+    share_prefix = True  # in training, what all rows begin with is computed once
 
     def __init__(self, c: config.Config, block: Callable, norm: nn.Module, dropout: nn.Module, head_bias: bool):
         super().__init__()
@@ -254,7 +255,8 @@ class CausalLM(Transformer):
         if self.window and past + T > self.window:
             near = positions[:, None, None] > positions[:, None, -T:, None] - self.window
             near = near & ((i <= i[past:, None]) if mask is None else mask)
-        shared = SharedPrefix.of(input_ids, labels) if labels is not None and mask is None else None
+        sharing = self.share_prefix and labels is not None and mask is None
+        shared = SharedPrefix.of(input_ids, labels) if sharing else None
         h = self.embed(shared.pack(input_ids) if shared else input_ids)  # (B, T, d): this is h0
         angles = self.rotary(positions[:, -T:])[:, None]  # (B, 1, T, rotary/2)
         ctx = Context(mask, near, angles.cos().to(h.dtype), angles.sin().to(h.dtype), shared)

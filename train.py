@@ -36,8 +36,9 @@ from sibo_lab.training.recipes import Run
 class Data:
     """What a run learns from, is scored on, and chooses its best checkpoint by."""
 
-    task: tasks.Task
-    train: Sequence
+    task: tasks.Task  # the first of those to learn
+    learned: Sequence[tuple[tasks.Task, Sequence]]  # each with its training examples; none: made to measure
+    train: Sequence  # all of these; of a run, without what it holds out
     tests: Sequence[tuple[tasks.Task, Sequence]]
     valid: Sequence = ()
     rows: tuple[Sequence[batch.Row], Sequence[batch.Row]] = ((), ())  # train and valid, encoded
@@ -53,7 +54,7 @@ class Backbone:
     spec: dict
     skeleton: nn.Module
     t: Tokenizer | chat_template.Chat | None
-    baseline: run_folder.Measured | None = None
+    baseline: tuple[list[str], run_folder.Measured | None] = ((), None)  # of what, and its measurement
 
     def load(self, run: Run) -> nn.Module:
         """Seeds whatever is drawn next. What is to be sharded stays on the CPU, where files are mapped."""
@@ -67,10 +68,11 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     out, t, (rows, valid) = Path(run.out), backbone.t, d.rows
     estimate.reset_peak(run.device)
     m = backbone.load(run)
-    if not backbone.baseline:
+    scored = [run.dtype, *(batch.digest(test) for _, test in d.tests)]
+    if backbone.baseline[0] != scored:
         if run.shard:
             wrap(m, run.device, True)
-        backbone.baseline = measure(m, t, d, run, frozen=True)
+        backbone.baseline = scored, measure(m, t, d, run, frozen=True)
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)
     m = sibo.inject(m, **vars(run.settings)) if run.settings else m.requires_grad_(True)
@@ -85,14 +87,19 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     trained = loop.fit(m, rows, 0, run, validate, every, resuming)  # 0: nothing attends to padding
     sibo.save(m, out)
     measured = measure(m, t, d, run)
-    digests = {"train": batch.digest(rows), "validation": batch.digest(valid)} | {
-        task.name: batch.digest(test) for task, test in d.tests}
-    result = run_folder.result(m, run, measured, backbone.baseline, d.cut, trained, digests)
+    result = run_folder.result(m, run, measured, backbone.baseline[1], d.cut, trained, digests(d, run))
     if not rank():
         files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in measured[0].records))
         files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
         shutil.rmtree(out / "checkpoints")  # the adapter is the best of them
     return result
+
+
+def digests(d: Data, run: Run) -> dict[str, str]:
+    """sha256 of what a run learns from and is scored on, by name."""
+    tests = d.tests if run.score_on == "test" else ()  # else: the validation examples
+    return {"train": batch.digest(d.rows[0]), "validation": batch.digest(d.rows[1])} | {
+        task.name: batch.digest(test) for task, test in tests}
 
 
 def encode(examples: Sequence, t: Tokenizer, run: Run) -> list[batch.Row]:
@@ -206,14 +213,15 @@ def read_data(args: Namespace, dry: bool) -> Data:
                          f"{args.task}")
     absent = any(not (folder / file).is_file() for t in learned for file in t.train)
     unread = len(learned) == 1 and task.kind == "word-problems" or dry and absent and task.kind != "own"
-    train = [] if unread else [row for t in learned for row in readers.load(t, "train", folder)]
+    learned = [] if unread else [(t, readers.load(t, "train", folder)) for t in learned]
+    train = [row for _, rows in learned for row in rows]
     tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
     scoring.require_answers(tests, args.score_by)
     for t, test in () if rank() else tests:
         if seen := readers.overlap(train, test):
             print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
                   f"answer may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
-    return Data(task, train, tests)
+    return Data(task, learned, train, tests)
 
 
 def find_backbone(args: Namespace, task: tasks.Task, protocol: str, dry: bool) -> Backbone:
@@ -236,20 +244,32 @@ def find_backbone(args: Namespace, task: tasks.Task, protocol: str, dry: bool) -
     return Backbone(path, spec, m, chat_template.Chat(path, t) if t and protocol == "chat" else t)
 
 
+def data_of(run: Run, d: Data, t: Tokenizer) -> Data:
+    """What is a run's own: its training examples, those that it holds out, and both encoded."""
+    learned = d.learned or [(d.task, readers.load(d.task, "train", Path(run.data_dir), run.steps * run.batch_size,
+                                                  run.seed))]
+    rows, valid = d.train or learned[0][1], []
+    if run.validate:
+        rows, valid = readers.hold_out(rows, run.validate)
+    encoded = encode(rows, t, run), encode(valid, t, run)
+    return replace(d, train=rows, valid=valid, tests=d.tests or readers.by_task(valid[:run.limit], learned),
+                   rows=encoded, cut=count_cut(*encoded, run))
+
+
 def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone) -> list[dict]:
     """The results of the runs; those of finished ones are read. One process at a time trains in a folder."""
     claimed = one_rank_at_a_time(lambda: [run_folder.claim(run, args.resume) for run in runs], ranks=1)
     results = list(all_gather_dicts(dict(enumerate(claimed or ()))).values())
     if not rank() and any(results):
         print(f"{sum(map(bool, results))} of {len(runs)} runs are finished: read, not run again", file=sys.stderr)
+    last, mine = None, d
     for i, run in enumerate(runs):
+        key = [run.cutoff, run.train_on_inputs, run.validate, *([] if d.train else [run.steps, run.seed])]
+        if key != last:  # else as of the run before
+            last, mine = key, data_of(run, d, backbone.t)  # or refused: no folder is made yet
         if results[i]:
+            run_folder.require_same_data(run, results[i], digests(mine, run))
             continue
-        rows = d.train or readers.load(d.task, "train", Path(run.data_dir), run.steps * run.batch_size, run.seed)
-        rows, valid = readers.hold_out(rows, run.validate) if run.validate else (rows, [])
-        encoded = encode(rows, backbone.t, run), encode(valid, backbone.t, run)  # or refused: no folder is made yet
-        mine = replace(d, train=rows, valid=valid, tests=d.tests or [(d.task, valid[:run.limit])], rows=encoded,
-                       cut=count_cut(*encoded, run))
         with one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
             results[i] = execute(run, mine, backbone, args.save_every, args.resume)
             if not rank():

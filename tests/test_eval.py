@@ -125,17 +125,20 @@ def test_a_run_scored_on_validation_is_scored_on_it_again(tmp_path, tiny_llama, 
     del config["score_by"]  # an older run, which held out a tenth at most
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     run(evaluation, tmp_path / "run")
-    assert "(n 4;" in capsys.readouterr().out
+    assert "(n 3;" in capsys.readouterr().out
 
 
 def test_of_word_problems_in_a_mix_those_are_held_out_that_training_read(tmp_path):
-    (tmp_path / "mine.json").write_text(json.dumps([{"instruction": f"Say {i}.", "output": "1"} for i in range(40)]))
-    mix = tasks.parse(f"word-problems+{tmp_path / 'mine.json'}")
+    (tmp_path / tasks.MAWPS).parent.mkdir(parents=True)
+    (tmp_path / tasks.MAWPS).write_text(json.dumps([{"original_text": f"q {i}", "equation": "x=1", "ans": 1}
+                                                    for i in range(4000)]))
+    mix = tasks.parse("word-problems+mawps")
     rows = [row for t in mix for row in readers.load(t, "train", tmp_path)]
     args = Namespace(config={"steps": 1, "batch_size": 2, "seed": 3, "score_by": "loss"}, trained=mix, held_out=9,
                      data_dir=tmp_path, limit=None)
-    ((_, found),) = evaluation.held_out(args)
-    assert found == readers.hold_out(rows, 9)[1]
+    found = evaluation.held_out(args)
+    assert [task.name for task, _ in found] == ["word-problems", "mawps"]
+    assert {e.instruction for _, some in found for e in some} == {e.instruction for e in readers.hold_out(rows, 9)[1]}
 
 
 def test_compiled_steps_give_the_same_answers(monkeypatch, tmp_path, tiny_llama, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import model
 import train
-from sibo_lab.data import batch, tasks
+from sibo_lab.data import batch, readers, tasks
 from sibo_lab.training import options, recipes
 
 
@@ -100,6 +100,47 @@ def test_tasks_are_learned_together_in_any_order(tmp_path, both):
     assert len(learned) == 4001 and "q" in {example.instruction for example in learned}
 
 
+def test_of_a_mix_each_held_out_example_is_scored_as_its_own_task_says(monkeypatch, capsys, tmp_path, tiny_llama):
+    (tmp_path / tasks.MAWPS).parent.mkdir(parents=True)
+    (tmp_path / tasks.MAWPS).write_text(json.dumps([
+        {"original_text": f"q {i}", "equation": "x=1", "ans": 1} for i in range(30)]))
+    (tmp_path / "llm_adapters/boolq").mkdir(parents=True)
+    (tmp_path / "llm_adapters/boolq/train.json").write_text(json.dumps([
+        {"instruction": f"{i}? Answer format: true/false", "output": "the correct answer is true", "answer": "true"}
+        for i in range(30)]))
+    code, _, err = run_train(monkeypatch, capsys, "--backbone", tiny_llama, "--dtype", "float32", "--task",
+                             "boolq+mawps", "--score-on", "validation", "--validate", 20, "--steps", 1, "--batch-size",
+                             1, "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert not code, err
+    answers = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").open()]
+    assert {(a["task"], a["gold"]) for a in answers} == {("boolq", "true"), ("mawps", "1")}
+    assert len(answers) == 20 and json.loads((tmp_path / "run/result.json").read_text())["parts"].keys() == {
+        "boolq", "mawps"}
+
+
+def test_a_finished_run_on_data_that_changed_is_not_read_again(monkeypatch, capsys, tmp_path, tiny_llama):
+    mine, rows = tmp_path / "mine.json", [{"instruction": f"Say {i}.", "output": str(i)} for i in range(20)]
+    args = ("--backbone", tiny_llama, "--dtype", "float32", "--task", mine, "--steps", 1, "--batch-size", 2, "--out",
+            tmp_path / "run", "--method", "lora")
+    mine.write_text(json.dumps(rows))
+    held = {e.instruction for e in readers.load(tasks.task(str(mine)), "test", tmp_path)}
+    assert run_train(monkeypatch, capsys, *args)[0] == 0 and run_train(monkeypatch, capsys, *args)[0] == 0
+    for changed, told in ((held, f"today's {mine} examples"),
+                          ({e["instruction"] for e in rows} - held, "today's train examples")):
+        mine.write_text(json.dumps([row | ({"output": "9"} if row["instruction"] in changed else {}) for row in rows]))
+        code, _, err = run_train(monkeypatch, capsys, *args)
+        assert code == 2 and told in err.splitlines()[-1] and "name a new --out, or delete the folder" in err
+
+
+def test_the_frozen_model_is_scored_anew_where_a_seed_holds_out_other_problems(monkeypatch, capsys, tmp_path,
+                                                                               tiny_llama):
+    run_train(monkeypatch, capsys, "--backbone", tiny_llama, "--dtype", "float32", "--method", "lora", "--score-by",
+              "loss", "--score-on", "validation", "--validate", 5, "--seeds", "0,1", "--steps", 5, "--batch-size", 2,
+              "--out", tmp_path)
+    a, b = (json.loads(f.read_text())["baseline_loss"] for f in tmp_path.rglob("result.json"))
+    assert a != b
+
+
 def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny_llama):
     m = model.from_pretrained(tiny_llama)
     rows = [batch.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]
@@ -107,5 +148,5 @@ def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny
     losses = [float(model.loss(m, torch.tensor([r.ids]), torch.tensor([r.labels]))) for r in rows]
     counts = [2, 7, 4]
     expected = -sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
-    found = train.validation(m, None, train.Data(tasks.task("gsm8k"), [], [], []), rows, run)
+    found = train.validation(m, None, train.Data(tasks.task("gsm8k"), [], [], [], []), rows, run)
     assert found == pytest.approx(expected, rel=1e-5)

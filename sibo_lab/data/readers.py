@@ -75,6 +75,12 @@ def questions(rows: list) -> list[list]:
     return [list(same) for _, same in groupby(sorted(rows, key=order), order)]
 
 
+def by_task(rows: list, loaded: list[tuple[Task, list]]) -> list[tuple[Task, list]]:
+    """Rows that were held out of several tasks' together, each with its own task, which knows how it is scored."""
+    task_of = {id(row): task for task, some in loaded for row in some}
+    return [(task, some) for task, _ in loaded if (some := [row for row in rows if task_of[id(row)] is task])]
+
+
 def a_tenth(questions: list[list], most: int) -> int:
     return min(most, max(1, len(questions) // 10))
 

@@ -115,7 +115,8 @@ def complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--similarity: expected one task, got --task {args.task}")
     if args.ask and args.head:
         raise ValueError(f"--ask: expected an LLM's run, got {args.run}, a BERT on {run['task']}")
-    if run and not args.ask and bool(args.head) != bool(labels):
+    kind = bool if args.similarity or args.export else int  # to be scored, a head needs the task's classes
+    if run and not args.ask and kind(args.head) != kind(labels):
         raise ValueError(f"{args.run}: expected a run that can answer {name}, got one on {run['task']}")
     if labels and (args.protocol or args.num_beams):
         raise ValueError(f"--protocol, --num-beams: expected a text-to-text task, got {name}")

@@ -279,6 +279,9 @@ def parser() -> cli.Parser:
 def main(args: Namespace) -> None:
     where, study = STUDIES[args.study]
     usual = vars(parser().parse_args([args.study])) if args.study in OPTIONS else {}
+    if args.study == "lambda" and (lists := [k for k in ("lr", "sibo_at") if len(getattr(args, k) or ()) > 1]):
+        raise ValueError(f"{options.flag(lists[0])}: expected one value, as study lambda draws scores against λ alone, "
+                         f"got {','.join(map(str, getattr(args, lists[0])))}")
     read = ("results", "offline", *OPTIONS.get(args.study, ()))
     if unread := [k for k, v in usual.items() if vars(args)[k] != v and k not in read]:
         raise ValueError(f"{options.flag(unread[0])}: expected an option that study {args.study} reads ("

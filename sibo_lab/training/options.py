@@ -124,6 +124,11 @@ def check_options(args: Namespace) -> None:
         ((args.stochastic_depth or 0) >= 1, f"--stochastic-depth: expected below 1, got {args.stochastic_depth}"),
         (args.similarity_loss and (args.grad_checkpoint or args.compile),
          "--similarity-loss: expected no --grad-checkpoint, whose second pass would count it twice, nor --compile"),
+        (args.epochs and args.task == "word-problems",
+         f"--epochs: expected --steps with word-problems, which are made as they are needed, got {args.epochs}"),
+        (args.test and args.score_on == "validation",
+         "--test: expected none with --score-on validation, which scores what is held out of --task's training set, "
+         f"got {','.join(args.test or ())}"),
         (full and bits,
          f"--base-bits {bits}: expected an adapter or LoRA method, got --method full, which trains those weights"),
         (full and args.dtype not in (None, "float32"),
@@ -182,7 +187,9 @@ def resolve(args: Namespace, family: str, task: tasks.Task, train: list) -> Run:
     if run.score_on == "validation" and not run.validate:
         raise ValueError("--score-on validation: expected --validate N, how many examples to hold out for it, got 0")
     left = readers.hold_out(train, run.validate)[0] if train and not run.steps else train
-    steps = run.steps or math.ceil(run.epochs * max(len(left), 1) / run.batch_size)
+    steps = run.steps or math.ceil(run.epochs * math.ceil(max(len(left), 1) / run.batch_size))
+    if args.warmup is None and (train or run.steps) and run.warmup > steps / 10:  # a recipe's, for longer runs
+        run = replace(run, warmup=0.1)
     return replace(run, steps=steps, micro_batch_size=min(run.micro_batch_size, run.batch_size),
                    task=_full_name(args.task), test=tuple(map(_full_name, run.test)),
                    data_dir=str(tasks.data_dir(args.data_dir).absolute()))

@@ -50,7 +50,7 @@ class Run:
     steps: int | None = of(None, "optimizer steps, instead of --epochs", "N", 1)
     epochs: float = of(3.0, "passes over the training set", "N", 0)
     lr: float = of(3e-4, "AdamW's peak learning rate, then linear to 0", "LR", 0)
-    warmup: float = of(100, "warm-up in steps, or below 1 as a share of all steps", "N", 0)
+    warmup: float = of(100, "warm-up in steps, or below 1 as a share of all steps; by default at most a tenth", "N", 0)
     batch_size: int = of(16, "examples per step", "N", 1)
     micro_batch_size: int = of(4, "examples at a time: changes memory, not results", "N", 1)
     cutoff: int = of(256, "tokens that an example is cut to", "N", 1)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 
 def stochastic_depth(m: nn.Module, rate: float) -> None:
-    """In training, a sequence passes block l of L by with probability rate · l / L (Huang et al. 2016), the others
-    unscaled (as in LayerDrop, Fan et al. 2020). Rows that share a prompt's beginning are one sequence."""
+    """In training, a sequence skips block l of L with probability rate · l / L (Huang et al. 2016), the others unscaled
+    (as in LayerDrop, Fan et al. 2020)."""
+    m.share_prefix = False  # each row draws for itself, also over what all begin with
     for l, block in enumerate(m.blocks, 1):  # noqa: E741
         block.register_forward_hook(partial(_pass_by, rate * l / len(m.blocks)))
 

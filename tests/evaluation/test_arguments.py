@@ -68,6 +68,8 @@ def test_options_that_do_not_fit_are_refused(complete, args, says):
 def test_a_classifier_cannot_be_asked_nor_scored_on_another_kind_of_task(complete):
     with pytest.raises(ValueError, match="--ask: expected an LLM's run, got .*, a BERT on rte"):
         complete("RUN", "--ask", "How many?", task="rte")
+    with pytest.raises(ValueError, match="expected a run that can answer stsb, got one on rte"):
+        complete("RUN", "--task", "stsb", task="rte")
     with pytest.raises(ValueError, match="expected a run that can answer mawps, got one on rte"):
         complete("RUN", "--task", "mawps", task="rte")
 

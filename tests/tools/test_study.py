@@ -178,6 +178,13 @@ def test_an_option_that_a_study_does_not_read_is_refused(monkeypatch, capsys, tm
         capsys.readouterr().err)
 
 
+def test_scores_against_lam_are_of_one_learning_rate(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "lambda", "--lr", "1e-3,3e-4")
+    assert "--lr: expected one value, as study lambda draws scores against λ alone, got 0.001,0.0003" in (
+        capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["norms", "cost"])
 def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path, tiny_llama, mine, name):
     with pytest.raises(SystemExit) as e:

@@ -1,11 +1,12 @@
 """options.py: what is wrong with an option is one line, before anything is fetched; lists make a grid."""
 
 from dataclasses import fields
+from itertools import islice
 
 import pytest
 from run_train import run_train
 
-from sibo_lab.data import tasks
+from sibo_lab.data import batch, tasks
 from sibo_lab.settings import Settings
 from sibo_lab.training import options, recipes
 
@@ -40,6 +41,9 @@ from sibo_lab.training import options, recipes
     (["--similarity-loss", "0.1"], "--similarity-loss: expected a GLUE task, with a BERT, got word-problems"),
     (["--similarity-loss", "0.1", "--grad-checkpoint"], "--similarity-loss: expected no --grad-checkpoint"),
     (["--task", "cola", "--score-by", "loss"], "--score-by loss: expected a text-to-text task, got cola"),
+    (["--epochs", "3"], "--epochs: expected --steps with word-problems, which are made as they are needed, got 3.0"),
+    (["--task", "mawps", "--test", "svamp", "--score-on", "validation"],
+     "--test: expected none with --score-on validation, which scores what is held out of --task's training set, got"),
     (["--lam", "0.6", "--lam-by-depth", "rising"], "--lam: expected below 0.5 to go up to twice that, rising, got 0.6"),
 ])
 def test_bad_options_end_in_one_line_and_code_2_before_anything_is_fetched(monkeypatch, capsys, tmp_path, args, says):
@@ -113,3 +117,17 @@ def test_by_default_at_most_a_tenth_of_the_questions_is_held_out_and_what_is_ask
 def test_an_epoch_is_what_is_not_held_out():
     run = resolved("--epochs", "2", "--batch-size", "4", "--validate", "40", questions=100, times=3)
     assert run.steps == 2 * 60 * 3 / 4
+
+
+@pytest.mark.parametrize("rows", [17, 20, 32])
+def test_epochs_are_whole_passes_when_the_last_batch_is_smaller_too(rows):
+    run = resolved("--epochs", "3", "--batch-size", "16", "--validate", "0", questions=rows)
+    drawn = islice(batch.batches([1] * rows, 16, 0), run.steps)
+    assert sorted(i for picked in drawn for i in picked) == sorted([*range(rows)] * 3)
+
+
+@pytest.mark.parametrize(("given", "warmup"), [
+    (("--steps", "2000"), 100), (("--steps", "999"), 0.1), (("--epochs", "3"), 0.1),
+    (("--steps", "50", "--warmup", "90"), 90)])
+def test_a_recipes_warmup_takes_at_most_a_tenth_of_the_steps(given, warmup):
+    assert resolved(*given, questions=300).warmup == warmup

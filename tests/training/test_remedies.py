@@ -37,6 +37,17 @@ def test_in_training_a_sequence_passes_a_block_by_as_often_as_its_depth_says():
     assert torch.allclose(m(IDS), expected, atol=1e-12)
 
 
+def test_rows_that_begin_alike_draw_each_for_itself():
+    m = tiny(num_hidden_layers=2)
+    alike = torch.cat((IDS[:1, :4].expand(3, -1), IDS[:, 4:]), 1)
+    remedies.stochastic_depth(m.train(), 0.9)
+    torch.manual_seed(0)
+    found = model.loss(m, alike, alike)
+    torch.manual_seed(0)
+    logits = m(alike)[:, :-1]
+    assert torch.allclose(found, F.cross_entropy(logits.flatten(0, 1), alike[:, 1:].flatten()), atol=1e-9)
+
+
 def test_when_scored_no_block_is_passed_by():
     m = tiny()
     expected = m(IDS)
