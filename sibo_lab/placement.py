@@ -2,7 +2,6 @@
 
 A name that matches nothing and a module that cannot take h0 are errors; the official code skips both in silence."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from sibo_lab.stacks import (
     Anatomy,
     Stack,
     adaptable_widths,
+    block_places,
     find,
     find_all,
     named_source,
@@ -37,19 +37,6 @@ class Placement(NamedTuple):
     shares: dict[str, float]  # their λ, as a multiple of the settings'
 
 
-def shares(a: Anatomy, names: Sequence[str], s: Settings) -> dict[str, float]:
-    """λ of each module, as a multiple of the settings': that of its block, by the block's place among those of its
-    stack that get h0. Outside of blocks, each module is one."""
-    def block(name):
-        stack = a.stacks.get(name)
-        return stack, name.removeprefix(f"{stack.name}.").partition(".")[0] if stack else name
-
-    blocks = {}  # of each stack, in the model's order
-    for stack, i in dict.fromkeys(map(block, names)):
-        blocks.setdefault(stack, []).append(i)
-    return {name: s.share(blocks[stack].index(i), len(blocks[stack])) for name in names for stack, i in [block(name)]}
-
-
 def place(m: nn.Module, s: Settings) -> Placement:
     """Resolves the settings against the model `m`. Raises ValueError naming whatever does not fit."""
     a, kind = Anatomy.of(m), type(m).__name__
@@ -69,9 +56,9 @@ def place(m: nn.Module, s: Settings) -> Placement:
     if s.lam and not (getting and set(getting) <= set(names)):
         raise ValueError(f"sibo_at {quoted(s.sibo_at)}: expected some of the adapted {quoted(list(targets))}, got "
                          f"{quoted(list(at))}; lam=0 is the plain method")
-    shared = {name: share for name, share in shares(a, getting, s).items() if share}
+    shares = {name: share for name, place in block_places(a, getting).items() if (share := s.share(*place))}
     named = named_source(a, s.h0, getting) if s.h0 else None
-    mixed, found = {name: named or own_stack(a, name) for name in shared}, {}
+    mixed, found = {name: named or own_stack(a, name) for name in shares}, {}
     for name in names:
         stack, d = mixed.get(name), [x.d for x in (a.stacks.get(name), mixed.get(name)) if x and x.d]
         found[name] = adaptable_widths(a, name, s.side if s.method == "adapter" else "lora", d[0] if d else None)
@@ -88,4 +75,4 @@ def place(m: nn.Module, s: Settings) -> Placement:
     if adapted := [n for n in find_all(m, whole) if n in holding]:
         raise ValueError(f"modules_to_save: expected modules without adapters, got {adapted[0]}")
     h0 = s.h0 and find(a.modules, s.h0)[0]
-    return Placement(replace(s, targets=targets, sibo_at=at, h0=h0, modules_to_save=whole), found, mixed, shared)
+    return Placement(replace(s, targets=targets, sibo_at=at, h0=h0, modules_to_save=whole), found, mixed, shares)

@@ -177,6 +177,19 @@ def own_stack(a: Anatomy, name: str) -> Stack:
     return a.stacks.get(name) or beside.pop()
 
 
+def block_places(a: Anatomy, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Of each module (in the model's order), its block's place among the blocks of its stack that have one of `names`,
+    and how many these are. Outside of stacks, each module is a block."""
+    def block(name):
+        stack = a.stacks.get(name)
+        return stack, name.removeprefix(f"{stack.name}.").partition(".")[0] if stack else name
+
+    blocks = {}
+    for stack, i in dict.fromkeys(map(block, names)):
+        blocks.setdefault(stack, []).append(i)
+    return {name: (blocks[stack].index(i), len(blocks[stack])) for name in names for stack, i in [block(name)]}
+
+
 def adaptable_widths(a: Anatomy, name: str, side: str, d: int | None) -> tuple[int, int]:
     """Of what an adapter or LoRA on a module reads and writes. ValueError where it would not run, or be passed by."""
     x, parents = a.modules[name], [a.modules[".".join(name.split(".")[:i])] for i in range(name.count(".") + 1)]
