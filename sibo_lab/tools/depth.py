@@ -128,7 +128,8 @@ def study(args: Namespace, file: str) -> list[str]:
                              out=f"{args.out or 'runs/depth'}/{name}")
                 found.append(train(variant, blocks, run, rows, held, args.resume))
     results = Path(file).with_name("depth")  # of no backbone and task
-    files.write(results.with_suffix(".jsonl"), "".join(json.dumps(asdict(x)) + "\n" for x in found))
+    files.write(results.with_suffix(".jsonl"), "".join(
+        json.dumps(asdict(x) | {"command": compare.without_folders(x.command)}) + "\n" for x in found))
     draw(found, results.with_suffix(".png"))
     return [f"{variant}, {blocks} blocks: {np.mean(lost):.3f}" + (
         f", against none {d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" if d else "")

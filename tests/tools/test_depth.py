@@ -65,6 +65,7 @@ def test_the_study_compares_at_each_depth_and_resumes(monkeypatch, capsys, small
     run(monkeypatch, small, tiny_llama, "--seeds", "0,1")
     line = capsys.readouterr().out.splitlines()[-1]
     saved = [depth.Trained(**json.loads(text)) for text in (small / "results/depth.jsonl").open()]
+    assert {"--out" in x.command or "--data-dir" in x.command for x in saved} == {False}
     assert len(saved) == 2 * (3 + 7) and line.count("against none") == 2 + 6
     by = {(x.variant, x.blocks, x.seed): np.array(x.losses) for x in saved}
     d = metrics.paired(np.array([by["h0", 2, seed] - by["none", 2, seed] for seed in (0, 1)]))
