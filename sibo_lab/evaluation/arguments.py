@@ -40,8 +40,7 @@ def parser() -> cli.Parser:
     add("--task", metavar="A,B", help="short names, or files of your own (default: what the run was scored on, or "
         "word-problems)")
     add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used (default: the run's)")
-    add("--data-dir", help="the tasks' files (default: the run's, else $SIBO_DATA, else the "
-        "cache)")
+    add("--data-dir", help="the tasks' files (default: the run's, else $SIBO_DATA, else the cache)")
     add("--limit", type=at_least_1, help="score the first N examples (default: the run's, or all)")
     add("--score-by", choices=["answers", "loss"], help="the answers that the model generates, or the loss of "
         "the right ones (default: the run's, or answers)")
