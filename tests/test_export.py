@@ -10,6 +10,7 @@ import sibo
 from sibo_lab import export
 from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes
+from sibo_lab.training.optimizer import adamw
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", False), ("gptj", False), ("bert", False), ("bert", True)])
@@ -72,7 +73,7 @@ def test_transformers_own_trainer_trains_an_injected_model_as_our_loop_does(fami
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         activation_checkpointing=checkpointing, activation_checkpointing_kwargs={"use_reentrant": False}),
         train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(texts, labels, strict=True)],
-        optimizers=(loop.adamw(theirs, 1e-2) if "learned" in name else None, None)).train()
+        optimizers=(adamw(theirs, 1e-2) if "learned" in name else None, None)).train()
     run = recipes.Run(steps=20, lr=1e-2, warmup=0, batch_size=8, micro_batch_size=8, out=str(tmp_path / "ours"))
     loop.fit(ours, [batch.Row(t, y) for t, y in zip(texts, labels, strict=True)], 0, run)
     assert all(torch.equal(p, frozen[n]) for n, p in theirs.named_parameters() if n in frozen)

@@ -73,6 +73,14 @@ adapter = sibo.inject(net(), "adapter", lam, targets="hidden", h0="embed", bottl
 mixed = (1 - lam) * net().hidden(h0) + lam * h0  # Eq. (4) with W_up = 0
 torch.testing.assert_close(adapter(x), net().out(torch.tanh(mixed)), rtol=0, atol=1e-12)
 
+from sibo_lab.training.optimizer import adamw  # as docs/your_model.md has it
+learned = sibo.inject(net(), "adapter", lam, targets="hidden", h0="embed", bottleneck=2, learn_lam=True)
+before = {n: p.detach().clone() for n, p in learned.named_parameters() if p.requires_grad}
+F.cross_entropy(learned(x)[0], targets).backward()
+adamw(learned, 0.001).step()  # Adam's first step is its rate
+moved = {n: (p - before[n]).abs().max().item() for n, p in learned.named_parameters() if n in before}
+assert abs(moved.pop("hidden.lam_logit") - 0.05) < 1e-4 and abs(max(moved.values()) - 0.001) < 1e-4
+
 print(sibo.__file__)
 print(*(name for name in sys.argv[1:] if find_spec(name)))
 '''

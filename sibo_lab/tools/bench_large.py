@@ -16,6 +16,7 @@ from sibo_lab import export, files
 from sibo_lab.backbone import locate
 from sibo_lab.data import batch
 from sibo_lab.training import loop, recipes
+from sibo_lab.training.optimizer import adamw
 
 Batch = list[batch.Row]
 
@@ -49,7 +50,7 @@ def random_batches(n: int, size: int, length: int) -> list[Batch]:
 
 def trainer(m: nn.Module, lr: float = 3e-4) -> Callable[[Batch], float | None]:
     """The training step of either side; ours returns the loss. Optimizer and clipping are the same on both."""
-    trained, optimizer = [p for p in m.train().parameters() if p.requires_grad], loop.adamw(m, lr)
+    trained, optimizer = [p for p in m.train().parameters() if p.requires_grad], adamw(m, lr)
 
     def step(rows: Batch) -> float | None:
         loss = None

@@ -22,10 +22,10 @@ from sibo_lab.data import batch
 from sibo_lab.parallel import accumulating, all_reduce, full_tensor, rank, world, wrap
 from sibo_lab.training import resume
 from sibo_lab.training.log import open_log
+from sibo_lab.training.optimizer import adamw
 from sibo_lab.training.recipes import Run
 
 BAD_STEPS = 10  # in a row without a finite loss or gradient end a run
-LAM_PACE = 50  # AdamW moves every number by about its rate: W_down is drawn with size 0.02, λ's log-odds are of size 1
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -75,15 +75,6 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
         m.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.set_rng_state(random)
-
-
-def adamw(m: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW for what is trained in `m`: weights at the rate `lr`, learned λ's log-odds at LAM_PACE times that."""
-    groups = [{"params": [], "lr": lr * pace, "pace": pace} for pace in (1, LAM_PACE)]
-    for name, p in m.named_parameters():
-        if p.requires_grad:
-            groups[name.endswith(".lam_logit")]["params"].append(p)
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 class Training:

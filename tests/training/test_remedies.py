@@ -7,7 +7,8 @@ from small_models import inject, stir, tiny
 
 import eval as evaluation
 import model
-from sibo_lab.training import loop, remedies
+from sibo_lab.training import remedies
+from sibo_lab.training.optimizer import adamw
 
 IDS = torch.arange(24).reshape(3, 8) * 7 % 40
 
@@ -129,5 +130,5 @@ def test_initial_tokens_are_mixed_into_what_each_block_but_the_first_reads(learn
     assert [n for n, p in m.named_parameters() if "initial" in n and p.requires_grad] == [
         "initial_tokens.lam_logit"] * learned
     paces = [[n for n, p in m.named_parameters() if any(p is q for q in group["params"])]
-             for group in loop.adamw(m, 1e-3).param_groups]
+             for group in adamw(m, 1e-3).param_groups]
     assert ["initial_tokens.lam_logit"] in paces if learned else "initial_tokens.lam_logit" not in sum(paces, [])
