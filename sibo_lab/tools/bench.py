@@ -44,9 +44,9 @@ def machine() -> Rows:
 
 def parser() -> cli.Parser:
     p = cli.Parser("-m sibo_lab bench", description="Speed and memory against transformers + peft, and of SIBO against "
-                   "the plain method. Where the output is the default, the tables of docs/performance.md too.")
+                   f"the plain method. A whole run writes {OUT} and the tables of {PAGE}.")
     p.add_argument("--only", metavar="GROUPS", default=",".join(GROUPS), help="some of %(default)s (default: all)")
-    p.add_argument("--out", type=Path, default=OUT, help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, help="instead: a file of its rows (default of --only GROUPS: none)")
     p.add_argument("--big", choices=("llama7b", "gptj6b"), help="instead: train this shape, and watch memory")
     p.add_argument("--method", default="adapter-sibo", choices=recipes.METHODS[1:], help="of --big (%(default)s)")
     p.add_argument("--base-bits", type=int, choices=[8, 4], help="of --big (default: 16)")
@@ -66,14 +66,16 @@ def main(args: Namespace) -> None:
         if name not in GROUPS:
             raise ValueError(f"--only: expected some of {', '.join(GROUPS)}, got {name!r}")
     rows: list[Row] = []
+    out = args.out or (OUT if set(names) == set(GROUPS) else None)  # a part must not replace the whole
     for name, group in {"machine": machine, **{name: GROUPS[name] for name in names}}.items():
         for row in group():
             row.group = name
             rows.append(row)
             print(table([row]).splitlines()[1], flush=True)
-        files.write(args.out, json.dumps([asdict(r) for r in rows], indent=1) + "\n")  # what there is, if it is stopped
+        if out:
+            files.write(out, json.dumps([asdict(r) for r in rows], indent=1) + "\n")  # what there is, if it is stopped
     print(table(rows))
-    if "scaling" in names:
-        bench_scaling.draw_scaling(rows, args.out.with_name("scaling.png"))
-    if args.out == OUT:
+    if out and "scaling" in names:
+        bench_scaling.draw_scaling(rows, out.with_name("scaling.png"))
+    if out == OUT:
         files.write(PAGE, filled(PAGE.read_text("utf-8"), rows))

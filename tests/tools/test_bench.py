@@ -23,6 +23,13 @@ def test_a_run_writes_its_machine_first_and_every_row_with_its_group(tmp_path, m
     assert "≤ 2" in capsys.readouterr().out
 
 
+def test_a_part_is_printed_and_replaces_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(bench.GROUPS, "start", lambda: iter([bench_rows.paired("x", "s", [1.0], goal=2)]))
+    cli.run(bench.main, bench.parser(), ["--only", "start"])
+    assert "≤ 2" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["adapter-sibo", "lora"])
 def test_big_trains_what_lies_in_its_folder_in_a_process_of_its_own(tmp_path, capsys, method):
     bench_large.write_shape(TINY, tmp_path)
