@@ -1,5 +1,6 @@
 """The tokenizer of a backbone."""
 
+import sys
 from pathlib import Path
 
 from sibo_lab.backbone import gguf, locate, subwords
@@ -14,6 +15,11 @@ from sibo_lab.backbone.tokenizer_json import (
 )
 from sibo_lab.backbone.tokenizer_model import from_gguf, from_sentencepiece
 from sibo_lab.files import one_line, quoted, refuse_pointer
+
+PLAIN_SEARCH = {  # keys of generation_config.json that change greedy and beam search, off
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "length_penalty": 1, "min_length": 0, "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
 
 
 def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:
@@ -87,5 +93,9 @@ def _config(folder: Path) -> dict:
     if name is not None and str(name).removesuffix("Fast") not in CLASSES:
         raise ValueError(f"unsupported tokenizer_class: expected one of {', '.join(CLASSES)}, got {quoted(name)}")
     generation = json_or_none(folder / "generation_config.json")
+    for key, off in PLAIN_SEARCH.items():
+        if generation.get(key) not in (None, off):
+            print(f"{folder}: its generation_config.json has {key} {quoted(generation[key])}; answers here are written "
+                  "without it", file=sys.stderr)
     ids = {role: [c.get(f"{role}_token_id") for c in (generation, model)] for role in ROLES}
     return config | {"class": CLASSES.get(str(name).removesuffix("Fast")), "ids": ids, "model_type": kind}

@@ -264,7 +264,7 @@ def special_tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: 
     own = {role: token for role, token in DEFAULTS.get(config["class"], {}).items() if f"{role}_token" not in config}
     names = {role: config[f"{role}_token"] for role in ROLES if config.get(f"{role}_token") is not None}
     others = [token for key, token in config.items() if _is_token(token, key) and key[:-6] not in ROLES]
-    extra, late = (_several(config.get(f"{kind}_special_tokens")) for kind in ("extra", "additional"))
+    extra, late = (several(config.get(f"{kind}_special_tokens")) for kind in ("extra", "additional"))
     special = [*names.values(), *own.values(), *others, *extra, *late]
     if strange := [token for token in special if not _is_token(token)]:
         raise ValueError(f"malformed special token: expected its text, got {quoted(strange[0])}")
@@ -292,7 +292,8 @@ def special_tokens(file: Path, vocab: dict, config: dict, spec: dict, defaults: 
     return added, _named(ids, config, {*table.values()})
 
 
-def _several(tokens: object) -> list:
+def several(tokens: object) -> list:
+    """A list of tokens, the values of a dict of them, or one alone."""
     return [*tokens.values()] if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else [
         token for token in (tokens,) if token is not None]
 

@@ -14,6 +14,7 @@ from sibo_lab.backbone.tokenizer_json import (
     lead_of_llama,
     require,
     sentencepiece,
+    several,
     special_tokens,
 )
 from sibo_lab.files import Reader, quoted
@@ -53,7 +54,7 @@ def from_sentencepiece(file: Path, config: dict) -> Tokenizer:
     if config["class"] == "LlamaTokenizer":
         own = [{"content": piece, "special": spec["token_type"][i] == 3} for piece, i in vocab.items()
                if spec["token_type"][i] in (3, 4)]
-        config["extra_special_tokens"] = [*(config.get("extra_special_tokens") or []), *own]
+        config["extra_special_tokens"] = [*several(config.get("extra_special_tokens")), *own]
         defaults, spec["space"] = {}, lead_of_llama(config)
     else:
         require("tokenizer.model", {key: config.get(key) for key in SUPPORTED["tokenizer.model"]})

@@ -188,6 +188,15 @@ def test_flags_of_llama(tmp_path, llama_model, llama_pieces, kind, flags):
     assert_as_transformers(at, texts, special=False)
 
 
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_extra_tokens_of_llama_by_name(tmp_path, llama_model, llama_pieces, kind):
+    files = {"tokenizer__model": llama_model} if kind == "model" else {
+        "tokenizer__json": llama_spec(*llama_pieces, False, PREPEND)}
+    at = folder(tmp_path / "a", **files, config__json={"model_type": "llama"}, tokenizer_config__json={
+        "tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<image>"}})
+    assert_as_transformers(at, ["an image_token", "a<image>b"], special=False)
+
+
 def test_added_tokens_json_beside_tokenizer_model(tmp_path, llama_model):
     at = folder(tmp_path / "a", tokenizer__model=llama_model, config__json={"model_type": "llama"},
                 tokenizer_config__json={"tokenizer_class": "LlamaTokenizer", "add_bos_token": True,
@@ -218,3 +227,13 @@ def test_eos_is_the_tokenizers_and_generation_config_says_what_else_ends_a_text(
     assert tokenizer.from_pretrained(at).eos_ids == [theirs.eos_token_id, 5]
     (at / "tokenizer_config.json").unlink()
     assert tokenizer.from_pretrained(at).eos_ids == [5]
+
+
+def test_a_penalty_that_answers_are_written_without_is_said(tmp_path, capsys):
+    """transformers applies it in greedy search too; sampling's temperature it does not."""
+    words = {"vocab__txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\nab\n", "config__json": {"model_type": "bert"}}
+    tokenizer.from_pretrained(folder(tmp_path / "a", **words, generation_config__json={
+        "repetition_penalty": 1.05, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "temperature": 0.7}))
+    tokenizer.from_pretrained(folder(tmp_path / "b", **words))
+    assert capsys.readouterr().err == (f"{tmp_path / 'a'}: its generation_config.json has repetition_penalty 1.05; "
+                                       "answers here are written without it\n")
