@@ -60,7 +60,7 @@ def draw_differences(rows: dict[str, metrics.Difference], path: Path, title: str
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set(title=title)
+    fig.suptitle(title, fontsize="large")  # over the labels too: they leave the axes little room
     fig.supxlabel("loss per answer in nats, minus the plain method's, and its 95 % interval; left is better\n"
                   "grey: true differences too small for such a study to find three times in four", fontsize="medium")
     files.write(path, fig.savefig)
