@@ -342,7 +342,8 @@ class BertHead(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.out(self.dropout(torch.tanh(self.pooler(h[:, 0]))))  # (B, num_labels)
+        h = h[:, 0].to(self.pooler.weight.dtype)
+        return self.out(self.dropout(torch.tanh(self.pooler(h))))  # (B, num_labels)
 
 
 class Bert(Transformer):
@@ -456,14 +457,19 @@ def load_weights(m: nn.Module, path: Path, dtype: torch.dtype, device: str, base
             name = name.removesuffix(".weight")
             m.set_submodule(name, quantized.QuantizedLinear(m.get_submodule(name), tensor.to(device), base_bits))
         else:
-            put(m, name, tensor.to(device, dtype))
+            put(m, name, tensor.to(device, stored_as(dtype, name)))
     if m.config.tie_word_embeddings:
         tie(m, empty)
     for name, like in empty.items():  # a new head: small weights, no bias
         draw = torch.randn if name.endswith("weight") else torch.zeros
-        put(m, name, (draw(like.shape, dtype=dtype) * 0.02).to(device))
+        put(m, name, (draw(like.shape, dtype=stored_as(dtype, name)) * 0.02).to(device))
     m.drawn = tuple(empty)
     return m.eval()
+
+
+def stored_as(dtype: torch.dtype, name: str) -> torch.dtype:
+    """A parameter's dtype in a model of `dtype`: a BERT's head is trained, and 16 bits would round small steps away."""
+    return torch.promote_types(dtype, torch.float32) if name.startswith("classifier.") else dtype
 
 
 def tie(m: nn.Module, missing: dict) -> None:

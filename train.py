@@ -70,8 +70,8 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     m = backbone.load(run)
     scored = [run.dtype, *(batch.digest(test) for _, test in d.tests)]
     if backbone.baseline[0] != scored:
-        if run.shard:
-            wrap(m, run.device, True)
+        if run.shard:  # frozen: of what learns, FSDP2 takes one dtype
+            wrap(m.requires_grad_(False), run.device, True)
         backbone.baseline = scored, measure(m, t, d, run, frozen=True)
         if run.shard:  # what is cut up takes no adapters: they come first
             m = backbone.load(run)

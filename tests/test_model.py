@@ -325,6 +325,15 @@ def test_berts_classifier_has_transformers_logits_and_loss(tmp_path, num_labels)
     assert_near(model.loss(ours, ids, labels, mask, token_type_ids=types), said.loss, 1e-4)
 
 
+def test_the_logits_of_a_bert_in_16_bits_are_transformers_head_in_float32_on_its_hidden_states(tmp_path):
+    theirs = pair("bert", tmp_path, kind="BertForSequenceClassification", num_labels=3)[0]
+    ours = model.from_pretrained(tmp_path, torch.bfloat16, num_labels=3)
+    ids, mask = padded(ROWS, "right")
+    h = ours.hidden_states(ids, mask)[-1]
+    assert h.dtype == torch.bfloat16
+    assert_near(ours(ids, mask), theirs.classifier(theirs.bert.pooler(h.float())), 1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient_dropout_included(tmp_path, family):
     dropout = {"gptj": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "bert": {}}.get(family, {"attention_dropout": 0.1})

@@ -6,10 +6,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,24 @@ def test_a_killed_process_ends_the_others_with_a_line(tmp_path):
 def test_an_error_of_one_process_ends_all_and_is_printed_once(tmp_path):
     codes, errors = ends(refuse, tmp_path)
     assert codes == [2, 2] and "".join(errors) == "error: the folder is taken\n"
+
+
+def train_bert(folder, args):
+    train.main(options.parser().parse_args([
+        "--backbone", str(folder / "bert"), "--task", "cola", "--data-dir", str(folder), "--method", "lora-sibo",
+        "--shard", "--dtype", "bfloat16", "--steps", "2", "--device", "cpu", "--out", str(folder / "run")]))
+
+
+def test_a_sharded_bert_in_16_bits_has_its_head_in_32_before_and_after_training(tmp_path, tiny_bert):
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    (tmp_path / "glue/CoLA").mkdir(parents=True)
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "glue/CoLA" / name).write_text("".join(f"x\t{i % 2}\t\tSome {i} words.\n" for i in range(8)))
+    codes, errors = ends(partial(train_bert, tmp_path), tmp_path)
+    assert codes == [0, 0], errors
+    trained = load_file(tmp_path / "run/adapter.safetensors")
+    assert trained["classifier.out.weight"].dtype == torch.float32
+    assert json.loads((tmp_path / "run/result.json").read_text())["baseline_similarity_per_layer"]
 
 
 def test_shard_without_torchrun_is_an_error(monkeypatch):

@@ -193,7 +193,8 @@ def one_step(m: nn.Module, run: Run, earlier: bool) -> tuple[int, int, int]:
 def fake_model(spec: dict, run: Run, num_labels: int) -> nn.Module:
     m = model.build(spec, run.backbone, num_labels)
     for name, p in list(m.named_parameters()):
-        model.put(m, name, torch.empty(p.shape, dtype=getattr(torch, run.dtype), device=run.device))
+        dtype = model.stored_as(getattr(torch, run.dtype), name)
+        model.put(m, name, torch.empty(p.shape, dtype=dtype, device=run.device))
     for name, x in list(m.blocks.named_modules()) if run.base_bits else ():
         if isinstance(x, nn.Linear):
             m.blocks.set_submodule(name, quantized.QuantizedLinear(x, x.weight.detach(), run.base_bits))

@@ -201,6 +201,17 @@ def test_a_new_classifier_starts_small_on_the_files_pooler_where_there_is_one(tm
         assert 0 < head.pooler.weight.std() < 0.05 and not head.pooler.bias.any()
 
 
+@pytest.mark.parametrize(("dtype", "head"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+                                             (torch.float64, torch.float64)])
+def test_a_classifier_which_is_trained_has_at_least_32_bits_and_the_files_own_numbers(tmp_path, dtype, head):
+    theirs = theirs_of("bert")
+    theirs.save_pretrained(tmp_path)
+    m = model.from_pretrained(tmp_path, dtype, num_labels=3)
+    assert {p.dtype for p in m.classifier.parameters()} == {head}
+    assert {p.dtype for n, p in m.named_parameters() if not n.startswith("classifier.")} == {dtype}
+    assert torch.equal(m.classifier.pooler.weight, theirs.pooler.dense.weight.to(head))
+
+
 def test_a_classifier_in_the_file_is_loaded_if_asked_for_and_of_that_many_classes(tmp_path):
     theirs = theirs_of("bert", kind="BertForSequenceClassification", num_labels=3)
     theirs.save_pretrained(tmp_path)

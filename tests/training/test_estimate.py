@@ -156,6 +156,12 @@ GPTJ = {"model_type": "gptj", "vocab_size": 50, "n_embd": 64, "n_head": 4, "rota
 BERT = {"model_type": "bert", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 
+def test_a_berts_head_is_trained_in_float32_whatever_holds_the_frozen_weights():
+    spec, run = BERT | {"num_hidden_layers": 2}, small_run("lora", dtype="bfloat16", targets=("mlp.fc_in",))
+    head, loras = 64 * 64 + 64 + 64 * 3 + 3, 2 * 4 * (64 + 128)  # rank 4 in two layers
+    assert estimate.memory(spec, run, 3)["trained"] == 3 * 4 * (head + loras)
+
+
 @pytest.mark.parametrize(("spec", "method", "changes"), [
     (SMALL, "adapter-sibo", {"dtype": "bfloat16"}), (SMALL, "full", {"micro_batch_size": 1, "cutoff": 2}),
     (GPTJ, "lora-sibo", {"grad_checkpoint": True, "batch_size": 2}), (BERT, "lora", {"batch_size": 2}),
