@@ -21,7 +21,7 @@ import eval as evaluation
 import model
 import sibo
 from sibo_lab import cli, files
-from sibo_lab.backbone import chat_template, config, locate, tokenizer
+from sibo_lab.backbone import chat_template, config, locate, tokenizer, weights
 from sibo_lab.backbone.subwords import Tokenizer
 from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import compare, pictures, scoring
@@ -48,12 +48,13 @@ class Data:
 @dataclass
 class Backbone:
     """Where it is, its config.json, the model without weights, which each run fills, its tokenizer (in its chat
-    template, where that is the protocol; None in a dry run), and, once measured, its score."""
+    template, where that is the protocol; None in a dry run), its weights' digest, and, once measured, its score."""
 
     path: Path
     spec: dict
     skeleton: nn.Module
     t: Tokenizer | chat_template.Chat | None
+    sha256: str
     baseline: tuple[list[str], run_folder.Measured | None] = ((), None)  # of what, and its measurement
 
     def load(self, run: Run) -> nn.Module:
@@ -84,10 +85,10 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
     choose = valid and (run.score_on == "test" or run.validate_every < run.steps)  # else the score says the same
     validate = partial(validation, t=t, d=d, rows=valid, run=run) if choose else None
-    trained = loop.fit(m, rows, 0, run, validate, every, resuming)  # 0: nothing attends to padding
+    trained = loop.fit(m, rows, 0, run, validate, every, resuming, backbone.sha256)  # 0: nothing attends to padding
     sibo.save(m, out)
     measured = measure(m, t, d, run)
-    result = run_folder.result(m, run, measured, backbone.baseline[1], d.cut, trained, digests(d, run))
+    result = run_folder.result(m, run, measured, backbone.baseline[1], d.cut, trained, digests(d, run, backbone))
     if not rank():
         files.write(out / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in measured[0].records))
         files.write(out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -95,10 +96,10 @@ def execute(run: Run, d: Data, backbone: Backbone, every: resume.SaveEvery, resu
     return result
 
 
-def digests(d: Data, run: Run) -> dict[str, str]:
-    """sha256 of what a run learns from and is scored on, by name."""
+def digests(d: Data, run: Run, backbone: Backbone) -> dict[str, str]:
+    """sha256 of what a run begins with, learns from and is scored on, by name."""
     tests = d.tests if run.score_on == "test" else ()  # else: the validation examples
-    return {"train": batch.digest(d.rows[0]), "validation": batch.digest(d.rows[1])} | {
+    return {"backbone": backbone.sha256, "train": batch.digest(d.rows[0]), "validation": batch.digest(d.rows[1])} | {
         task.name: batch.digest(test) for task, test in tests}
 
 
@@ -241,7 +242,8 @@ def find_backbone(args: Namespace, task: tasks.Task, protocol: str, dry: bool) -
     if not dry:
         model.check(m, path)  # what is missing is said before anything is written
     t = None if dry else tokenizer.for_model(path, m.config.vocab_size, "pad" if task.num_labels else "eos")
-    return Backbone(path, spec, m, chat_template.Chat(path, t) if t and protocol == "chat" else t)
+    t = chat_template.Chat(path, t) if t and protocol == "chat" else t
+    return Backbone(path, spec, m, t, "" if dry else weights.digest(path))
 
 
 def data_of(run: Run, d: Data, t: Tokenizer) -> Data:
@@ -268,7 +270,7 @@ def train_all(runs: Sequence[Run], args: Namespace, d: Data, backbone: Backbone)
         if key != last:  # else as of the run before
             last, mine = key, data_of(run, d, backbone.t)  # or refused: no folder is made yet
         if results[i]:
-            run_folder.require_same_data(run, results[i], digests(mine, run))
+            run_folder.require_same_data(run, results[i], digests(mine, run, backbone))
             continue
         with one_rank_at_a_time(lambda run=run: resume.lock(Path(run.out)), ranks=1) or nullcontext():
             results[i] = execute(run, mine, backbone, args.save_every, args.resume)

@@ -132,6 +132,29 @@ def test_a_finished_run_on_data_that_changed_is_not_read_again(monkeypatch, caps
         assert code == 2 and told in err.splitlines()[-1] and "name a new --out, or delete the folder" in err
 
 
+def test_a_run_is_not_read_again_nor_continued_on_a_backbone_that_was_trained_on(monkeypatch, capsys, tmp_path,
+                                                                                 tiny_llama):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    twins.edit_tensors(folder := shutil.copytree(tiny_llama, tmp_path / "backbone"), lambda stored: None)
+    args = ("--backbone", folder, "--dtype", "float32", "--method", "lora", "--steps", 1, "--batch-size", 2, "--limit",
+            2, "--out")
+    done, stopped = tmp_path / "done", tmp_path / "stopped"
+    assert run_train(monkeypatch, capsys, *args, done)[0] == run_train(monkeypatch, capsys, *args, done)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.sibo, "save", stop)
+        assert run_train(patch, capsys, *args, stopped)[0] == 130
+    twins.edit_tensors(folder, lambda stored: stored["model.layers.1.mlp.up_proj.weight"].mul_(1.01))
+    for run, told in (done, "a run on today's backbone, sha256"), (stopped, "the backbone of its state, sha256"):
+        code, _, err = run_train(monkeypatch, capsys, *args, run, "--resume")
+        assert code == 2 and told in err.splitlines()[-1] and "name a new --out" in err
+    result = json.loads((done / "result.json").read_text())
+    del result["sha256"]["backbone"]  # as older runs have it
+    (done / "result.json").write_text(json.dumps(result))
+    assert run_train(monkeypatch, capsys, *args, done)[0] == 0
+
+
 def test_the_frozen_model_is_scored_anew_where_a_seed_holds_out_other_problems(monkeypatch, capsys, tmp_path,
                                                                                tiny_llama):
     run_train(monkeypatch, capsys, "--backbone", tiny_llama, "--dtype", "float32", "--method", "lora", "--score-by",

@@ -78,7 +78,7 @@ def step_halving_on_oom(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, pr
 
 
 class Training:
-    def __init__(self, m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run):
+    def __init__(self, m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run, backbone: str):
         m.grad_checkpoint = run.grad_checkpoint
         if run.compile:
             torch.compiler.set_stance("default")
@@ -87,20 +87,22 @@ class Training:
         self.engine = wrap(m.train(), run.device, run.shard)
         self.trained = {n: p for n, p in m.named_parameters() if p.requires_grad}
         self.optimizer = adamw(m, run.lr)
-        self.progress = resume.Progress(batch.digest(rows), run.micro_batch_size)
+        self.progress = resume.Progress(batch.digest(rows), run.micro_batch_size, backbone=backbone)
         if rank():
             torch.manual_seed(run.seed + rank())  # different dropout, after the same weights
 
     def resume_latest(self) -> None:
         """Restores the run folder's newest whole state, if there is one."""
-        data, (state, corrupted) = self.progress.data, resume.newest(self.out)
+        begun, (state, corrupted) = self.progress, resume.newest(self.out)
         where = "no saved state, starting at step 1"
         if state:
             self.progress = resume.restore(state, self.trained, self.optimizer, self.run.device)
             where = f"continuing after step {self.progress.step} of {self.run.steps}"
-        if data != self.progress.data:
-            raise ValueError(f"{self.out}: expected the training data of its state, sha256 {self.progress.data[:9]}…, "
-                             f"got {data[:9]}…; restore them, or name a new --out")
+        for what, expected, got in (("training data", self.progress.data, begun.data),
+                                    ("backbone", self.progress.backbone or begun.backbone, begun.backbone)):
+            if got != expected:
+                raise ValueError(f"{self.out}: expected the {what} of its state, sha256 {expected[:9]}…, got "
+                                 f"{got[:9]}…; restore it, or name a new --out")
         if not rank():
             for newer, wrong in corrupted.items():
                 print(f"removed a corrupted state: {wrong}", file=sys.stderr)
@@ -165,11 +167,12 @@ class Training:
 
 def fit(m: nn.Module, rows: Sequence[batch.Row], pad_id: int, run: Run,
         validate: Callable[[nn.Module], float] | None = None, every: resume.SaveEvery | None = None,
-        resuming: bool = False) -> dict:
+        resuming: bool = False, backbone: str = "") -> dict:
     """Trains for run.steps steps and returns what result.json says of it. Writes a line of metrics.jsonl per step, and
     states as often as `every` says and at the end. Leaves the model that `validate`, called every run.validate_every
-    steps and at the end, finds best. ValueError after BAD_STEPS, and for a trained tensor without a gradient."""
-    training = Training(m, rows, pad_id, run)
+    steps and at the end, finds best. ValueError after BAD_STEPS, for a trained tensor without a gradient, and where a
+    state is of other rows or another `backbone`, its weights' digest."""
+    training = Training(m, rows, pad_id, run, backbone)
     if resuming:
         training.resume_latest()
     progress, saved = training.progress, time.perf_counter()

@@ -56,6 +56,7 @@ class Progress:
     skipped_in_a_row: int = 0
     spikes: int = 0
     recent: list[float] = field(default_factory=list)  # the last 50 finite losses
+    backbone: str = ""  # sha256 of its files, as weights.digest takes it; older states do not tell
 
     def summary(self) -> dict:
         return {"train_seconds": round(self.seconds, 1), "tokens_per_second": round(self.tokens / self.seconds, 1),

@@ -76,17 +76,19 @@ def claim(run: Run, resuming: bool = False) -> dict | None:
 
 
 def require_same_data(run: Run, done: dict, digests: dict[str, str]) -> None:
-    """ValueError where a finished run learned from, or was scored on, other examples than it would now."""
+    """ValueError where a finished run began with another backbone, or learned from, or was scored on, other examples
+    than it would now."""
     for name, digest in digests.items():
         if (theirs := done.get("sha256", {}).get(name, digest)) != digest:
-            raise ValueError(f"{run.out}: expected a run on today's {name} examples, sha256 {digest[:9]}…, got one on "
+            what = name if name == "backbone" else f"{name} examples"
+            raise ValueError(f"{run.out}: expected a run on today's {what}, sha256 {digest[:9]}…, got one on "
                              f"{theirs[:9]}…; name a new --out, or delete the folder")
 
 
 def result(m: nn.Module, run: Run, measured: Measured, frozen: Measured, cut: dict[str, int], trained: dict,
            digests: dict[str, str]) -> dict:
     """What result.json says: the run, its scores and similarities, its cost (`trained`, by loop.fit), and what it takes
-    to repeat it (`digests`, of the examples)."""
+    to repeat it (`digests`, of backbone and examples)."""
     (score, curve), (baseline, baseline_curve), s = measured, frozen, run.settings
 
     return {

@@ -185,6 +185,36 @@ def test_training_never_writes_into_the_files(tmp_path, kind):
     assert_same_model(model.from_pretrained(tmp_path), theirs)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
+def test_the_digest_of_weights_is_another_where_any_tensor_is(tmp_path, kind):
+    theirs = theirs_of("llama")
+
+    def digest():
+        theirs.save_pretrained(tmp_path) if kind == "safetensors" else bin_files(
+            theirs, tmp_path, shards=2 if kind == "shards" else 1)
+        return weights.digest(tmp_path)
+
+    found = [digest(), digest()]
+    for p in theirs.parameters():
+        with torch.no_grad():
+            p.view(-1)[-1] += 1
+        found.append(digest())
+    assert found[0] == found[1] and len(set(found)) == len(found) - 1
+
+
+def test_of_13_gb_the_digest_misses_no_matrix(tmp_path):
+    file = tmp_path / "model.gguf"
+    with open(file, "wb") as f:
+        f.truncate(13 * 10**9)  # of zeros, which take no disk
+        found = {weights.digest(file)}
+        for start in (10**6, 7 * 10**9 + 1, 12 * 10**9):
+            f.seek(start)
+            f.write(b"\1" * 2 * 4096 * 4096)  # one of LLaMA-7B's
+            f.flush()
+            found.add(weights.digest(file))
+    assert len(found) == 4
+
+
 # ------------------------------------------------------------------------------------------------- BERT's classifier
 
 
