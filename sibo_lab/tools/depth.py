@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ class Trained:
     lam: list[float]  # of each block but the first
     loss_per_quarter: list[float]  # of the training steps
     command: str
+    sha256: dict[str, str] = field(default_factory=dict)  # of the rows; older ones do not tell
 
 
 def corpus(data_dir: Path, backbone: str) -> tuple[list[batch.Row], list[batch.Row]]:
@@ -97,8 +98,9 @@ def losses(m: nn.Module, rows: list[batch.Row]) -> list[float]:
 
 def train(variant: str, blocks: int, run: Run, rows: list[batch.Row], held: list[batch.Row], resuming: bool) -> Trained:
     """Trains a model, unless its result is there, and scores it."""
-    out = Path(run.out)
+    out, digests = Path(run.out), {"train": batch.digest(rows), "validation": batch.digest(held)}
     if done := run_folder.claim(run, resuming):
+        run_folder.require_same_data(run, done, digests)
         return Trained(**done)
     with resume.lock(out):
         files.write(out / "config.json", json.dumps(run.config(), indent=2) + "\n")
@@ -108,7 +110,7 @@ def train(variant: str, blocks: int, run: Run, rows: list[batch.Row], held: list
         found = Trained(variant, blocks, run.seed, [round(x, 5) for x in losses(m, held)],
                         [round(x, 4) for x in evaluation.layer_similarities(m, held[:64])],
                         [round(x, 4) for x in h0.lam_logit.sigmoid().tolist()] if h0 else [],
-                        [round(x, 4) for x in compare.quarters(compare.losses(out))], run_folder.command())
+                        [round(x, 4) for x in compare.quarters(compare.losses(out))], run_folder.command(), digests)
         files.write(out / "result.json", json.dumps(asdict(found)) + "\n")
     return found
 

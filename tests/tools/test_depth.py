@@ -93,3 +93,12 @@ def test_models_of_other_settings_are_not_averaged(monkeypatch, capsys, small, t
     with pytest.raises(SystemExit):
         run(monkeypatch, small, tiny_llama, *given, "--seeds", "0,1")
     assert told in capsys.readouterr().err
+
+
+def test_nor_are_models_of_other_text(monkeypatch, capsys, small, tiny_llama):
+    run(monkeypatch, small, tiny_llama)
+    text = small / "glue/CoLA/train.tsv"
+    text.write_text(text.read_text() + "x\t1\t\tMore words.\n")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, small, tiny_llama, "--seeds", "0,1")
+    assert "none-2-seed0: expected a run on today's train examples, sha256 " in capsys.readouterr().err
