@@ -164,6 +164,14 @@ def test_the_frozen_model_is_scored_anew_where_a_seed_holds_out_other_problems(m
     assert a != b
 
 
+def test_a_run_scored_by_one_loss_is_read_again(monkeypatch, capsys, tmp_path, tiny_llama):
+    args = ("--backbone", tiny_llama, "--dtype", "float32", "--method", "lora,lora-sibo", "--score-by", "loss",
+            "--score-on", "validation", "--validate", 5, "--limit", 1, "--steps", 5, "--batch-size", 2, "--out",
+            tmp_path)
+    first, again = (run_train(monkeypatch, capsys, *args) for _ in range(2))
+    assert first[0] == again[0] == 0 and "2 of 2 runs are finished" in again[2] and "(no interval)" in again[1]
+
+
 def test_validation_is_minus_the_loss_of_a_labelled_token_over_all_examples(tiny_llama):
     m = model.from_pretrained(tiny_llama)
     rows = [batch.Row(list(range(3, 3 + n)), [-100] * 2 + list(range(5, 3 + n))) for n in (4, 9, 6)]

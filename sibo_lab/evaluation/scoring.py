@@ -32,7 +32,7 @@ class Score:
     metric: str
     score: float
     n: int  # examples
-    interval: tuple[float, float]  # 95 %: Wilson's for an accuracy, normal for a loss, else bootstrapped
+    interval: tuple[float, float] | None  # 95 %: Wilson's of a share, normal of losses (of one: None), or bootstrapped
     parts: dict[str, float] = field(default_factory=dict)  # the score of each group
     more: dict[str, float] = field(default_factory=dict)  # other metrics
     empty: float = 0.0  # share of responses without an answer
@@ -44,7 +44,7 @@ class Score:
 
     def __str__(self) -> str:
         loss = {"loss per answer": self.loss, "per token": self.loss_per_token}
-        details = [f"n {self.n}", "95 % {:.4f} to {:.4f}".format(*self.interval),
+        details = [f"n {self.n}", *("95 % {:.4f} to {:.4f}".format(*x) for x in [self.interval] if x),
                    *(f"{k} {v:.4f}" for k, v in loss.items() if v is not None),
                    *(f"{k} {v:.4f}" for k, v in (self.parts | self.more).items()),
                    *[f"no answer {self.empty:.1%}"] * (self.empty > 0), *[f"cut off {self.cut}"] * (self.cut > 0)]
@@ -174,9 +174,11 @@ def score_losses(records: Sequence[dict], parts: Sequence[str]) -> Score:
         raise ValueError(f"{endless[0]}: expected a finite loss of each answer, got {len(endless)} of {len(records)} "
                          "that are not; score with --dtype float32")
     each = np.array([r["loss"] for r in records])
-    half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.inf
-    score = float(each.mean())
-    return Score("loss", score, len(each), (score - half, score + half),
+    score, interval = float(each.mean()), None
+    if len(each) > 1:
+        half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each))
+        interval = score - half, score + half
+    return Score("loss", score, len(each), interval,
                  by_part(parts, lambda mask: float(each[mask].mean())), records=records, **_mean_losses(records))
 
 

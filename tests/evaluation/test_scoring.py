@@ -99,6 +99,11 @@ def test_a_loss_that_is_not_finite_is_no_score():
         scoring.score_losses([{"task": "mawps", "loss": x, "tokens": 3} for x in (2.5, None)], ["", ""])
 
 
+def test_one_loss_alone_has_no_interval_to_write_or_print():
+    found = scoring.score_losses([{"task": "mawps", "loss": 2.5, "tokens": 3}], [""])
+    assert found.interval is None and str(found).startswith("loss 2.5000 (n 1; loss per answer")
+
+
 def test_a_test_without_answers_to_learn_has_no_loss():
     examples = [*LEARNED, tasks.Example("How many?", "", "3")]
     assert scoring.losses(None, Bytes(), examples) == []
