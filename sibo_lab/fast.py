@@ -96,7 +96,13 @@ class _CrossEntropy(torch.autograd.Function):
         return *(x if x is None else x * g.to(x.dtype) for x in ctx.saved_tensors), None, None, None
 
 
-PACKERS = {torch.bfloat16: torch.backends.mkldnn, torch.float32: torch.backends.mkl}  # of weights of these types
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN (bfloat16, on CPUs with AVX512 or more) or MKL (float32) packs weights of this type here."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkl.is_available()
+
+
 _ops = torch.library.Library("sibo", "FRAGMENT")  # torch.compile cannot look into packed weights
 _ops.define("packed_linear(Tensor x, Tensor W, Tensor? b) -> Tensor")
 
@@ -148,8 +154,7 @@ def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], 
     bytes. MKL's copies are made when the function that it yields is told how many rows come next; a context within
     another uses its copies."""
     linears = [x for x in m.modules() if type(x) in (nn.Linear, PackedLinear) and type(x.weight) is nn.Parameter
-               and x.weight.device.type == "cpu" and x.weight.dtype in PACKERS
-               and PACKERS[x.weight.dtype].is_available()]
+               and x.weight.device.type == "cpu" and packs(x.weight.dtype)]
     if sum(x.weight.nbytes for x in linears) > most:
         linears = []
     weights, unpacked = [x.weight for x in linears], [x for x in linears if type(x) is nn.Linear]
