@@ -48,11 +48,11 @@ def place(m: nn.Module, s: Settings) -> Placement:
                                    and not why_unfit(a, n)])
         raise ValueError(f"{kind}: no known place for {s.method}, side {s.side}; expected targets=, such as "
                          f"{' or '.join(fit) or 'linear modules in a list of blocks, which h0 fits; it has none'}")
-    at = s.sibo_at or own or patterns(a.modules, default)  # targets of one's own all get h0
+    at, names = s.sibo_at or own or patterns(a.modules, default), find_all(m, targets)  # one's own all get h0
     if at in ("attn", "ffn", "both"):
-        at = [t for t in patterns(a.modules, *(parts[p] for p in ("attn", "ffn") if at in (p, "both"))) if t in targets]
+        at = patterns(a.modules, *([n for n in parts[p] if n in names] for p in ("attn", "ffn") if at in (p, "both")))
     at = ((at,) if isinstance(at, str) else tuple(at)) if s.lam else ()
-    names, getting = find_all(m, targets), find_all(m, at)
+    getting = find_all(m, at)
     if s.lam and not (getting and set(getting) <= set(names)):
         raise ValueError(f"sibo_at {quoted(s.sibo_at)}: expected some of the adapted {quoted(list(targets))}, got "
                          f"{quoted(list(at))}; lam=0 is the plain method")

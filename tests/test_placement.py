@@ -140,6 +140,20 @@ def test_targets_of_ones_own_all_get_h0_unless_sibo_at_says_which():
     assert placed(ours("llama"), targets="o_proj")[0] == names("blocks", "attn.o_proj")
 
 
+def test_sibo_at_finds_targets_of_ones_own_however_these_are_spelled():
+    import transformers as hf
+
+    bart = hf.BartModel(hf.BartConfig(vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2,
+                                      encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
+                                      decoder_ffn_dim=24))
+    attention = [f"self_attn.{p}_proj" for p in "qkv"]
+    expected = names("encoder.layers", *attention) | names("decoder.layers", *attention, "encoder_attn.q_proj")
+    assert placed(bart, targets=("q_proj", "k_proj", "v_proj"), sibo_at="attn")[1] == expected
+    for own in (("q_proj", "mlp.up_proj"), ("blocks.*.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj")):
+        assert placed(ours("llama"), targets=own, sibo_at="both")[1] == names("blocks", "attn.q_proj", "mlp.up_proj")
+        assert placed(ours("llama"), targets=own, sibo_at="ffn")[1] == names("blocks", "mlp.up_proj")
+
+
 @pytest.mark.parametrize("m,wide", [(ours("llama"), "down_proj"), (ours("gptj"), "fc_out"), (theirs("gptj"), "fc_out")])
 def test_a_module_whose_input_is_not_d_wide_cannot_be_asked_to_take_h0(m, wide):
     for asked in ({"sibo_at": (wide,)}, {"targets": ("q_proj", wide)}):
