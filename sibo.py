@@ -26,7 +26,7 @@ from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
 from sibo_lab.stacks import find
 from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
-from sibo_lab.wrapping import Wrapper, swap
+from sibo_lab.wrapping import Wrapper, injected, swap
 
 
 class SIBOLayer(Wrapper):
@@ -132,7 +132,7 @@ def merge(m: nn.Module) -> nn.Module:
 
     s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W in float32, rounded once; the second stays, with one
     product h0 A for all modules. λ = 0 leaves the plain nn.Linear. ValueError: adapters, quantised weights."""
-    layers = {n: x for n, x in m.named_modules() if isinstance(x, SIBOLayer) and x.up is not None}
+    layers = {n: x for n, x in injected(m).named_modules() if isinstance(x, SIBOLayer) and x.up is not None}
     if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or "weight" not in x.base._parameters
                  or not x.base.weight.is_floating_point()]:
         got = "an adapter, whose tanh is not linear" if m.sibo.method == "adapter" else "a quantised or computed one"
@@ -163,14 +163,14 @@ def merge(m: nn.Module) -> nn.Module:
 
 def save(m: nn.Module, folder: str | Path) -> None:
     """Writes folder/adapter.safetensors: the settings and what is trained. ValueError where nothing is."""
-    adapter_file.write(Path(folder, "adapter.safetensors"), m)
+    adapter_file.write(Path(folder, "adapter.safetensors"), injected(m))
 
 
 def load(m: nn.Module, folder: str | Path) -> nn.Module:
     """Injects as folder/adapter.safetensors says (unless `m` is injected), loads it strictly, and returns `m`.
     ValueError names the file and the tensor, setting or backbone that does not fit."""
     file = Path(folder, "adapter.safetensors")
-    settings, stored = adapter_file.read(file, m)
+    settings, stored = adapter_file.read(file, injected(m))
     if not hasattr(m, "sibo"):
         m = inject(m, **vars(settings)) if settings else m.requires_grad_(True)
     files.assign(adapter_file.saved(m), stored, file)

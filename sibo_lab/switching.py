@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sibo_lab.stacks import find_all, patterns
-from sibo_lab.wrapping import Wrapper, swap
+from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
 LOCK = Lock()  # of depth
 
@@ -40,11 +40,6 @@ def named_tensors(m: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from chain(uncompiled(m).named_parameters(), uncompiled(m).named_buffers())
 
 
-def uncompiled(m: nn.Module) -> nn.Module:
-    """What torch.compile wrapped: it hands attributes through, but not names."""
-    return getattr(m, "_orig_mod", m)
-
-
 def require_whole(m: nn.Module) -> None:
     """ValueError for a model that cannot be adapted: it is already, or its weights are elsewhere."""
     name, modules = type(m).__name__, dict(m.named_modules())
@@ -64,7 +59,7 @@ def require_whole(m: nn.Module) -> None:
 
 def layers(m: nn.Module) -> list[nn.Module]:
     """The adapters or LoRA of an injected model. ValueError if it is not injected, or merged."""
-    if getattr(m, "sibo_before", None) is None:
+    if getattr(injected(m), "sibo_before", None) is None:
         raise ValueError(f"{type(m).__name__}: expected an injected model, got one that is "
                          f"{'merged' if hasattr(m, 'sibo') else 'not injected'}")
     return m.sibo_before.layers

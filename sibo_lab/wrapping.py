@@ -89,6 +89,21 @@ class Unread(Tensor):
                            "was put on it; adapt another module")
 
 
+def uncompiled(m: nn.Module) -> nn.Module:
+    """What torch.compile wrapped: it hands attributes through, but not names."""
+    return getattr(m, "_orig_mod", m)
+
+
+def injected(m: nn.Module) -> nn.Module:
+    """`m`, uncompiled. ValueError where it has adapters, but those of a module that it holds, or is a part of."""
+    m = uncompiled(m)
+    if "sibo" not in vars(m) and any(isinstance(x, Wrapper) for x in m.modules()):
+        inner = next((n for n, x in m.named_modules() if "sibo" in vars(x)), None)
+        raise ValueError(f"{type(m).__name__}: expected the module that was injected, got " + (
+            "a part of it; pass the whole" if inner is None else f"one around it; pass its {inner!r}"))
+    return m
+
+
 def swap(m: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Puts the values of `new` in the place of its keys, under every name that they have in `m`."""
     for owner in list(m.modules()):

@@ -224,3 +224,23 @@ def test_a_merged_model_is_not_to_be_removed_but_loaded_again():
     m = sibo.merge(sibo.inject(Normed(), "lora", 0.3, targets="blocks.*.0", rank=2))
     with pytest.raises(ValueError, match="Normed: expected a model not injected yet, got a merged one; load it again"):
         sibo.inject(m)
+
+
+CALLS = {"save": sibo.save, "load": sibo.load, "merge": lambda m, _: sibo.merge(m),
+         "disabled": lambda m, _: sibo.disabled(m).__enter__(), "set_lam": lambda m, _: sibo.set_lam(m, 0.1),
+         "remove": lambda m, _: sibo.remove(m), "summary": lambda m, _: sibo.summary(m)}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("other,says", [(nn.DataParallel, "one around it; pass its 'module'"),
+                                        (lambda m: m.blocks, "a part of it; pass the whole")], ids=["around", "part"])
+def test_only_the_module_that_was_injected_is_saved_folded_or_switched(call, other, says, tmp_path):
+    m = stir(inject(tiny(), "lora-sibo"))
+    expected = m(ids())
+    sibo.save(m, tmp_path / "saved")
+    folder = tmp_path / ("saved" if call == "load" else "new")
+    with pytest.raises(ValueError, match=f"expected the module that was injected, got {says}"):
+        CALLS[call](other(m), folder)
+    assert not (tmp_path / "new").exists() and torch.equal(m(ids()), expected)
+    with sibo.disabled(m):
+        assert torch.equal(m(ids()), tiny()(ids()))
