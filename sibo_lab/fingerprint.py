@@ -28,9 +28,17 @@ def config_of(m: nn.Module) -> dict:
     """What changes the model's numbers: of transformers' config not the paths, versions and ids."""
     c = getattr(m, "config", None)
     if hasattr(c, "to_dict"):
-        return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in c.to_dict().items()
-                if not NO_NUMBERS.fullmatch(k)}
+        return _numbers(c.to_dict())
     return asdict(c) if is_dataclass(c) else {}
+
+
+def _numbers(config: dict) -> dict:
+    return {k: _numbers(v) if is_config(v) else v if not isinstance(v, float) or math.isfinite(v) else str(v)
+            for k, v in config.items() if not NO_NUMBERS.fullmatch(k)}
+
+
+def is_config(x: object) -> bool:  # of a part, such as text_config; other dicts, such as rope's, count as one value
+    return isinstance(x, dict) and "model_type" in x
 
 
 def samples_of(m: nn.Module) -> dict[str, Tensor]:
@@ -48,10 +56,8 @@ def _sample(p: Tensor) -> Tensor:  # 64 values, spread over all
 def require_same(m: nn.Module, config: dict, samples: dict[str, Tensor], trained: set[str] | None) -> None:
     """ValueError where `m` has another setting, a value that rounding to its dtype does not explain, or, outside of its
     blocks, a tensor neither sampled nor `trained`, such as a new head (None: of a file that does not tell)."""
-    for key, got in json.loads(json.dumps(config_of(m))).items() if config else ():
-        expected = config.get(key, got if hasattr(m.config, "to_dict") else None)  # theirs gain keys with each version
-        if got != expected and not (type(got) is type(expected) is float and math.isclose(got, expected, rel_tol=1e-6)):
-            raise ValueError(f"another backbone: expected {key} {quoted(expected)}, got {got}")
+    if config:
+        _require_settings(json.loads(json.dumps(config_of(m))), config, hasattr(m.config, "to_dict"))
     parameters = {plain(n): p for n, p in m.named_parameters()}
     for name, expected in samples.items():
         if (p := parameters.get(name)) is None:
@@ -63,3 +69,13 @@ def require_same(m: nn.Module, config: dict, samples: dict[str, Tensor], trained
     new = {n for n, p in parameters.items() if is_outside(n) and p.is_floating_point()} - samples.keys()
     if trained is not None and (unknown := sorted(new - trained)):
         raise ValueError(f"another backbone: expected it without {quoted(unknown[0])}, which it was not trained with")
+
+
+def _require_settings(ours: dict, theirs: dict, growing: bool, part: str = "") -> None:
+    for key, got in ours.items():
+        expected = theirs.get(key, got if growing else None)  # transformers' gain keys with each version
+        if is_config(got) and is_config(expected):
+            _require_settings(got, expected, growing, f"{part}{key}.")
+        elif got != expected and not (
+                type(got) is type(expected) is float and math.isclose(got, expected, rel_tol=1e-6)):
+            raise ValueError(f"another backbone: expected {part}{key} {quoted(expected)}, got {got}")

@@ -226,6 +226,29 @@ def test_rounding_to_another_precision_is_the_same_backbone(dtype, tmp_path):
     assert sibo.load(tiny(dtype=dtype), tmp_path).sibo.rank == 3
 
 
+def llava(dtype=torch.float32, **text):
+    """A model of transformers that is composed of two, each with a configuration of its own."""
+    import transformers as hf
+
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    m = hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**size, image_size=8, patch_size=4),
+        text_config=hf.LlamaConfig(**size, vocab_size=64, **text)))
+    m.config.text_config.dtype = dtype  # as from_pretrained leaves it
+    return m.to(dtype)
+
+
+def test_a_composed_backbone_is_the_same_in_another_precision_and_another_one_by_its_parts_numbers(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    sibo.save(sibo.inject(llava(), targets="language_model.*.*.*.up_proj", rank=3), tmp_path)
+    assert sibo.load(llava(torch.bfloat16, use_cache=False, attention_dropout=0.1), tmp_path).sibo.rank == 3
+    for other, says in (({"rms_norm_eps": 1e-4}, r"text_config\.rms_norm_eps 1e-06, got 0\.0001"),
+                        ({"rope_parameters": rope}, r"text_config\.rope_parameters {.*'default'")):
+        with pytest.raises(ValueError, match=f"another backbone: expected {says}"):
+            sibo.load(llava(**other), tmp_path)
+
+
 def test_a_sample_of_a_tensor_that_the_model_lacks_is_another_backbone(tmp_path):
     sibo.save(inject(tiny(), "lora-sibo"), tmp_path)
     rewrite(tmp_path, lambda t: t.update({".frozen.norm.bias": torch.zeros(16)}))
