@@ -26,7 +26,7 @@ from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
 from sibo_lab.stacks import find
 from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
-from sibo_lab.wrapping import Wrapper, injected, swap
+from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
 
 class SIBOLayer(Wrapper):
@@ -100,7 +100,8 @@ def inject(m: nn.Module, method: str = "lora", lam: float = 0.2, **settings) -> 
     """Freezes `m`, puts adapters or LoRA on it, in place, as `Settings` say (its keywords), and returns it. Heads that
     are known by name are trained whole. ValueError for what does not fit, before `m` is touched."""
     require_whole(m)
-    return wrap(m, place(m, Settings(method, lam, **settings)))
+    wrap(uncompiled(m), place(uncompiled(m), Settings(method, lam, **settings)))
+    return m
 
 
 def wrap(m: nn.Module, placed: Placement) -> nn.Module:
@@ -173,5 +174,5 @@ def load(m: nn.Module, folder: str | Path) -> nn.Module:
     settings, stored = adapter_file.read(file, injected(m))
     if not hasattr(m, "sibo"):
         m = inject(m, **vars(settings)) if settings else m.requires_grad_(True)
-    files.assign(adapter_file.saved(m), stored, file)
+    files.assign(adapter_file.saved(injected(m)), stored, file)
     return m

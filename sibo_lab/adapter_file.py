@@ -25,7 +25,7 @@ def saved(m: nn.Module) -> dict[str, Tensor]:
     before = getattr(m, "sibo_before", None)
     state = before.state if before else ()
     tensors = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    tensors |= {n: b for n, b in m.named_buffers() if n in state and n in m.state_dict()}
+    tensors |= {n: b for n, b in m.named_buffers() if plain(n) in state and n in m.state_dict()}
     return {n.replace("_orig_mod.", ""): t for n, t in tensors.items()}  # which torch.compile puts in
 
 

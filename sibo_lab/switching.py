@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sibo_lab.fingerprint import plain
 from sibo_lab.stacks import find_all, patterns
 from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
@@ -32,12 +33,12 @@ class Before:
     def of(cls, m: nn.Module, whole: tuple[str, ...]) -> "Before":
         changing = {id(t) for n in find_all(m, whole) for t in m.get_submodule(n).state_dict(keep_vars=True).values()}
         changing |= {id(t) for x in m.modules() if isinstance(x, nn.modules.batchnorm._NormBase) for t in x.buffers()}
-        return cls([n for n, p in m.named_parameters() if p.requires_grad],
+        return cls([plain(n) for n, p in m.named_parameters() if p.requires_grad],
                    {n: t.detach().clone() for n, t in named_tensors(m) if id(t) in changing})
 
 
 def named_tensors(m: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from chain(uncompiled(m).named_parameters(), uncompiled(m).named_buffers())
+    yield from ((plain(n), t) for n, t in chain(m.named_parameters(), m.named_buffers()))
 
 
 def require_whole(m: nn.Module) -> None:
@@ -116,16 +117,16 @@ def remove(m: nn.Module) -> nn.Module:
     for hook in before.hooks:
         hook.remove()
     trained = set(before.trained)
-    for n, p in uncompiled(m).named_parameters():
-        p.requires_grad_(n in trained)
+    for n, p in m.named_parameters():
+        p.requires_grad_(plain(n) in trained)
     del uncompiled(m).sibo, uncompiled(m).sibo_before
     return m
 
 
 def summary(m: nn.Module) -> str:
     """Which modules are adapted, which of them get h0, what else is trained, and how many parameters. For printing."""
-    inside, s, modules = layers(m), m.sibo, dict(uncompiled(m).named_modules())
-    named = lambda found: ", ".join(patterns(modules, [x.name for x in found])) or "none"  # noqa: E731
+    inside, s, modules = layers(m), m.sibo, [plain(n) for n, _ in m.named_modules()]
+    named = lambda found: ", ".join(patterns(modules, [plain(x.name) for x in found])) or "none"  # noqa: E731
     trained, total = (sum(p.numel() for p in m.parameters() if p.requires_grad or every) for every in (False, True))
     size = f"rank {s.rank}, alpha {s.alpha:g}" if s.method == "lora" else f"bottleneck {s.bottleneck}, side {s.side}"
     mixing = [x for x in inside if x.residual]

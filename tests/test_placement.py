@@ -320,6 +320,7 @@ def test_a_target_inside_a_target_is_adapted_as_well():
     m = inject(ours("llama"), "adapter", 0.0, targets=("mlp", "up_proj"), bottleneck=2)
     found = {n for n, x in m.named_modules() if isinstance(x, sibo.SIBOLayer)}
     assert found == names("blocks", "mlp", "mlp.base.up_proj")
+    assert "adapted: 4 modules (mlp, up_proj)" in sibo.summary(m)
 
 
 # -------------------------------------------------------------------------------- the paper's sizes, on the meta device

@@ -244,3 +244,61 @@ def test_only_the_module_that_was_injected_is_saved_folded_or_switched(call, oth
     assert not (tmp_path / "new").exists() and torch.equal(m(ids()), expected)
     with sibo.disabled(m):
         assert torch.equal(m(ids()), tiny()(ids()))
+
+
+def as_written(m):
+    return m
+
+
+def compiled(m):
+    return torch.compile(m, backend="eager")
+
+
+def head_compiled(m):
+    m.score = compiled(m.score)
+    return m
+
+
+WAYS = [as_written, compiled, head_compiled]
+
+
+@pytest.mark.parametrize("before,after", [(way, as_written) for way in WAYS] + [(as_written, way) for way in WAYS[1:]])
+def test_before_or_after_torch_compile_a_model_is_saved_loaded_switched_and_removed_whole(before, after, tmp_path):
+    torch._dynamo.reset()
+    plain = Normed().eval()
+    m = after(trained(sibo.inject(before(Normed()), "lora", 0.3, targets="blocks.*.0", h0="embed", rank=2)))
+    expected, twin = m(X), sibo.inject(Normed(), "lora", 0.3, targets="blocks.*.0", h0="embed", rank=2)
+    assert sibo.summary(m) == sibo.summary(twin)
+    sibo.save(m, tmp_path)
+    for way in WAYS:
+        fresh = way(Normed())
+        assert sibo.load(fresh, tmp_path) is fresh and torch.equal(fresh.eval()(X), expected)
+        assert torch.equal(sibo.load(way(copy.deepcopy(twin)), tmp_path).eval()(X), expected)
+    with sibo.disabled(m):
+        assert torch.equal(m(X), plain(X))
+    sibo.remove(m)
+    assert torch.equal(m(X), plain(X)) and all(p.requires_grad for p in m.parameters())
+
+
+class NormedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(2)
+
+    def forward(self, h):
+        return self.norm(self.linear(h))
+
+
+def test_statistics_within_an_adapted_sub_layer_are_those_trained_with(tmp_path):
+    def normed():
+        m = Steps()
+        m.blocks = nn.ModuleList(NormedBlock() for _ in range(2))
+        return m
+
+    plain = normed().eval()
+    m = trained(sibo.inject(copy.deepcopy(plain), "adapter", 0.3, targets="blocks.*", bottleneck=2))
+    sibo.save(m, tmp_path)
+    assert torch.equal(sibo.load(copy.deepcopy(plain), tmp_path)(X), m(X))
+    with sibo.disabled(m):
+        assert torch.equal(m(X), plain(X))
+    assert torch.equal(sibo.remove(m)(X), plain(X))
