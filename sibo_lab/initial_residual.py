@@ -47,12 +47,14 @@ class InitialResidual:
 
     @property
     def h0(self) -> Tensor | None:
-        h0 = None if self.is_stale() else getattr(self.live, "h0", None)
+        stale = self.is_stale()
+        h0 = None if stale else getattr(self.live, "h0", None)
         if not torch.compiler.is_compiling():
             self.live.read = True
-            if getattr(self.live, "twice", False):
-                raise RuntimeError("h0: expected one output of the embedding before it is mixed in, got two; run the "
-                                   "blocks on each in turn, or in a module of their own")
+            if not stale and getattr(self.live, "twice", False):
+                when = "before it is mixed in" if getattr(self.live, "running", False) else "in a checkpointed pass"
+                raise RuntimeError(f"h0: expected one output of the embedding {when}, got two; run it and the blocks "
+                                   "in a module of their own, once for each")
         if h0 is not None and h0.requires_grad and not torch.is_grad_enabled() and trains(h0):
             raise lost_gradient()
         return h0
@@ -86,7 +88,7 @@ class InitialResidual:
         for hooks, key in self.order if not torch.compiler.is_compiling() else ():
             hooks.move_to_end(key)  # after the hooks that others put on the first block since
         self.live.running, self.live.last, self.live.outer = True, None, outer
-        self.live.watch, self.live.twice, self.live.ran = None, False, {}
+        self.live.watch, self.live.ran, self.live.more = None, {}, []
         self.live.lost = False
         self.live.traced = torch.compiler.is_compiling()  # the whole pass, not a block of it alone
 
@@ -110,7 +112,9 @@ class InitialResidual:
 
     def capture_output(self, embedding, args, output) -> None:
         if getattr(self.live, "running", False):
-            self.live.twice |= self.live.h0 is not None and not self.live.read
+            if self.live.h0 is not None:
+                self.live.twice |= not self.live.read
+                self.live.more.append(True)  # which h0 a block, run again, had is then not known
             self.take(output)
 
     def take(self, x: Tensor) -> None:
@@ -159,20 +163,20 @@ class InitialResidual:
             output = list(output.values() if isinstance(output, dict) else getattr(output, "__dict__", {}).values())
         for t in torch.utils._pytree.tree_leaves(output):
             if isinstance(t, Tensor) and t.requires_grad:
-                t.register_hook(partial(self.put_back, self.live.h0))
+                t.register_hook(partial(self.put_back, self.live.h0, self.live.more))
 
-    def put_back(self, h0: Tensor, grad: Tensor) -> None:
+    def put_back(self, h0: Tensor, more: list[bool], grad: Tensor) -> None:
         task, mine = torch._C._current_graph_task_id(), vars(self.live)  # this thread's: another may finish the pass
         if task != mine.get("task"):
-            before = {name: mine.get(name) for name in ("h0", "low", "task")}
+            before = {name: mine.get(name) for name in ("h0", "low", "task", "twice")}
             torch.autograd.Variable._execution_engine.queue_callback(lambda: mine.update(before))
         again = h0.detach()  # the gradient through h0 has its own way back
         with suppress(RuntimeError):  # within torch.func
             again.requires_grad_(h0.requires_grad)
-        self.keep(again, self.down and self.product(again), task)
+        self.keep(again, self.down and self.product(again), task, bool(more))
 
-    def keep(self, h0: Tensor | None, low: Tensor | None, task: int | None = None) -> None:
-        self.live.h0, self.live.low, self.live.task = h0, low, task
+    def keep(self, h0: Tensor | None, low: Tensor | None, task: int | None = None, twice: bool = False) -> None:
+        self.live.h0, self.live.low, self.live.task, self.live.twice = h0, low, task, twice
 
     def __getstate__(self) -> dict:  # copies and pickles start without activations
         return {k: v for k, v in vars(self).items() if k != "live"}

@@ -1444,6 +1444,20 @@ def test_a_named_embedding_that_writes_twice_before_the_blocks_gives_none_the_ot
     right_or_refused(lambda: m(A, B), right(A) + 2 * right(B))
 
 
+@REENTRANT
+def test_a_named_embedding_that_writes_twice_in_a_checkpointed_pass_gives_no_block_the_others_h0(reentrant):
+    m = stir(sibo.inject(Twice(use_reentrant=reentrant), "lora", 0.5, targets="blocks.*.1", h0="embed", **SMALL))
+    right = pair(Owner(), LINEARS, targets="blocks.*.1")[1]
+    loss = m(A, B).square().mean()
+    assert_near(loss, (right(A) + 2 * right(B)).square().mean())
+    with pytest.raises(RuntimeError, match="h0: expected one output of the embedding in a checkpointed pass, got two"):
+        loss.backward()
+    m.use_reentrant = None  # and the pass that failed leaves nothing behind
+    _, right, trained = pair(Owner(), LINEARS, targets="blocks.*.1")
+    m(A, B).square().mean().backward()
+    assert_near_gradients(trained_gradients(m), gradients((right(A) + 2 * right(B)).square().mean(), trained))
+
+
 class LateEntry(Owner):
     """A second input that skips the first block."""
 
