@@ -24,7 +24,7 @@ from sibo_lab import adapter_file, files, hugging_face
 from sibo_lab.initial_residual import InitialResidual, is_turned
 from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
-from sibo_lab.stacks import find
+from sibo_lab.stacks import find, is_affine
 from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
 from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
@@ -134,8 +134,7 @@ def merge(m: nn.Module) -> nn.Module:
     s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W in float32, rounded once; the second stays, with one
     product h0 A for all modules. λ = 0 leaves the plain nn.Linear. ValueError: adapters, quantised weights."""
     layers = {n: x for n, x in injected(m).named_modules() if isinstance(x, SIBOLayer) and x.up is not None}
-    if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or "weight" not in x.base._parameters
-                 or not x.base.weight.is_floating_point()]:
+    if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or not is_affine(x.base)]:
         got = "an adapter, whose tanh is not linear" if m.sibo.method == "adapter" else "a quantised or computed one"
         raise ValueError(f"{rigid[0]}: expected LoRA on a weight of 16 bits or more, to hold the fold, got {got}")
     downs, plain = defaultdict(list), {}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from sibo_lab.files import near, quoted
@@ -70,6 +71,20 @@ def widths(x: nn.Module) -> tuple[int, int] | None:
     if isinstance(x, nn.Linear):
         return x.in_features, x.out_features
     return tuple(x.weight.shape) if type(x).__name__ == "Conv1D" else None
+
+
+@torch.no_grad()
+def is_affine(x: nn.Module) -> bool:
+    """Whether a linear module computes h Wᵀ + b from a weight of 16 bits or more, and so would with another W: not if
+    it is quantised, or its class, or a hook, rounds or computes something as it runs."""
+    if "weight" not in x._parameters or not x.weight.is_floating_point() or x.weight.element_size() < 2:
+        return False
+    W, b = x.weight if isinstance(x, nn.Linear) else x.weight.T, x.bias
+    h = torch.arange(1.0, 2 * W.shape[1] + 1, device=W.device).sin().view(1, 2, -1).to(W.dtype)
+    out, exact = x(h), h.float() @ W.T.float() + (0 if b is None else b.float())
+    out = out[0] if isinstance(out, tuple) else out
+    most = max(torch.finfo(out.dtype).eps, 2.0**-10)  # TF32 rounds products to that
+    return out.shape == exact.shape and bool((out - exact).norm() <= most * exact.norm())
 
 
 def is_embedding(x: nn.Module) -> bool:

@@ -433,6 +433,52 @@ def test_adapters_do_not_fold_and_it_is_said_why(name):
     assert torch.equal(m(ids()), before)
 
 
+class RoundsInputs(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.round(decimals=1))
+
+
+def bitnets(x):
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    return AutoBitLinear(x.in_features, x.out_features, bias=False, online_quant=True, dtype=x.weight.dtype)
+
+
+def falcons(x):
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    return FalconLinear(x.in_features, x.out_features, bias=False, dtype=x.weight.dtype)
+
+
+def with_linear(make, dtype=torch.float32):
+    """A tiny model whose last block has another class of linear module, with LoRA-SIBO on all, as if trained."""
+    m = tiny(dtype=dtype)
+    mlp = m.blocks[1].mlp
+    new = make(mlp.up_proj)
+    new.weight.data.copy_(mlp.up_proj.weight)
+    mlp.up_proj = new
+    return stir(inject(m, "lora-sibo"))
+
+
+@pytest.mark.parametrize("make", [bitnets, lambda x: RoundsInputs(16, 24, bias=False)], ids=["BitNet's", "own"])
+@torch.no_grad()
+def test_a_linear_module_that_rounds_as_it_runs_does_not_fold_and_nothing_is_changed(make):
+    m = with_linear(make)
+    before = m(ids())
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up_proj: expected .*, got a quantised or computed one"):
+        sibo.merge(m)
+    assert torch.equal(m(ids()), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_linear_module_of_another_class_that_computes_the_same_folds(dtype):
+    m = with_linear(falcons, dtype)
+    before = m(ids())
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(sibo.merge(m)(ids()), before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
+
+
 def test_folding_a_tied_head_leaves_the_embedding_alone():
     m = tiny()
     m.head.weight = m.embed.weight
