@@ -3,6 +3,7 @@
 Source: the *initial token representation* of the paper's Section 3.2, whatever made it: scaled or replaced embeddings,
 positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
+import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -81,7 +82,17 @@ class InitialResidual:
         """Whether a block is being compiled by itself, in a pass that is not."""
         return torch.compiler.is_compiling() and not getattr(self.live, "traced", False)
 
+    def is_over(self) -> bool:
+        """Whether Ctrl-C ended the pass: torch then calls no hook, but what began the pass is running no more."""
+        frame = None if torch.compiler.is_compiling() else getattr(self.live, "frame", None)
+        now = frame and sys._getframe()
+        while now and now is not frame:
+            now = now.f_back
+        return frame is not now
+
     def begin(self, owner, args) -> None:
+        while self.is_over():
+            self.leave()
         busy = getattr(self.live, "running", False) or getattr(self.live, "task", None) is not None
         outer = dict(vars(self.live)) if busy else None  # an owner that calls itself, a pass within a backward pass
         self.keep(None, None)
@@ -89,7 +100,7 @@ class InitialResidual:
             hooks.move_to_end(key)  # after the hooks that others put on the first block since
         self.live.running, self.live.last, self.live.outer = True, None, outer
         self.live.watch, self.live.ran, self.live.more = None, {}, []
-        self.live.lost = False
+        self.live.lost, self.live.frame = False, None if torch.compiler.is_compiling() else sys._getframe(1)
         self.live.traced = torch.compiler.is_compiling()  # the whole pass, not a block of it alone
 
     def capture(self, block, args, kwargs) -> None:
@@ -137,17 +148,22 @@ class InitialResidual:
         return self.down(h0).unflatten(-1, (-1, self.rank))
 
     def end(self, owner, args, output) -> None:
-        if self.live.watch:
-            self.live.watch.__exit__(None, None, None)
         try:
             self.mark(owner, args, output)
         finally:
             if not torch.compiler.is_compiling():  # if it was not read, nothing was compared with it
                 self.told |= output is not None and self.live.h0 is not None and self.live.read
-            outer = self.live.outer
-            self.keep(None, None)
-            self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
-            vars(self.live).update(outer or {})
+            self.leave()
+
+    def leave(self) -> None:
+        """Back to the pass around this one, if there is one."""
+        if self.live.watch:
+            self.live.watch.__exit__(None, None, None)
+        outer = self.live.outer
+        self.keep(None, None)
+        self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
+        self.live.frame = None
+        vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:
         """Checkpointed blocks run again in the backward pass: the first gradient to reach the output of the stack, or

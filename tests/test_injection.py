@@ -1724,6 +1724,28 @@ def test_an_owner_that_calls_itself_has_each_passes_h0_or_is_refused():
     right_or_refused(lambda: m(A), by_pencil(A))
 
 
+def test_a_pass_that_ctrl_c_ended_leaves_nothing_to_the_next():
+    class Checkpointed(Recursive):
+        def forward(self, x, depth=1):
+            return super().forward(x, depth) if depth else Owner.forward(self, x)
+
+    m = stir(sibo.inject(Checkpointed(use_reentrant=False), "lora", 0.5, targets="blocks.*.1", **SMALL))
+    right, trained = pair(Owner(), LINEARS, targets="blocks.*.1")[1:]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = m.blocks[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        m(ids(3, B=7, T=7))  # in the inner pass
+    handle.remove()
+    m(A, 0).square().mean().backward()
+    assert_near_gradients(trained_gradients(m), gradients(right(A).square().mean(), trained))
+    with pytest.raises(RuntimeError, match="expected h0 .*, got None"):
+        m.blocks[1](torch.randn(2, 7, 16))
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_a_frozen_reference_between_forward_and_backward_changes_no_gradient(method, checkpointed):
