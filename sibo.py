@@ -24,8 +24,8 @@ from sibo_lab import adapter_file, files, hugging_face
 from sibo_lab.initial_residual import InitialResidual, is_turned
 from sibo_lab.placement import Placement, place
 from sibo_lab.settings import Settings
-from sibo_lab.stacks import find, is_affine
-from sibo_lab.switching import Before, disabled, remove, require_whole, set_lam, summary  # noqa: F401
+from sibo_lab.stacks import find
+from sibo_lab.switching import Before, disabled, remove, require_foldable, require_whole, set_lam, summary  # noqa: F401
 from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
 
@@ -132,11 +132,10 @@ def merge(m: nn.Module) -> nn.Module:
     """Folds LoRA and LoRA-SIBO into the weights, in place, exactly (dropout off); a second call changes nothing.
 
     s·h̃AB = h·[s(1−λ)AB] + λs(h0 A)B: the first term joins W in float32, rounded once; the second stays, with one
-    product h0 A for all modules. λ = 0 leaves the plain nn.Linear. ValueError: adapters, quantised weights."""
+    product h0 A for all modules. λ = 0 leaves the plain nn.Linear. ValueError, before anything changes: adapters,
+    weights that are quantised or computed, several devices."""
     layers = {n: x for n, x in injected(m).named_modules() if isinstance(x, SIBOLayer) and x.up is not None}
-    if rigid := [n for n, x in layers.items() if isinstance(x, Adapter) or not is_affine(x.base)]:
-        got = "an adapter, whose tanh is not linear" if m.sibo.method == "adapter" else "a quantised or computed one"
-        raise ValueError(f"{rigid[0]}: expected LoRA on a weight of 16 bits or more, to hold the fold, got {got}")
+    require_foldable(layers)
     downs, plain = defaultdict(list), {}
     for x in layers.values():
         lam, s, W, r = float(x.lam()), x.settings, x.base.weight, x.settings.rank

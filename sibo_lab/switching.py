@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sibo_lab.fingerprint import plain
-from sibo_lab.stacks import find_all, patterns
+from sibo_lab.stacks import find_all, is_affine, patterns
 from sibo_lab.wrapping import Wrapper, injected, swap, uncompiled
 
 LOCK = Lock()  # of depth
@@ -56,6 +56,19 @@ def require_whole(m: nn.Module) -> None:
         if getattr(getattr(x, "_hf_hook", None), "offload", False) or any(p.is_meta for p in x.parameters(False)):
             raise ValueError(f"{name}: expected its weights in memory, got offloaded or meta ones at {n!r}; load it "
                              "whole, or quantised")
+
+
+def require_foldable(loras: dict[str, nn.Module]) -> None:
+    """ValueError for what the weights cannot hold, or what one product with h0 cannot serve."""
+    devices = {}
+    for n, x in loras.items():
+        tanh, here = x.settings.method == "adapter", x.down.device
+        if tanh or not is_affine(x.base):
+            got = "an adapter, whose tanh is not linear" if tanh else "a quantised or computed one"
+            raise ValueError(f"{n}: expected LoRA on a weight of 16 bits or more, to hold the fold, got {got}")
+        if x.residual and not x.settings.frozen_too and here != (first := devices.setdefault(x.residual, here)):
+            raise ValueError(f"{n}: expected it on {first}, as the others that read its h0, got it on {here}; load the "
+                             "model on one device to merge it")
 
 
 def layers(m: nn.Module) -> list[nn.Module]:

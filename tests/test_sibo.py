@@ -479,6 +479,18 @@ def test_a_linear_module_of_another_class_that_computes_the_same_folds(dtype):
     torch.testing.assert_close(sibo.merge(m)(ids()), before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
 
 
+def test_lora_sibo_on_two_devices_does_not_fold_and_nothing_is_changed():
+    m = stir(inject(tiny(), "lora-sibo"))
+    last = m.blocks[1].mlp.up_proj
+    here = last.down, last.up
+    state = {n: p.clone() for n, p in m.state_dict().items()}
+    last.down, last.up = (nn.Parameter(p.to("meta")) for p in here)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up_proj: expected .* on cpu, .*, got it on meta"):
+        sibo.merge(m)
+    last.down, last.up = here
+    assert m.state_dict().keys() == state.keys() and all(torch.equal(p, state[n]) for n, p in m.state_dict().items())
+
+
 def test_folding_a_tied_head_leaves_the_embedding_alone():
     m = tiny()
     m.head.weight = m.embed.weight
