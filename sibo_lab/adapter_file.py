@@ -29,6 +29,14 @@ def saved(m: nn.Module) -> dict[str, Tensor]:
     return {n.replace("_orig_mod.", ""): t for n, t in tensors.items()}  # which torch.compile puts in
 
 
+def require_on(m: nn.Module, call: str) -> None:
+    """Inside of sibo.disabled heads hold other values, which go at its end."""
+    before = getattr(m, "sibo_before", None)
+    if before and before.depth:
+        raise ValueError(f"{type(m).__name__}: expected the method to be on, got it disabled; {call} after "
+                         "sibo.disabled")
+
+
 def write(file: Path, m: nn.Module, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Writes what is trained in `m` (or `given` instead, by name), and samples of its backbone; returns the former.
     ValueError where nothing is trained."""
@@ -36,9 +44,8 @@ def write(file: Path, m: nn.Module, given: dict[str, Tensor] | None = None) -> d
     if not any(p.requires_grad for p in m.parameters()):
         raise ValueError(f"{type(m).__name__}: expected trained tensors, got none; save before merge")
     samples = {SAMPLE + n: t for n, t in fingerprint.samples_of(m).items()}
+    require_on(m, "save")
     before = getattr(m, "sibo_before", None)
-    if before and before.depth:
-        raise ValueError(f"{type(m).__name__}: expected the method to be on, got it disabled; save after sibo.disabled")
     if frozen := [x.name for x in before.layers if not x.down.requires_grad] if before else []:
         raise ValueError(f"{frozen[0]}: expected to be trained, got frozen, as peft's get_peft_model does")
     spec = _spec(getattr(m, "sibo", None)) | {"backbone": fingerprint.config_of(m), "format": FORMAT}
@@ -49,6 +56,7 @@ def write(file: Path, m: nn.Module, given: dict[str, Tensor] | None = None) -> d
 
 def read(file: Path, m: nn.Module) -> tuple[Settings | None, dict[str, Tensor]]:
     """The settings (None: all of `m` was trained) and the tensors. ValueError where they do not fit `m`."""
+    require_on(m, "load")
     stored, metadata = files.read_tensors(file)
     spec = files.parse_json(metadata.get("sibo", "{}"), f"{file}, its settings")
     if not isinstance(spec, dict) or not spec.keys() <= {"backbone", "format", *Settings.__dataclass_fields__}:

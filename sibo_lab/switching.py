@@ -56,6 +56,9 @@ def require_whole(m: nn.Module) -> None:
         if getattr(getattr(x, "_hf_hook", None), "offload", False) or any(p.is_meta for p in x.parameters(False)):
             raise ValueError(f"{name}: expected its weights in memory, got offloaded or meta ones at {n!r}; load it "
                              "whole, or quantised")
+        if small := [p.dtype for p in x.parameters(False) if p.is_floating_point() and p.element_size() < 2]:
+            raise ValueError(f"{name}: expected weights of 16 bits or more, or quantised to whole numbers, got "
+                             f"{small[0]} at {n!r}; load it dequantised")
 
 
 def require_foldable(loras: dict[str, nn.Module]) -> None:

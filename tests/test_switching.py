@@ -83,6 +83,26 @@ def test_a_model_is_saved_as_it_is_with_the_method_on(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_loaded_into_a_disabled_model_which_would_lose_its_head(tmp_path):
+    m = trained(sibo.inject(Normed(), "lora", 0.3, targets="blocks.*.0", rank=2))
+    sibo.save(m, tmp_path)
+    fresh = sibo.inject(Normed(), "lora", 0.3, targets="blocks.*.0", rank=2).eval()
+    with sibo.disabled(fresh), pytest.raises(ValueError, match="expected the method to be on, .*; load after sibo.dis"):
+        sibo.load(fresh, tmp_path)
+    assert torch.equal(sibo.load(fresh, tmp_path)(X), m(X))
+
+
+@pytest.mark.parametrize("method,target", [("lora", "mlp.up_proj"), ("adapter", "mlp")])
+def test_weights_of_8_bit_floats_are_refused_before_anything_is_changed(method, target):
+    m = tiny(dtype=torch.float32)
+    x = m.blocks[1].mlp.up_proj
+    x.weight = nn.Parameter(x.weight.data.to(torch.float8_e4m3fn))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Llama: expected .*, got torch.float8_e4m3fn at 'blocks.1.mlp.up_proj'"):
+            sibo.inject(m, method, 0.3, targets=target)
+    assert not hasattr(m, "sibo") and all(p.requires_grad for p in m.parameters())
+
+
 class Reads(Toy):
     """Computes with the weight of `sub` instead of calling it, as fused attention does."""
 
