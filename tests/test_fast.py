@@ -79,8 +79,8 @@ def test_dropout_compiles_into_one_graph_with_the_same_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same_product_of_any_number_of_rows_and_leave_nothing_behind(dtype):
-    """Of fewer rows than announced, of as many, of more, and after another announcement. Where a CPU packs no bfloat16, the
-    weights stay as they are."""
+    """Of fewer rows than announced, of as many, of more, and after another announcement. A CPU without AVX512 packs no
+    bfloat16."""
     packed = fast.PackedLinear if fast.packs(dtype) else nn.Linear
     m = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 32, bias=False)).to(dtype)
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.02, "rtol": 0.02}
