@@ -83,7 +83,7 @@ def is_affine(x: nn.Module) -> bool:
     h = torch.arange(1.0, 2 * W.shape[1] + 1, device=W.device).sin().view(1, 2, -1).to(W.dtype)
     out, exact = x(h), h.float() @ W.T.float() + (0 if b is None else b.float())
     out = out[0] if isinstance(out, tuple) else out
-    most = max(torch.finfo(out.dtype).eps, 2.0**-10)  # TF32 rounds products to that
+    most = max(torch.finfo(out.dtype).eps, 2.0**-9)  # TF32, and sums in float16, are no more exact
     return out.shape == exact.shape and bool((out - exact).norm() <= most * exact.norm())
 
 
