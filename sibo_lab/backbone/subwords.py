@@ -39,7 +39,7 @@ CJK = (r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700
 class Tokenizer:
     """What the families share. bos_id, eos_id, pad_id and unk_id may be None; vocab_size is 1 + the largest id.
 
-    file: the one of a folder that it was read from.
+    file: the one of a folder that it was read from. kind: transformers' class that it was read as; None: of no class.
     eos_ids: eos_id, then what else ends a text written by the model. limit: ids from here on have no embedding.
     named: ids by role, as the tokenizer's own files say. controls: tokens that no text spells, but a chat template may.
     templates: of a text and of a pair, ids, and "A" and "B" for the texts. tokens: each id's, as the vocabulary has it;

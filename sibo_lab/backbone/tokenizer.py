@@ -72,7 +72,7 @@ def read(path: Path) -> subwords.Tokenizer:
             raise FileNotFoundError(f"{path}: expected a tokenizer, one of {', '.join(readers)}, got none")
         refuse_pointer(path := file)
         t = readers[file.name](file, config)
-        t.file = file
+        t.file, t.kind = file, config["class"]
         return t
     except ValueError as e:
         raise ValueError(f"{path}: {one_line(e).removeprefix(f'{path}: ')}") from e

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 import sibo
 from sibo_lab import files
-from sibo_lab.backbone import config, tokenizer_out
+from sibo_lab.backbone import config, tokenizer, tokenizer_out
+from sibo_lab.backbone.subwords import QWEN2, WORDS, Tokenizer, WordPiece
+from sibo_lab.backbone.tokenizer_json import DEFAULTS, json_or_none
 from sibo_lab.export import require_empty, require_on, their_name
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
                    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
-TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.txt": "BertTokenizer", "merges.txt": "GPT2Tokenizer",
-              "vocab.bpe": "GPT2Tokenizer", "tokenizer.model": "LlamaTokenizer"}  # by the first that is there
+STEPS = {"GPT2Tokenizer": (WORDS, False), "Qwen2Tokenizer": (QWEN2, True)}  # how they split, and NFC
 PARTS = {"bert": {"attn": "attention.output.dropout", "mlp": "output.dropout"}, "gptj": {"attn": "attn", "mlp": "mlp"}}
 LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, whose output is the same
 CODE = Path(__file__).with_name("modeling_sibo.py")
@@ -35,6 +36,7 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ())
     in it."""
     require_empty(folder)
     require_on(m)
+    spoken = _tokenizer(source)
     s = getattr(m, "sibo", None)
     if s and s.method == "lora" and not s.lam:
         sibo.merge(m)
@@ -42,18 +44,18 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ())
     names = {n: their_module(m, n, s) for n in layers}
     told = method(m, layers, names) if layers else None
     tensors = dict(_tensors(m, layers, names))
-    for name, content in _tokenizer(source).items():
-        files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
         files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
+    for name, content in spoken.items():
+        files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     spec = _config(m, config.read_spec(source), tensors, classes)
     if told:
         kind, family = spec["architectures"][0], spec["model_type"]
         auto = f"AutoModel{kind[kind.index('For'):]}" if "For" in kind else "AutoModel"
         files.write(folder / CODE.name, code(kind, family))
-        reads = next((kind for name, kind in TOKENIZERS.items() if (folder / name).is_file()), None)
-        spec = {"tokenizer_class": reads} | spec | {  # counts where tokenizer_config.json names none
-            "model_type": f"sibo-{family}", "architectures": ["SIBOModel"], "sibo": told,
+        reads = spoken.get("tokenizer_config.json", {}).get("tokenizer_class")  # here for transformers 4's pipelines
+        spec |= {
+            "model_type": f"sibo-{family}", "architectures": ["SIBOModel"], "tokenizer_class": reads, "sibo": told,
             "auto_map": {"AutoConfig": f"{CODE.stem}.SIBOConfig", auto: f"{CODE.stem}.SIBOModel"}}
     files.write_tensors(folder / ("model.sibo.safetensors" if told else "model.safetensors"), tensors, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
@@ -118,12 +120,30 @@ def _config(m: nn.Module, spec: dict, tensors: dict[str, Tensor], classes: Seque
 
 
 def _tokenizer(source: Path) -> dict[str, dict]:
-    """What tokenizer_out makes of a .gguf file's, or {}, and a line on stderr, where tokenizer.json cannot say it."""
+    """The contents, by name, of the tokenizer's files that are not copied: of a .gguf file all, or {}, and a line on
+    stderr, where tokenizer.json cannot say it."""
+    if source.suffix != ".gguf":
+        try:
+            return {"tokenizer_config.json": _tokenizer_config(source, tokenizer.read(source))}
+        except FileNotFoundError:
+            return {}
     try:
-        return tokenizer_out.from_gguf(source) if source.suffix == ".gguf" else {}
+        return tokenizer_out.from_gguf(source)
     except ValueError as e:
         print(f"{e}; the weights are written without a tokenizer", file=sys.stderr)
         return {}
+
+
+def _tokenizer_config(source: Path, t: Tokenizer) -> dict:
+    """The backbone's, and in it the class with which transformers, whatever the model_type, gives the ids of `t`."""
+    said, kind, own = json_or_none(source / "tokenizer_config.json"), t.kind, {}
+    if isinstance(t, WordPiece):
+        own = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    elif kind in STEPS and STEPS[kind] != (t.words, t.nfc):  # they run their own steps, not the file's
+        kind, own = None, {f"{role}_token": token for role, token in DEFAULTS[kind].items()}
+    elif t.file.name == "tokenizer.model" and not (source / "tokenizer.json").is_file():
+        kind, own = "LlamaTokenizer", {"add_bos_token": True, "legacy": kind is None}
+    return own | said | {"tokenizer_class": kind or "PreTrainedTokenizerFast"}
 
 
 def _tensors(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

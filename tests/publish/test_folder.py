@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizer_oracles
 import torch
 import transformers
@@ -23,6 +24,7 @@ import sibo
 import train
 from sibo_lab import cli, export
 from sibo_lab.backbone import generate, tokenizer
+from sibo_lab.data import batch, tasks
 from sibo_lab.publish import folder as publish
 from sibo_lab.publish import to_gguf
 
@@ -282,17 +284,64 @@ def test_templates_and_tokenizer_files_come_along_and_others_may_read_them(tmp_p
     assert {f.stat().st_mode & 0o777 for f in written.values()} == {0o644} and "model.safetensors" in written
 
 
-@pytest.mark.parametrize("kind", [{}, {"tokenizer_class": "PreTrainedTokenizerFast"}], ids=["none named", "named"])
-@pytest.mark.parametrize(("family", "form"), [("llama", "tekken"), ("qwen2", "qwen2"), ("gptj", "gpt4o")])
-def test_its_tokenizer_gives_transformers_the_ids_that_the_model_was_tuned_with(family, form, kind, tmp_path):
+def tokenizer_files(form):
+    """The files of a small tokenizer by name: a form of tokenizer_oracles, with ".merges" as two files; "smollm2", with
+    digits apart; "llama", SentencePiece's, as tokenizer.json or with ".model" as its own."""
+    form, _, files = form.partition(".")
+    if form == "llama":
+        proto = tokenizer_oracles.train_sentencepiece()
+        oracle = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        parts = [[of(i) for i in range(len(oracle))] for of in (oracle.id_to_piece, oracle.get_score)]
+        spec = tokenizer_oracles.llama_spec(*parts, False, tokenizer_oracles.PREPEND)
+        return {"tokenizer.model": proto} if files else {"tokenizer.json": json.dumps(spec).encode()}
+    spec = json.loads(tokenizer_oracles.trained("gpt4o" if form == "smollm2" else form))
+    if form == "smollm2":
+        spec["pre_tokenizer"]["pretokenizers"] = [{"type": "Digits", "individual_digits": True},
+                                                  spec["pre_tokenizer"]["pretokenizers"][1] | {"use_regex": True}]
+    if not files:
+        return {"tokenizer.json": json.dumps(spec).encode()}
+    return {"vocab.json": json.dumps(spec["model"]["vocab"]).encode(),
+            "merges.txt": "\n".join(map(" ".join, spec["model"]["merges"])).encode()}
+
+
+@pytest.mark.parametrize("name", ["adapter-sibo", "lora"])
+@pytest.mark.parametrize(("family", "form", "named"), [
+    *((family, form, named) for family, form in (("llama", "tekken"), ("qwen2", "qwen2"), ("gptj", "gpt4o"))
+      for named in ("", "PreTrainedTokenizerFast")),
+    ("llama", "smollm2", "GPT2Tokenizer"), ("llama", "llama", "LlamaTokenizer"), ("llama", "llama3", "LlamaTokenizer"),
+    ("llama", "llama.model", "LlamaTokenizer"), ("mistral", "llama", "LlamaTokenizer"), ("mistral", "tekken", ""),
+    ("qwen2", "qwen2", "Qwen2Tokenizer"), ("qwen2", "qwen2.merges", ""), ("qwen3", "qwen2.merges", ""),
+    ("gptj", "gpt4o.merges", ""), ("smollm3", "llama3", "PreTrainedTokenizerFast")])
+def test_its_tokenizer_gives_transformers_the_ids_that_the_model_was_tuned_with(family, form, named, name, tmp_path):
     _, ours = pair(family, tmp_path / "base", vocab_size=1000)
-    (tmp_path / "base" / "tokenizer.json").write_text(tokenizer_oracles.trained(form))
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(kind))
-    publish.write(inject(ours, "adapter-sibo"), tmp_path / "hf", tmp_path / "base")
+    for file, content in tokenizer_files(form).items():
+        (tmp_path / "base" / file).write_bytes(content)
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named} if named else {}))
+    publish.write(inject(ours, name), tmp_path / "hf", tmp_path / "base")
     t = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    texts = ["I'LL say  hello 12345\n\n  to naïve cafés", "<think> Wörd", *tokenizer_oracles.seeded(20, form)]
+    texts = ["I'LL say  hello 12345\n\n  to naïve cafés", "<think> Wörd", *tokenizer_oracles.seeded(20, form, True)]
     mine = tokenizer.from_pretrained(tmp_path / "base")
     assert [t(text)["input_ids"] for text in texts] == list(map(mine.encode, texts))
+
+
+@pytest.mark.parametrize("named", ["", "BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+def test_a_pair_of_sentences_keeps_its_two_segments(file, named, tmp_path):
+    _, ours = twins("bert", tmp_path / "base", True)
+    write_tokenizer(tmp_path / "base", "bert")
+    spoken = transformers.BertTokenizer(str(tmp_path / "base" / "vocab.txt"))
+    if file == "tokenizer.json":
+        (tmp_path / "base" / "vocab.txt").unlink()
+        spoken.backend_tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named} if named else {}))
+    publish.write(stir(inject(ours, "adapter-sibo")), tmp_path / "hf", tmp_path / "base")
+    t = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    theirs = t("a b", "c a b", return_tensors="pt")
+    assert theirs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    row = batch.encode_sentence(tasks.Sentence("a b", "c a b", 0), tokenizer.from_pretrained(tmp_path / "base"), 32)
+    mine = batch.collate([row])
+    mine.pop("labels")
+    assert_near(opened("bert", True, tmp_path / "hf")(**theirs).logits, ours(**mine), 1e-5)
 
 
 def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path):
