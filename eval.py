@@ -110,14 +110,15 @@ def adapt(m: nn.Module, args: Namespace) -> nn.Module:
 def export_run(args: Namespace) -> None:
     kind, out, result = args.export[0], Path(args.export[1]), card.read(Path(args.run))
     head = to_gguf.header(args.path) if kind == "gguf" else None  # refused before the weights are read
-    m = adapt(load(args)[0], args)
+    m, t = load(args)
+    adapt(m, args)
     if kind == "gguf":
         to_gguf.write(m, out, head, args.outtype)
         return print(out)
     if kind == "peft":
         export.to_peft(m, out, args.backbone)
     else:
-        folder.write(m, out, args.path, args.classes)
+        folder.write(m, out, args.path, args.classes, t.eos_ids)
     card.write(out, kind, args.push or out.resolve().name, args.config, result, getattr(m, "sibo", None), args.path,
                args.head)
     print(f"{out}/")

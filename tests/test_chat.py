@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 from run_train import run_train
 
 import eval as evaluation
@@ -73,6 +74,18 @@ def test_a_run_on_conversations_is_trained_saved_scored_and_asked_in_the_backbon
     command(evaluation, tmp_path / "run")
     command(evaluation, tmp_path / "run", "--ask", "Why?")
     assert asked[2:] == [(t.eos_id, *prompts), (t.eos_id, "[user]Why?<|endoftext|>[assistant]")]
+
+
+def test_an_export_of_a_run_on_conversations_stops_at_the_end_of_a_turn(monkeypatch, capsys, tmp_path, backbone, chats):
+    shutil.copytree(backbone, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATE.replace("eos_token", "'~'"))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "extra_special_tokens": ["~"]}))
+    run(monkeypatch, capsys, tmp_path / "base", chats, tmp_path / "run")
+    command(evaluation, tmp_path / "run", "--export", "hf", tmp_path / "hf")
+    t = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    said = transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
+    assert said[:2] == t.convert_tokens_to_ids(["~", "<|endoftext|>"])
 
 
 @pytest.mark.parametrize(("option", "expected"), [((), False), (("--train-on-inputs",), True)])

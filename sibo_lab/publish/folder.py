@@ -29,14 +29,18 @@ LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, 
 CODE = Path(__file__).with_name("modeling_sibo.py")
 
 
-def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ()) -> None:
+def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = (),
+          ends: Sequence[int] = ()) -> None:
     """Writes `m` as it is (a plain LoRA is folded first, in place) to a new `folder`, with config and tokenizer from
-    the backbone's folder or .gguf file `source`; `classes` are the names of a classifier's. ValueError, before anything
-    is folded or written, for what no module of transformers does, for a disabled model, and for a `folder` with files
-    in it."""
+    the backbone's folder or .gguf file `source`; `classes` are the names of a classifier's, `ends` the ids that end
+    what an LLM writes (none: the backbone's). ValueError, before anything is folded or written, for what no module of
+    transformers does, for a disabled model, and for a `folder` with files in it."""
     require_empty(folder)
     require_on(m)
-    spoken = _tokenizer(source)
+    spec, spoken = config.read_spec(source), _tokenizer(source)
+    if ends and hasattr(m, "head"):
+        said = spoken.get("generation_config.json") or json_or_none(source / "generation_config.json")
+        spoken["generation_config.json"] = _generation_config(said, spec, ends)
     s = getattr(m, "sibo", None)
     if s and s.method == "lora" and not s.lam:
         sibo.merge(m)
@@ -48,7 +52,7 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = ())
         files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
     for name, content in spoken.items():
         files.write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    spec = _config(m, config.read_spec(source), tensors, classes)
+    spec = _config(m, spec, tensors, classes)
     if told:
         kind, family = spec["architectures"][0], spec["model_type"]
         auto = f"AutoModel{kind[kind.index('For'):]}" if "For" in kind else "AutoModel"
@@ -144,6 +148,12 @@ def _tokenizer_config(source: Path, t: Tokenizer) -> dict:
     elif t.file.name == "tokenizer.model" and not (source / "tokenizer.json").is_file():
         kind, own = "LlamaTokenizer", {"add_bos_token": True, "legacy": kind is None}
     return own | said | {"tokenizer_class": kind or "PreTrainedTokenizerFast"}
+
+
+def _generation_config(said: dict, spec: dict, ends: Sequence[int]) -> dict:
+    """What the backbone's says, or config.json where it has none, with these ends."""
+    said = said or {key: i for key in ("bos_token_id", "pad_token_id") if (i := spec.get(key)) is not None}
+    return {key: x for key, x in said.items() if key != "_from_model_config"} | {"eos_token_id": list(ends)}
 
 
 def _tensors(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

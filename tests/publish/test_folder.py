@@ -344,6 +344,35 @@ def test_a_pair_of_sentences_keeps_its_two_segments(file, named, tmp_path):
     assert_near(opened("bert", True, tmp_path / "hf")(**theirs).logits, ours(**mine), 1e-5)
 
 
+@pytest.mark.parametrize("said", [None, {"eos_token_id": 2, "pad_token_id": 3, "repetition_penalty": 1.5},
+                                  {"_from_model_config": True, "eos_token_id": 2}], ids=str)
+def test_transformers_stops_where_the_model_was_taught_to_stop(said, tmp_path):
+    _, ours = pair("llama", tmp_path / "base")
+    write_tokenizer(tmp_path / "base", "llama")
+    (file := tmp_path / "base" / "generation_config.json").write_text(json.dumps(said))
+    if said is None:
+        file.unlink()
+    stir(inject(ours, "adapter-sibo"))
+    end = generate.generate(ours, ids(B=1), max_new_tokens=8)[0, -4].item()
+    publish.write(ours, tmp_path / "hf", tmp_path / "base", ends=[end, 2])
+    loaded = opened("llama", False, tmp_path / "hf")
+    got = loaded.generate(ids(B=1), max_new_tokens=8, do_sample=False, repetition_penalty=1.0)
+    assert torch.equal(got, generate.generate(ours, ids(B=1), max_new_tokens=8, eos_token_id=[end, 2]))
+    assert got[0, -1] == end and got.shape[1] < ids().shape[1] + 8
+    kept = loaded.generation_config.to_dict()
+    assert said is None or {key: kept[key] for key in said} == said | {"eos_token_id": [end, 2]} | dict.fromkeys(
+        {"_from_model_config"} & said.keys())
+    assert said is not None or (kept["bos_token_id"], kept["pad_token_id"]) == (1, None)
+
+
+def test_a_tokenizers_eos_that_generation_config_lacks_ends_a_text_there_too(tmp_path):
+    _, ours = pair("llama", tmp_path / "base")
+    write_tokenizer(tmp_path / "base", "llama")
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[SEP]"}))
+    publish.write(ours, tmp_path / "hf", tmp_path / "base", ends=tokenizer.from_pretrained(tmp_path / "base").eos_ids)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [5, 2]
+
+
 def test_a_run_on_a_gguf_file_is_a_folder_that_transformers_opens_whole(tmp_path):
     import fuzz
     from transformers import AutoModelForCausalLM, AutoTokenizer
