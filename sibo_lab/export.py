@@ -58,7 +58,7 @@ def to_peft(m: nn.Module, folder: Path, backbone: str) -> None:
     if got:
         raise ValueError(f"--export peft: expected a plain LoRA, got {got}: peft has no h0 and no adapters; use hf")
     loras = {n: x for n, x in m.named_modules() if isinstance(x, sibo.LoRA)}
-    whole = {their_name(m, n): p for n, p in m.named_parameters()
+    whole = {their_name(m, n): p.clone() for n, p in m.named_parameters(remove_duplicate=False)  # a tied head too
              if (p.requires_grad or n.startswith("classifier.")) and n.removesuffix(".base.weight").removesuffix(
                  ".base.bias").rpartition(".")[0] not in loras}
     tensors = {f"{PEFT}{their_name(m, n)}.lora_{letter}.weight": p for n, x in loras.items()

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from small_models import hugging_face, ids, inject, output, sibo_layers, stir, twins
+from twins import pair
 
+import model
 import sibo
 from sibo_lab import export
 from sibo_lab.data import batch
@@ -38,6 +40,21 @@ def test_only_the_adapted_modules_are_adapted_there_not_all_of_their_name(tmp_pa
     assert said["target_modules"] == ["model.layers.1.self_attn.q_proj"]
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
     torch.testing.assert_close(output(loaded, ids()), output(ours, ids()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("whole", ["embed", "head"])
+def test_an_embedding_trained_whole_is_also_the_head_that_it_is_tied_to(whole, tmp_path):
+    import peft
+
+    theirs, ours = pair("llama", tmp_path / "base", tie_word_embeddings=True)
+    stir(inject(ours, "lora", modules_to_save=(whole,)))
+    with torch.no_grad():
+        ours.embed.weight.mul_(1.5)
+    export.to_peft(ours, tmp_path / "peft", "base")
+    again = export.from_peft(model.from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    for m in (again, loaded):
+        torch.testing.assert_close(output(m, ids()), output(ours, ids()), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "says"), [
