@@ -69,8 +69,9 @@ def _front_matter(kind: str, name: str, config: dict, result: dict, licence: dic
     from huggingface_hub import EvalResult, ModelCardData
     task, method = "text-classification" if num_labels else "text-generation", _line(config.get("method", ""))
     on, score = ", ".join(_tasks(config.get("test") or config.get("task"))), result.get("score")
-    scored = [EvalResult(task, on, on, _line(result.get("metric", "score")), round(score, 6))] if type(score) in (
-        int, float) else None
+    split = "validation" if result.get("scored_on") == "validation" else None
+    scored = [EvalResult(task, on, on + f" ({split})" * bool(split), _line(result.get("metric", "score")),
+                         round(score, 6), dataset_split=split)] if type(score) in (int, float) else None
     return ModelCardData(
         **licence, base_model=base, library_name="peft" if kind == "peft" else "transformers", pipeline_tag=task,
         tags=list(dict.fromkeys(filter(None, ("sibo" * method.endswith("-sibo"), method.partition("-")[0], method)))),

@@ -87,6 +87,12 @@ def test_the_front_matter_is_what_a_hub_looks_for(tmp_path):
     assert (front["tags"], front["pipeline_tag"]) == (["lora"], "text-classification")
 
 
+def test_a_score_on_held_out_training_examples_does_not_stand_as_the_tasks(tmp_path):
+    front, _ = page(tmp_path, config=CONFIG | {"task": "boolq"}, result=RESULT | {"scored_on": "validation"})
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "boolq (validation)", "type": "boolq", "split": "validation"}
+
+
 @pytest.mark.parametrize(("num_labels", "baseline"), [
     (0, "the backbone, frozen"), (1, "always the mean"), (3, "always the commonest class")])
 def test_the_baseline_is_called_what_train_measured(num_labels, baseline, tmp_path):
