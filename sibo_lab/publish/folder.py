@@ -29,8 +29,7 @@ LLAMAS_PARTS = {"attn": "self_attn", "mlp": "mlp"}  # of a block, by our names, 
 CODE = Path(__file__).with_name("modeling_sibo.py")
 
 
-def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = (),
-          ends: Sequence[int] = ()) -> None:
+def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
     """Writes `m` as it is (a plain LoRA is folded first, in place) to a new `folder`, with config and tokenizer from
     the backbone's folder or .gguf file `source`; `classes` are the names of a classifier's, `ends` the ids that end
     what an LLM writes (none: the backbone's). ValueError, before anything is folded or written, for what no module of
@@ -48,6 +47,8 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = (),
     names = {n: their_module(m, n, s) for n in layers}
     told = method(m, layers, names) if layers else None
     tensors = dict(_tensors(m, layers, names))
+    files.write_tensors(  # first: what may not fit on the disk
+        folder / ("model.sibo.safetensors" if told else "model.safetensors"), tensors, {"format": "pt"})
     for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):  # none in a .gguf file
         files.write(folder / file.relative_to(source), lambda draft, file=file: shutil.copyfile(file, draft))
     for name, content in spoken.items():
@@ -61,7 +62,6 @@ def write(m: nn.Module, folder: Path, source: Path, classes: Sequence[str] = (),
         spec |= {
             "model_type": f"sibo-{family}", "architectures": ["SIBOModel"], "tokenizer_class": reads, "sibo": told,
             "auto_map": {"AutoConfig": f"{CODE.stem}.SIBOConfig", auto: f"{CODE.stem}.SIBOModel"}}
-    files.write_tensors(folder / ("model.sibo.safetensors" if told else "model.safetensors"), tensors, {"format": "pt"})
     files.write(folder / "config.json", json.dumps(spec, indent=2) + "\n")
 
 
@@ -159,7 +159,7 @@ def _generation_config(said: dict, spec: dict, ends: Sequence[int]) -> dict:
 def _tensors(m: nn.Module, layers: dict[str, sibo.SIBOLayer], names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """The weights by Hugging Face's names; of each adapted module also W_down (r, d_in) and W_up (d_out, r)."""
     for name, p in m.state_dict().items():
-        if name == "head.weight" and p.data_ptr() == m.embed.weight.data_ptr():
+        if name in ("head.weight", "head.base.weight") and p.data_ptr() == m.embed.weight.data_ptr():  # tied
             continue
         owner, _, leaf = name.rpartition(".")
         x = layers.get(owner.removesuffix(".base"))

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import eval as evaluation
 import model
 import sibo
 import train
-from sibo_lab import cli, export
+from sibo_lab import cli, export, files
 from sibo_lab.backbone import generate, tokenizer
 from sibo_lab.data import batch, tasks
 from sibo_lab.publish import folder as publish
@@ -208,6 +209,29 @@ def test_a_disabled_model_is_not_exported_as_if_it_were_on(name, write, tmp_path
     with sibo.disabled(inject(ours, name)), pytest.raises(ValueError, match="on, got it disabled; export after"):
         write(ours, tmp_path)
     assert sibo_layers(ours)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["as it is", "folded"])
+def test_an_adapted_head_that_is_tied_leaves_with_its_embedding(merge, tmp_path):
+    _, ours = pair("llama", tmp_path / "base", tie_word_embeddings=True)
+    stir(inject(ours, "lora-sibo", targets=("q_proj", "up_proj", "head"), sibo_at="ffn"))
+    if merge:
+        sibo.merge(ours)
+    publish.write(ours, tmp_path / "hf", tmp_path / "base")
+    loaded = opened("llama", False, tmp_path / "hf")
+    assert_near(loaded(ids()).logits, ours(ids()), 1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    shutil.copy(tmp_path / "hf" / "modeling_sibo.py", tmp_path / "again")
+    assert_near(opened("llama", False, tmp_path / "again")(ids()).logits, ours(ids()), 1e-5)
+
+
+def test_weights_that_cannot_be_written_leave_no_files(tmp_path, monkeypatch):
+    _, ours = twins("llama", tmp_path / "base")
+    write_tokenizer(tmp_path / "base", "llama")
+    monkeypatch.setattr(files, "save_file", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space left"):
+        publish.write(inject(ours, "adapter-sibo"), tmp_path / "hf", tmp_path / "base")
+    assert not list((tmp_path / "hf").iterdir())
 
 
 ELSEWHERE = [  # family, head, method, folded
