@@ -17,9 +17,10 @@ from sibo_lab.backbone.tokenizer_model import from_gguf, from_sentencepiece
 from sibo_lab.files import one_line, quoted, refuse_pointer
 
 PLAIN_SEARCH = {  # keys of generation_config.json that change greedy and beam search, off
-    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "length_penalty": 1, "min_length": 0, "min_new_tokens": 0,
-    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
+    "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "length_penalty": 1, "min_length": 0,
+    "min_new_tokens": 0, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
+    "sequence_bias": {}}
 
 
 def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:
