@@ -12,8 +12,8 @@ import model
 import sibo
 from sibo_lab import cli, export, fast
 from sibo_lab.backbone import chat_template, generate, subwords, tokenizer
-from sibo_lab.data import batch, readers, tasks
-from sibo_lab.evaluation import arguments, compare, metrics, pictures, scoring
+from sibo_lab.data import batch, tasks
+from sibo_lab.evaluation import arguments, compare, examples, metrics, pictures, scoring
 from sibo_lab.evaluation.arguments import parser
 from sibo_lab.publish import card, folder, hub, to_gguf
 
@@ -127,8 +127,8 @@ def export_run(args: Namespace) -> None:
 
 
 def draw_similarity(args: Namespace) -> None:
-    task, out = args.tests[0], args.out or Path(args.run or ".", "similarity.png")
-    test = readers.load(task, "test", args.data_dir, args.limit)
+    (task, test), *_ = examples.load(args, args.tests[:1])
+    out = args.out or Path(args.run or ".", "similarity.png")
     args.protocol = batch.protocol_for(args.protocol, test)
     m, t = load(args)
     rows = similarity_rows(m, t, test, protocol=args.protocol)
@@ -149,18 +149,8 @@ def ask(args: Namespace) -> None:
     print(scoring.responses(adapt(m, args), t, [prompt], 256, 1, beams)[0])
 
 
-def held_out(args: Namespace) -> list[tuple[tasks.Task, Sequence]]:
-    """The training examples that a run left out to be scored on."""
-    run, made = args.config, [t.kind for t in args.trained] == ["word-problems"]  # as many as the run learned from
-    number_and_seed = (run["steps"] * run["batch_size"], run["seed"]) if made else ()
-    loaded = [(t, readers.load(t, "train", args.data_dir, *number_and_seed)) for t in args.trained]
-    tenth = "score_by" not in run  # an older run held out no more
-    _, held = readers.hold_out([row for _, rows in loaded for row in rows], args.held_out, tenth)
-    return readers.by_task(held[:args.limit], loaded)
-
-
 def score(args: Namespace) -> None:
-    tests = held_out(args) if args.held_out else readers.load_tests(args.tests, args.data_dir, args.limit)
+    tests = examples.load(args, args.tests)
     scoring.require_answers(tests, args.score_by)
     args.protocol = batch.protocol_for(args.protocol, [row for _, test in tests for row in test])
     m, t = load(args)

@@ -104,8 +104,7 @@ def digests(d: Data, run: Run, backbone: Backbone) -> dict[str, str]:
 
 
 def encode(examples: Sequence, t: Tokenizer, run: Run) -> list[batch.Row]:
-    return [batch.encode_sentence(e, t, run.cutoff) if isinstance(e, tasks.Sentence) else
-            batch.encode(e, t, run.cutoff, run.train_on_inputs, run.protocol) for e in examples]
+    return batch.encode_all(examples, t, run.cutoff, run.train_on_inputs, run.protocol)
 
 
 def count_cut(rows: Sequence[batch.Row], valid: Sequence[batch.Row], run: Run) -> dict[str, int]:

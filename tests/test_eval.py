@@ -1,6 +1,7 @@
 """eval.py: Eq. (3) against pencil and paper and against a double loop; the commands on runs of a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -18,7 +19,7 @@ import sibo
 import train
 from sibo_lab import cli, export, fast
 from sibo_lab.data import batch, readers, tasks
-from sibo_lab.evaluation import metrics, scoring
+from sibo_lab.evaluation import examples, metrics, scoring
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,10 +123,54 @@ def test_a_run_scored_on_validation_is_scored_on_it_again(tmp_path, tiny_llama, 
     run(evaluation, tmp_path / "run", "--task", tmp_path / "mine.json")  # its test set
     assert "(n 4;" in capsys.readouterr().out
     config = json.loads((tmp_path / "run/config.json").read_text())
-    del config["score_by"]  # an older run, which held out a tenth at most
+    del config["score_by"], result["sha256"]  # an older run, which held out a tenth at most
     (tmp_path / "run/config.json").write_text(json.dumps(config))
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
     run(evaluation, tmp_path / "run")
     assert "(n 3;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("score_on", "protocol"), [("test", "clean"), ("validation", "clean"), ("validation", "chat")])
+def test_what_a_run_learned_from_is_not_scored_as_if_it_had_been_left_out(tmp_path, tiny_llama, capsys, score_on,
+                                                                          protocol):
+    rows = [{"instruction": f"Say {i}.", "input": "please", "output": str(i)} for i in range(40)]
+    mine, other = tmp_path / "mine.json", tmp_path / "other.json"
+    for path in (mine, other):
+        path.write_text(json.dumps(rows))
+    backbone = shutil.copytree(tiny_llama, tmp_path / "backbone")
+    (backbone / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+                                                  "{% if add_generation_prompt %}assistant:{% endif %}")
+    run(train, "--backbone", backbone, "--task", mine, "--score-on", score_on, "--validate", 5, "--score-by", "loss",
+        "--protocol", protocol, "--steps", 1, "--batch-size", 2, "--limit", 2, "--dtype", "float32", "--out",
+        tmp_path / "run")
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            run(evaluation, tmp_path / "run", *more)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    for limit in (1, 2, 3):
+        run(evaluation, tmp_path / "run", "--limit", limit)
+    for more in (("--ignore-columns", "input"), ("--ignore-columns", "input", "--limit", 1), (
+            "--ignore-columns", "input", "--task", mine)):
+        assert "to score the " in (said := refused(*more)) and "that it left out of training" in said
+    run(evaluation, tmp_path / "run", "--ignore-columns", "input", "--task", other, "--limit", 1)
+    mine.write_text(json.dumps([row | {"input": "now"} for row in rows]))
+    assert f"{tmp_path / 'run'}: expected " in refused()
+
+
+@pytest.mark.parametrize("score_on", ["test", "validation"])
+def test_the_similarity_of_a_run_is_drawn_on_the_texts_that_training_measured_it_on(tmp_path, tiny_llama, capsys,
+                                                                                    score_on):
+    rows = [{"instruction": "Say " + "0123456789"[i % 10] * i, "output": "x"} for i in range(40)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    run(train, "--backbone", tiny_llama, "--task", tmp_path / "mine.json", "--score-on", score_on, "--validate", 5,
+        "--limit", 3, "--score-by", "loss", "--steps", 1, "--dtype", "float32", "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    capsys.readouterr()
+    run(evaluation, tmp_path / "run", "--similarity")
+    drawn = [line.split()[1:4] for line in capsys.readouterr().out.splitlines()[:2]]
+    assert drawn == [[f"{x:.3f}" for x in result[f"{which}similarity_per_layer"]] for which in ("baseline_", "")]
 
 
 def test_of_word_problems_in_a_mix_those_are_held_out_that_training_read(tmp_path):
@@ -134,9 +179,9 @@ def test_of_word_problems_in_a_mix_those_are_held_out_that_training_read(tmp_pat
                                                     for i in range(4000)]))
     mix = tasks.parse("word-problems+mawps")
     rows = [row for t in mix for row in readers.load(t, "train", tmp_path)]
-    args = Namespace(config={"steps": 1, "batch_size": 2, "seed": 3, "score_by": "loss"}, trained=mix, held_out=9,
-                     data_dir=tmp_path, limit=None)
-    found = evaluation.held_out(args)
+    args = Namespace(config={"steps": 1, "batch_size": 2, "seed": 3, "score_by": "loss"}, trained=mix,
+                     data_dir=tmp_path, limit=None, sha256={})
+    found = examples.held_out(args, 9)
     assert [task.name for task, _ in found] == ["word-problems", "mawps"]
     assert {e.instruction for _, some in found for e in some} == {e.instruction for e in readers.hold_out(rows, 9)[1]}
 

@@ -126,6 +126,12 @@ def encode_sentence(sentence: tasks.Sentence, tokenizer, cutoff: int) -> Row:
     return Row(ids, sentence.label, cut, types, sentence.part)
 
 
+def encode_all(examples: Iterable[tasks.Example | tasks.Sentence], tokenizer, cutoff: int,
+               train_on_inputs: bool = False, protocol: str = "clean") -> list[Row]:
+    return [encode_sentence(e, tokenizer, cutoff) if isinstance(e, tasks.Sentence) else
+            encode(e, tokenizer, cutoff, train_on_inputs, protocol) for e in examples]
+
+
 def collate(rows: list[Row], pad_id: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
     """Rows padded to the longest, on the "right" to train or the "left" to generate: input_ids, attention_mask (B, T);
     labels (B, T) padded with -100, or (B,) for GLUE (int64 classes, float32 scores); token_type_ids (B, T) for BERT.

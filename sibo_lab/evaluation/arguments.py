@@ -88,6 +88,8 @@ def complete(args: argparse.Namespace) -> None:
     if args.run and not Path(args.run, "config.json").is_file():
         raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
     args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
+    done = Path(args.run, "result.json") if args.run else None
+    args.sha256 = files.read_json(done).get("sha256", {}) if done and done.is_file() else {}
     ignored = args.ignore_columns or run.get("ignore_columns")
     trained = tasks.parse(run.get("task", "word-problems"), ignore_columns=ignored)
     names = args.task.split(",") if args.task else run.get("test")
