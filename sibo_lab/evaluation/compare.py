@@ -31,6 +31,7 @@ class Done:
     right: dict[str, str]  # by task, which answers were right: "0110…" (answers.jsonl)
     losses: Sequence[float] = ()  # mean training loss of each quarter of the steps (metrics.jsonl)
     answers: dict[str, list[float]] = field(default_factory=dict)  # by task, the loss of each right answer, in nats
+    where: str = ""  # it was read; not saved
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _saved(line: str, where: str) -> Done:
     try:
         run = Done(**json.loads(line))
         if {"seed", "method", "lam"} <= run.config.keys() and "score" in run.result:
-            return replace(run, config=OLD | run.config)
+            return replace(run, config=OLD | run.config, where=where)
     except (ValueError, TypeError, AttributeError):
         pass
     raise ValueError(f"{where}: expected a run that eval.py --table --save wrote, got {files.quoted(line)}")
@@ -87,7 +88,7 @@ def _finished(folder: Path) -> Done:
             lost = math.nan if answer["loss"] is None else answer["loss"]
             answers.setdefault(answer["task"], []).append(round(lost, 5))
     return Done(OLD | files.read_json(folder / "config.json"), files.read_json(folder / "result.json"), right,
-                quarters(losses(folder)), answers)
+                quarters(losses(folder)), answers, str(folder))
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -108,6 +109,7 @@ def save(runs: Sequence[Done], file: Path) -> None:
     """One line of JSON per run, without ASIDE."""
     lines = []
     for run in map(asdict, runs):
+        del run["where"]
         for key in ASIDE:
             run["config"].pop(key, None)
         run["result"]["command"] = without_folders(run["result"]["command"])
@@ -121,7 +123,8 @@ def without_folders(command: str) -> str:
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
-    """The rows of each table."""
+    """The rows of each table; ValueError names two runs with one place in it and other results, and two that would be
+    compared but were scored on other examples."""
     def key(config):
         return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", *ASIDE)})
 
@@ -131,14 +134,31 @@ def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
     tables = {}
     for run in runs:
         rows = tables.setdefault(json.dumps([run.config[k] for k in TABLE]), {})
-        rows.setdefault(key(run.config), SeedGroup({}, {})).runs[run.config["seed"]] = run
+        same = rows.setdefault(key(run.config), SeedGroup({}, {})).runs.setdefault(run.config["seed"], run)
+        if _found(same) != _found(run):
+            raise ValueError(f"{same.where} and {run.where}: expected one run of {run.config['method']} with seed "
+                             f"{run.config['seed']} and these settings, got two with other results; leave one out")
     for rows in tables.values():
         for g in rows.values():
             config = g.config | PLAIN | {"method": g.config["method"].removesuffix("-sibo")}
             plain = rows.get(key(config | REMEDIES)) or rows.get(key(config))
             if plain and plain is not g:
                 g.plain.update(plain.runs)
+                for pair in _pairs(g):
+                    _require_same_examples(*pair)
     return [sorted(rows.values(), key=order) for rows in tables.values()]
+
+
+def _found(run: Done) -> str:
+    return json.dumps([run.result.get(key) for key in ("score", "loss", "similarity", "sha256")], sort_keys=True)
+
+
+def _require_same_examples(ours: Done, plain: Done) -> None:
+    a, b = (run.result.get("sha256", {}) for run in (ours, plain))
+    for name in sorted(a.keys() & b.keys() - {"train"}):
+        if a[name] != b[name]:
+            raise ValueError(f"{ours.where} and {plain.where}: expected the same {name} examples, to compare them, got "
+                             f"sha256 {a[name][:9]}… and {b[name][:9]}…; leave one out, or repeat it on the other's")
 
 
 def difference(group: SeedGroup) -> metrics.Difference | None:

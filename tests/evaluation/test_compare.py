@@ -148,6 +148,40 @@ def test_saved_runs_read_back_the_same_without_paths_of_this_machine(tmp_path):
     assert compare.tables(again) == compare.tables(runs) and [r.right for r in again] == [r.right for r in runs]
 
 
+def on(folder, **sha256):
+    """The run folder, its data recorded."""
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"sha256": sha256}))
+    return folder
+
+
+def test_of_two_runs_of_the_same_settings_and_seed_with_other_results_none_is_taken(tmp_path):
+    a, b = run(tmp_path, "lora", 0, 0.5, data_dir="/a"), run(tmp_path, "lora", 0, 0.6, data_dir="/b")
+    run(tmp_path, "lora-sibo", 0, 0.6)
+    with pytest.raises(ValueError, match=f"^{a} and {b}: expected one run of lora with seed 0 and these settings, got"):
+        compare.groups(compare.read([tmp_path]))
+    compare.save(compare.read([b]), tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'b.jsonl'}, line 1 and {a}: expected one run of lora"):
+        compare.groups(compare.read([tmp_path / "b.jsonl", a]))
+
+
+def test_a_run_may_stand_beside_its_own_line_of_a_saved_file(tmp_path):
+    folder = on(run(tmp_path, "lora", 0, right=[1, 0], data_dir="/a", out="/b"), words="a")
+    compare.save(compare.read([folder]), tmp_path / "a.jsonl")
+    both = compare.read([folder, tmp_path / "a.jsonl"])
+    assert len(both) == 2 and compare.tables(both) == compare.tables(both[:1])
+
+
+def test_only_runs_that_were_scored_on_the_same_examples_are_paired(tmp_path):
+    plain = on(run(tmp_path, "lora", 0, lost=[1, 2]), train="a", words="b", validation="c")
+    ours = on(run(tmp_path, "lora-sibo", 0, lost=[1, 3]), train="d", words="b")
+    (rows,) = compare.groups(compare.read([tmp_path]))
+    assert [compare.loss_difference(g) is None for g in rows] == [True, False]
+    on(ours, train="a", words="d")
+    with pytest.raises(ValueError, match=f"^{ours} and {plain}: expected the same words examples, to compare them, go"):
+        compare.groups(compare.read([tmp_path]))
+
+
 def test_the_training_loss_of_a_run_is_the_mean_of_each_quarter_of_its_steps_skipped_steps_left_out(tmp_path):
     folder = run(tmp_path)
     losses = [4.0, 2.0, 3.0, None, 1.0, 1.5, 0.5, 1.0]
