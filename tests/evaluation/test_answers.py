@@ -1,10 +1,11 @@
 """sibo_lab/evaluation/answers.py: the answer that a response gives, and what counts as right."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from sibo_lab.data import readers, tasks
+from sibo_lab.data import batch, readers, tasks
 from sibo_lab.evaluation import answers
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -61,6 +62,34 @@ def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
 ])
 def test_right_is_a_number_within_a_thousandth_or_the_very_word(name, response, gold, right):
     assert answers.is_right(tasks.task(name), response, gold) is right
+
+
+def official(name, response, gold):
+    """Whether LLM-Adapters' evaluation takes the response as right: prompt and response are read as one text."""
+    text = (batch.prompt("How many?") + response).split("### Response:")[1].strip()
+    if name == "aqua":
+        return (re.findall("A|B|C|D|E", text) or [""])[0] == gold
+    if name == "boolq":
+        return (re.findall("true|false", text) or [""])[0] == gold
+    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return bool(found) and abs(float(gold) - float(found[-1])) <= 0.001
+
+
+@pytest.mark.parametrize(("name", "response", "gold"), [
+    (name, head + between + tail, gold) for name, gold, parts in (
+        ("mawps", "7", ("The answer is 7.", "The answer is 8.", "")), ("aqua", "C", ("so (C)", "so (D)", "")),
+        ("boolq", "true", ("it is true", "it is false", "")))
+    for head in parts for tail in parts for between in ("\n### Response:\n", "\n### Instruction:\n", "\nResponse:\n")])
+def test_a_response_that_goes_on_is_read_as_far_as_the_official_code_reads_it(name, response, gold):
+    assert answers.is_right(tasks.task(name), response, gold) is official(name, response, gold)
+
+
+def test_the_last_letter_too_is_sought_before_a_further_response():
+    assert answers.last_letter("A, so (C)\n### Response:\n(D)") == "C"
+
+
+def test_a_response_to_a_question_of_ones_own_is_read_whole():
+    assert answers.is_right(tasks.task("mine.json"), "Write\n### Response:\nyes", "yes")
 
 
 @real
