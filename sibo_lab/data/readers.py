@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby, islice, starmap
+from itertools import chain, islice, starmap
 from pathlib import Path
 
 from sibo_lab.data import download, entries, own, word_problems
@@ -67,12 +67,17 @@ def hold_out(rows: list, n: int, tenth: bool = False) -> tuple[list, list]:
 
 
 def questions(rows: list) -> list[list]:
-    """The rows (Examples or Sentences) of each question, in the order of the questions' hashes: always the same, and as
-    good as shuffled (files are often sorted)."""
+    """The rows (Examples or Sentences) of each question, those that go on from it among them, in the order of their
+    hashes: always the same, and as good as shuffled (files are often sorted)."""
     def order(row):
-        return hashlib.sha256("\n".join(map(str, _texts(row))).encode()).digest()
+        texts = [text for _, text in row.turns[:-1]] if isinstance(row, Example) else [row.text, row.pair]
+        return hashlib.sha256("\n".join(map(str, texts)).encode()).digest()
 
-    return [list(same) for _, same in groupby(sorted(rows, key=order), order)]
+    asked, found = {id(row): _asked(row) for row in rows}, {}
+    own = {each[-1] for each in asked.values()}
+    for row in sorted(rows, key=order):
+        found.setdefault(next(question for question in asked[id(row)] if question in own), []).append(row)
+    return list(found.values())
 
 
 def by_task(rows: list, loaded: list[tuple[Task, list]]) -> list[tuple[Task, list]]:
@@ -86,16 +91,16 @@ def a_tenth(questions: list[list], most: int) -> int:
 
 
 def overlap(train: list, test: list) -> int:
-    """How many rows of `test` ask what one of `train` asks: the same letters and digits, in any case."""
-    def bare(row):
-        return "".join(filter(str.isalnum, " ".join(filter(None, _texts(row))).lower()))
-
-    known = set(map(bare, train))
-    return sum(bare(row) in known for row in test)
+    """How many rows of `test` ask what one of `train` asks, at any turn."""
+    known = set(chain(*map(_asked, train)))
+    return sum(_asked(row)[-1] in known for row in test)
 
 
-def _texts(row: Example | Sentence) -> tuple[str | None, ...]:
-    return (*(text for _, text in row.turns[:-1]),) if isinstance(row, Example) else (row.text, row.pair)
+def _asked(row: Example | Sentence) -> list[tuple[str, ...]]:
+    """Each question that a row answers, its own last: the letters and digits, in any case, of all texts before."""
+    turns = row.turns if isinstance(row, Example) else [("user", row.text), ("user", row.pair or ""), ("assistant", "")]
+    texts = ["".join(filter(str.isalnum, text.lower())) or text for _, text in turns]
+    return [tuple(texts[:i]) for i, (role, _) in enumerate(turns) if role == "assistant"]
 
 
 def _read(task: Task, data_dir: Path, name: str, again: bool) -> list:

@@ -2,6 +2,7 @@
 
 Small files are made here; the checks on the published files run where ../shared/data is there."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -80,6 +81,57 @@ def test_as_many_questions_are_held_out_as_asked_for(numbers, data):
     assert len({e.instruction for e in held}) == n and sorted(e.output for e in rest + held) == sorted(
         e.output for e in rows)
     assert {e.instruction for e in readers.hold_out(rows, 1)[1]} <= {e.instruction for e in held}
+
+
+def letters(text):
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+@given(st.lists(st.text("aB .?", min_size=1, max_size=4), min_size=2, max_size=30), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_questions_that_differ_in_spaces_case_or_punctuation_are_held_out_together(texts, n):
+    rows = [tasks.Example(f"a{text}", str(i)) for i, text in enumerate(texts)]
+    if len({letters(e.instruction) for e in rows}) > n:
+        rest, held = readers.hold_out(rows, n)
+        assert len({letters(e.instruction) for e in held}) == n and len(rest) + len(held) == len(rows)
+        assert not {letters(e.instruction) for e in rest} & {letters(e.instruction) for e in held}
+
+
+def test_questions_without_a_letter_or_digit_are_different_ones():
+    assert len(readers.questions([tasks.Example("+"), tasks.Example("-"), tasks.Example("+")])) == 2
+
+
+def test_questions_are_in_the_order_of_their_sha256():
+    rows = [tasks.Example(f"Question {i}?") for i in range(30)]
+    expected = sorted(rows, key=lambda e: hashlib.sha256(e.instruction.encode()).digest())
+    assert readers.questions(rows) == [[e] for e in expected]
+
+
+def chat(words):
+    """A conversation of one-word turns."""
+    said = words.split(" ")
+    return tasks.Chat.of([("assistant" if i % 2 else "user", word) for i, word in enumerate(said)])
+
+
+def test_a_conversation_that_goes_on_is_held_out_with_its_beginning():
+    whole, part, start, other = map(chat, ("u1 a1 u2 a2 u3 a3", "u1 a1 U2 a2", "u1 a1", "u3 a3"))
+    for rows in ([whole, part, start], [start, whole], [whole, part], [part, start], [part, whole, start]):
+        assert [sorted(same, key=repr) for same in readers.questions(rows)] == [sorted(rows, key=repr)]
+        assert len(readers.questions([*rows, other])) == 2
+    assert len(readers.questions([chat("u1 a1 u2 a2"), chat("u1 b1 u3 a3")])) == 2  # none is the other's beginning
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "B", "?"]), min_size=1, max_size=3), min_size=2, max_size=25),
+       st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_nothing_held_out_is_a_question_that_is_trained_on(conversations, n):
+    rows = [chat(" ".join(f"{word} x" for word in words)) for words in conversations]
+    if len(readers.questions(rows)) > n:
+        rest, held = readers.hold_out(rows, n)
+        trained = {tuple(letters(text) or text for _, text in row.turns[:i])
+                   for row in rest for i in range(1, len(row.turns), 2)}
+        assert not trained & {tuple(letters(text) or text for _, text in row.turns[:-1]) for row in held}
+        assert readers.overlap(rest, held) == 0
 
 
 def test_at_most_200_questions_of_a_users_own_file_are_held_out_and_120_of_a_published_set(tmp_path):
@@ -363,6 +415,13 @@ def test_a_question_counts_as_seen_whatever_its_case_spaces_and_punctuation():
     assert [readers.overlap(train, [tasks.Example(question)]) for question in test] == [1, 1, 0, 0]
     pairs, tests = [tasks.Sentence("A b.", "C", 0)], [("a B", "c!"), ("a b", "d"), ("a b", None)]
     assert [readers.overlap(pairs, [tasks.Sentence(*pair, 1)]) for pair in tests] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("turns", "seen"), [
+    ("u1 a1 u2", 1), ("U1. a1 u2?", 1), ("u1 a1 u2 a2 u3", 1), ("u1", 1), ("u2", 0), ("u1 a2 u2", 0),
+    ("u1 a1 u2 a2 u3 a3 u4", 0)])
+def test_all_that_a_conversation_trains_an_answer_to_counts_as_seen(turns, seen):
+    assert readers.overlap([chat("u1 a1 u2 a2 u3 a3")], [chat(f"{turns} x")]) == seen
 
 
 @given(st.lists(TEXT, max_size=9), st.lists(TEXT, max_size=9))
