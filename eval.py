@@ -152,6 +152,8 @@ def ask(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     tests = examples.load(args, args.tests)
     scoring.require_answers(tests, args.score_by)
+    if not args.held_out:
+        examples.warn_of_overlap(args, tests)
     args.protocol = batch.protocol_for(args.protocol, [row for _, test in tests for row in test])
     m, t = load(args)
     adapt(m, args)

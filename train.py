@@ -217,10 +217,7 @@ def read_data(args: Namespace, dry: bool) -> Data:
     train = [row for _, rows in learned for row in rows]
     tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
     scoring.require_answers(tests, args.score_by)
-    for t, test in () if rank() else tests:
-        if seen := readers.overlap(train, test):
-            print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
-                  f"answer may be memory; see python -m sibo_lab data overlap --train {task.name}", file=sys.stderr)
+    readers.warn_of_overlap(learned, tests)
     return Data(task, learned, train, tests)
 
 

@@ -116,7 +116,8 @@ def test_a_run_scored_on_validation_is_scored_on_it_again(tmp_path, tiny_llama, 
     assert (result["metric"], result["n"], result["score"]) == ("loss", 15, result["loss"])
     capsys.readouterr()
     run(evaluation, tmp_path / "run")
-    assert capsys.readouterr().out.startswith(f"loss {result['loss']:.4f} (n 15;")
+    out, err = capsys.readouterr()
+    assert out.startswith(f"loss {result['loss']:.4f} (n 15;") and "training set" not in err
     run(evaluation, tmp_path / "run", "--score-by", "answers", "--limit", 4)
     out = capsys.readouterr().out
     assert out.startswith("accuracy ") and "(n 4;" in out and "loss per answer" in out
@@ -157,6 +158,40 @@ def test_what_a_run_learned_from_is_not_scored_as_if_it_had_been_left_out(tmp_pa
     run(evaluation, tmp_path / "run", "--ignore-columns", "input", "--task", other, "--limit", 1)
     mine.write_text(json.dumps([row | {"input": "now"} for row in rows]))
     assert f"{tmp_path / 'run'}: expected " in refused()
+
+
+@pytest.fixture
+def learned_mine(tmp_path, tiny_llama, capsys):
+    """The file that a run learned from, another with the same questions, and what eval.py says of the training set."""
+    rows = [{"instruction": f"Say {i}.", "output": str(i), "id": i} for i in range(20)]
+    mine, copy = tmp_path / "mine.json", tmp_path / "copy.json"
+    mine.write_text(json.dumps(rows))
+    copy.write_text(json.dumps([{"instruction": row["instruction"].upper(), "output": "x", "n": 1} for row in rows]))
+    run(train, "--backbone", tiny_llama, "--task", mine, "--ignore-columns", "id", "--score-by", "loss", "--steps", 1,
+        "--batch-size", 2, "--dtype", "float32", "--out", tmp_path / "run")
+
+    def said(*more):
+        capsys.readouterr()
+        run(evaluation, tmp_path / "run", *more)
+        return [line for line in capsys.readouterr().err.splitlines() if "training set" in line]
+
+    return mine, copy, said
+
+
+def test_test_questions_that_a_run_learned_from_are_counted(learned_mine):
+    _, copy, said = learned_mine
+    (line,) = said("--task", copy, "--ignore-columns", "n")
+    assert line.startswith(f"warning: 18 of {copy}'s 20 test questions are in the training set too")
+    assert said() == []  # of its own file what was left out
+
+
+def test_a_training_file_that_is_lost_or_spoiled_is_no_obstacle_to_a_score(learned_mine):
+    mine, copy, said = learned_mine
+    mine.write_text("[{")
+    (line,) = said("--task", copy, "--ignore-columns", "n")
+    assert line.startswith(f"{copy}: not compared with the training set: {mine}, line 1: not valid JSON")
+    mine.unlink()
+    assert said("--task", copy, "--ignore-columns", "n") == []
 
 
 @pytest.mark.parametrize("score_on", ["test", "validation"])

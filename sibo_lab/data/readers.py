@@ -96,6 +96,16 @@ def overlap(train: list, test: list) -> int:
     return sum(_asked(row)[-1] in known for row in test)
 
 
+def warn_of_overlap(learned: list[tuple[Task, list]], tests: list[tuple[Task, list]]) -> None:
+    """On stderr, of tasks with their training examples, and of tests with theirs."""
+    train = [row for _, rows in learned for row in rows]
+    for t, test in () if rank() else tests:
+        if seen := overlap(train, test):
+            print(f"warning: {seen} of {t.name}'s {len(test)} test questions are in the training set too: a right "
+                  f"answer may be memory; see python -m sibo_lab data overlap --train {learned[0][0].name}",
+                  file=sys.stderr)
+
+
 def _asked(row: Example | Sentence) -> list[tuple[str, ...]]:
     """Each question that a row answers, its own last: the letters and digits, in any case, of all texts before."""
     turns = row.turns if isinstance(row, Example) else [("user", row.text), ("user", row.pair or ""), ("assistant", "")]

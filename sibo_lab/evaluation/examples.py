@@ -1,5 +1,6 @@
 """What eval.py scores: the tests, or what a run left out of its training, as long as that is what it did leave out."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -37,6 +38,17 @@ def held_out(args: Namespace, n: int) -> Loaded:
         _require_left_out(args, "validation", batch.encode_all(held, speaker, run["cutoff"], run["train_on_inputs"],
                                                                protocol))
     return readers.by_task(held[:args.limit], loaded)
+
+
+def warn_of_overlap(args: Namespace, tests: Loaded) -> None:
+    """As train.py does, where the files that a run was trained on are there still."""
+    learned = tasks.parse(args.config.get("task", "word-problems"), ignore_columns=args.config.get("ignore_columns"))
+    try:
+        readers.warn_of_overlap([(t, readers.load(t, "train", args.data_dir)) for t in learned if t.train], tests)
+    except FileNotFoundError:
+        pass
+    except ValueError as e:  # a test does not need them
+        print(f"{tests[0][0].name}: not compared with the training set: {e}", file=sys.stderr)
 
 
 def _require_left_out(args: Namespace, name: str, rows: Sequence) -> None:
