@@ -25,13 +25,15 @@ OTHERS = {  # columns of data for something else, and what to do with them
 def read(task: Task, path: Path, again: bool = False) -> list[Example]:
     """A file's rows; ValueError names the column that nothing would use, stderr, unless read `again`, one that is
     ignored and not there."""
-    rows, absent = [], () if again else task.ignored
-    for place, entry in entries.read(path):
+    rows, absent, found = [], () if again else task.ignored, list(entries.read(path))
+    worked = any(_worked(entry) for _, entry in found)
+    for place, entry in found:
         if absent:
             inner = (message for value in entry.values() if isinstance(value, list) for message in value)
             keys = set(entry).union(*(message for message in inner if isinstance(message, dict)))
             absent = [key for key in absent if key not in keys]
-        rows.append(_example(place, {k: v for k, v in entry.items() if k not in task.ignored}, task.ignored))
+        row = {k: v for k, v in entry.items() if k not in task.ignored}
+        rows.append(_example(place, row, task.ignored, worked))
     if absent and rows and not rank():
         print(f"{path}: no row has {entries.listed(absent)}, which --ignore-columns names", file=sys.stderr)
     return rows
@@ -59,13 +61,20 @@ def _missing(value: object) -> bool:
     return value in (None, [], {}) or value != value or isinstance(value, str) and not value.strip()
 
 
-def _example(place: str, row: dict, ignored: tuple) -> Example:
+def _worked(row: dict) -> bool:
+    """Whether a row shows that an answer is what is scored, and a response what is learned."""
+    return not _missing(row.get("response")) and not all(_missing(row.get(key)) for key in ("question", "query"))
+
+
+def _example(place: str, row: dict, ignored: tuple, worked: bool) -> Example:
     given = [key for key in row if not _missing(row[key])]
     asks = next((key for keys in (given, row) for key in FORMS if key in keys), None)
     if asks and not given:  # such as an empty conversation, or the empty lines below a sheet
         return Example("")
     answers = FORMS[asks] if asks else ()
     says = next((key for keys in (given, row) for key in answers if key in keys), answers[0] if answers else asks)
+    if says == "answer" and worked and "response" in row:
+        says = "response"
     if says not in row:
         hint = next((f"; {hint}" for key, hint in OTHERS.items() if key in row), "")
         raise ValueError(f"{place}: expected the key {says or 'instruction'!r}, got {entries.listed(row)}{hint}")

@@ -198,6 +198,28 @@ def test_an_answer_without_an_output_is_scored_but_never_learned_or_held_out_of_
         assert [r.output for r in readers.load(tasks.task(str(path)), split, Path("/nowhere"))] == ["So 7."] * n
 
 
+@pytest.mark.parametrize("empty", ["", None, " "])
+@pytest.mark.parametrize("asks", ["question", "query"])
+def test_beside_worked_responses_an_answer_without_one_is_scored_but_never_learned(tmp_path, capsys, asks, empty):
+    rows = [{asks: f"q{i}", "response": empty if i % 2 else "So 7.", "answer": "7"} for i in range(40)]
+    path = write(tmp_path / "a.json", rows)
+    assert whole(path)[:2] == [tasks.Example("q0", "So 7.", "7"), tasks.Example("q1", "", "7")]
+    capsys.readouterr()
+    learned = readers.load(tasks.task(str(path)), "train", Path("/nowhere"))
+    assert [row.output for row in learned] == ["So 7."] * 18
+    assert capsys.readouterr().err == f"{path}: 20 of 40 rows have no output: left out of training\n"
+
+
+@pytest.mark.parametrize("others", [
+    [{"question": "p", "response": None, "answer": "8"}], [{"instruction": "p", "response": "Ho"}]])
+def test_where_no_question_has_a_response_its_answer_is_learned(tmp_path, others):
+    from pyarrow import Table, parquet
+
+    rows = [{"instruction": None, "question": "q", "response": None, "answer": "7"}, *others]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")  # others get null where they have no value
+    assert whole(tmp_path / "a.parquet")[0] == tasks.Example("q", "7", "7")
+
+
 def test_a_file_of_empty_outputs_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="a.json: expected answers, got none in 2 rows"):
         whole(write(tmp_path / "a.json", [{"instruction": "q", "output": ""}] * 2))
