@@ -137,7 +137,7 @@ def _examples(task: Task, path: Path, text: str) -> Iterator[Example]:
         instruction = field(place, entry, "instruction")
         if str(entry.get("input") or "").strip():
             instruction += "\n\n" + field(place, entry, "input")
-        model_written = task.kind == "arithmetic" and task.test  # and often wrong
+        model_written = task.kind == "arithmetic" and path.name == "test.json"  # and often wrong
         output = "" if model_written else field(place, entry, "output")
         answer = field(place, entry, "answer")
         if task.answers and not re.fullmatch(task.answers, answer):

@@ -210,6 +210,13 @@ def test_the_model_written_output_of_an_arithmetic_test_file_is_not_kept(tmp_pat
     assert capsys.readouterr().err.count("expected the 1319 published examples, got 1;") == 1
 
 
+@pytest.mark.parametrize("name", ["math10k", "commonsense170k"])
+def test_a_training_file_that_is_scored_whole_keeps_its_outputs(tmp_path, name):
+    task, = tasks.scored_whole([tasks.task(name)], [])
+    write(tmp_path / task.train[0], [{"instruction": "q", "input": "", "output": "So 9.", "answer": "9"}])
+    assert readers.load(task, "test", tmp_path) == [tasks.Example("q", "So 9.", "9")]
+
+
 def test_a_gold_answer_that_is_none_of_the_tasks_is_an_error(tmp_path):
     write(tmp_path / "llm_adapters/boolq/test.json",
           [{"instruction": "q", "input": "", "output": "the correct answer is maybe", "answer": "maybe"}])
