@@ -151,7 +151,7 @@ def _tokenizer_config(source: Path, t: Tokenizer) -> dict:
 
 
 def _generation_config(said: dict, spec: dict, ends: Sequence[int]) -> dict:
-    """What the backbone's says, or config.json where it has none, with these ends, and without what scoring is without."""
+    """What the backbone's says, or config.json where it has none: with these ends, without what scoring did without."""
     said = said or {key: i for key in ("bos_token_id", "pad_token_id") if (i := spec.get(key)) is not None}
     aside = {"_from_model_config", *tokenizer.PLAIN_SEARCH}
     return {key: x for key, x in said.items() if key not in aside} | {"eos_token_id": list(ends)}
