@@ -157,7 +157,8 @@ def _require_same_examples(ours: Done, plain: Done) -> None:
     a, b = (run.result.get("sha256", {}) for run in (ours, plain))
     for name in sorted(a.keys() & b.keys() - {"train"}):
         if a[name] != b[name]:
-            raise ValueError(f"{ours.where} and {plain.where}: expected the same {name} examples, to compare them, got "
+            what = name if name == "backbone" else f"{name} examples"
+            raise ValueError(f"{ours.where} and {plain.where}: expected the same {what}, to compare them, got "
                              f"sha256 {a[name][:9]}… and {b[name][:9]}…; leave one out, or repeat it on the other's")
 
 
