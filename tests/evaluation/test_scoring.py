@@ -141,7 +141,7 @@ def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_
     found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
     for i, row in zip(order, found, strict=True):
         for choice, logps in zip(CHOICES[i], row, strict=True):
-            assert logps == pytest.approx(naive_likelihood(m, QUESTIONS[i], choice), abs=1e-5, rel=1e-6)
+            assert logps == pytest.approx(naive_likelihood(m, QUESTIONS[i], choice), abs=5e-5)
 
 
 def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
