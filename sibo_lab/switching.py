@@ -69,7 +69,8 @@ def require_foldable(loras: dict[str, nn.Module]) -> None:
         if tanh or not is_affine(x.base):
             got = "an adapter, whose tanh is not linear" if tanh else "a quantised or computed one"
             raise ValueError(f"{n}: expected LoRA on a weight of 16 bits or more, to hold the fold, got {got}")
-        if x.residual and not x.settings.frozen_too and here != (first := devices.setdefault(x.residual, here)):
+        h0 = x.residual if float(x.lam()) and not x.settings.frozen_too else None
+        if h0 and here != (first := devices.setdefault(h0, here)):
             raise ValueError(f"{n}: expected it on {first}, as the others that read its h0, got it on {here}; load the "
                              "model on one device to merge it")
 

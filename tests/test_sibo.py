@@ -34,7 +34,7 @@ from torch import nn
 
 import model
 import sibo
-from sibo_lab import fast
+from sibo_lab import fast, switching
 from sibo_lab.backbone import generate
 
 HYPOTHESIS = settings(max_examples=25, deadline=None)
@@ -487,6 +487,10 @@ def test_lora_sibo_on_two_devices_does_not_fold_and_nothing_is_changed():
     last.down, last.up = (nn.Parameter(p.to("meta")) for p in here)
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up_proj: expected .* on cpu, .*, got it on meta"):
         sibo.merge(m)
+    inside = {x.name: x for x in switching.layers(m)}
+    sibo.set_lam(m, 0.0)
+    switching.require_foldable(inside)  # without h0 each folds where it is
+    sibo.set_lam(m, 0.2)
     last.down, last.up = here
     assert m.state_dict().keys() == state.keys() and all(torch.equal(p, state[n]) for n, p in m.state_dict().items())
 

@@ -63,7 +63,8 @@ def _missing(value: object) -> bool:
 
 def _worked(row: dict) -> bool:
     """Whether a row shows that an answer is what is scored, and a response what is learned."""
-    return not _missing(row.get("response")) and not all(_missing(row.get(key)) for key in ("question", "query"))
+    asked = not all(_missing(row.get(key)) for key in ("question", "query"))
+    return asked and not _missing(row.get("response")) and not _missing(row.get("answer"))
 
 
 def _example(place: str, row: dict, ignored: tuple, worked: bool) -> Example:
@@ -73,8 +74,8 @@ def _example(place: str, row: dict, ignored: tuple, worked: bool) -> Example:
         return Example("")
     answers = FORMS[asks] if asks else ()
     says = next((key for keys in (given, row) for key in answers if key in keys), answers[0] if answers else asks)
-    if says == "answer" and worked and "response" in row:
-        says = "response"
+    if says == "answer" and worked and "response" not in ignored:
+        says, row = "response", {"response": ""} | row  # absent or null, by the file's format
     if says not in row:
         hint = next((f"; {hint}" for key, hint in OTHERS.items() if key in row), "")
         raise ValueError(f"{place}: expected the key {says or 'instruction'!r}, got {entries.listed(row)}{hint}")

@@ -109,7 +109,7 @@ def warn_of_overlap(learned: list[tuple[Task, list]], tests: list[tuple[Task, li
 def _asked(row: Example | Sentence) -> list[tuple[str, ...]]:
     """Each question that a row answers, its own last: the letters and digits, in any case, of all texts before."""
     turns = row.turns if isinstance(row, Example) else [("user", row.text), ("user", row.pair or ""), ("assistant", "")]
-    texts = ["".join(filter(str.isalnum, text.lower())) or text for _, text in turns]
+    texts = [re.sub(r"[\W_]+", "", text.lower()) or text for _, text in turns[:-1]]
     return [tuple(texts[:i]) for i, (role, _) in enumerate(turns) if role == "assistant"]
 
 

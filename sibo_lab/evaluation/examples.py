@@ -18,7 +18,7 @@ def load(args: Namespace, tests: Sequence[tasks.Task]) -> Loaded:
     loaded, most = readers.load_tests(tests, args.data_dir, args.limit), args.config.get("limit")
     for task, test in loaded:
         if task in args.trained and task.train and not task.test:
-            if task.name not in args.sha256 and args.config["validate"]:
+            if task.name not in args.sha256 and "validation" in args.sha256 and args.config["validate"]:
                 held_out(args, args.config["validate"])  # the same file, read in the same way
             _require_left_out(args, task.name, test if most == args.limit else
                               readers.load(task, "test", args.data_dir, most))

@@ -53,7 +53,8 @@ def write(folder: Path, kind: str, name: str, config: dict, result: dict, settin
         f"# {_text(compare.name_of(name))}\n\n{_summary(folder, kind, backbone, config, settings)}\n",
         _section("Method", _table(["", ""], _method(backbone, config, result, settings))),
         _section("Data", _table(["examples", "sha256"], [
-            [compare.name_of(part), x] for part, x in _dict(result, "sha256").items() if x != NOTHING])),
+            [compare.name_of(part), x] for part, x in _dict(result, "sha256").items()
+            if part != "backbone" and x != NOTHING])),
         _section("Scores", _table([f"on {on}", result.get("metric", "score"), "95 % interval", "examples"],
                                   _scores(result, num_labels))),
         _section("How to load it", _fenced(_loading(folder, kind, name, backbone, source, num_labels), "python")),

@@ -179,8 +179,8 @@ def resolve(args: Namespace, family: str, task: tasks.Task, train: list) -> Run:
     values = recipes.recipe(family, task.kind, args.method) | chat | given(args, (*fields(Run), *OF_METHOD))
     if args.epochs:
         values["steps"] = None
-    if args.validate is None and train:  # by default, a tenth at most
-        values["validate"] = readers.a_tenth(readers.questions(train), values.get("validate", Run.validate))
+    if args.validate is None and train and (most := values.get("validate", Run.validate)):  # a tenth at most
+        values["validate"] = readers.a_tenth(readers.questions(train), most)
     if args.dtype is None and (args.method == "full" or args.device == "cpu" and not fast_bfloat16()):
         values["dtype"] = "float32"
     run = recipes.run_of(**values)

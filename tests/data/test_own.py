@@ -198,10 +198,11 @@ def test_an_answer_without_an_output_is_scored_but_never_learned_or_held_out_of_
         assert [r.output for r in readers.load(tasks.task(str(path)), split, Path("/nowhere"))] == ["So 7."] * n
 
 
-@pytest.mark.parametrize("empty", ["", None, " "])
+@pytest.mark.parametrize("empty", ["", None, " ", "no such key"])
 @pytest.mark.parametrize("asks", ["question", "query"])
 def test_beside_worked_responses_an_answer_without_one_is_scored_but_never_learned(tmp_path, capsys, asks, empty):
-    rows = [{asks: f"q{i}", "response": empty if i % 2 else "So 7.", "answer": "7"} for i in range(40)]
+    without = {} if empty == "no such key" else {"response": empty}
+    rows = [{asks: f"q{i}", "answer": "7"} | (without if i % 2 else {"response": "So 7."}) for i in range(40)]
     path = write(tmp_path / "a.json", rows)
     assert whole(path)[:2] == [tasks.Example("q0", "So 7.", "7"), tasks.Example("q1", "", "7")]
     capsys.readouterr()

@@ -33,7 +33,8 @@ RESULT = {
     "metric": "accuracy", "score": 0.615, "n": 200, "interval": [0.5461, 0.6796], "lambda": 0.2, "scored_on": "test",
     "parts": {"the rest": 0.725, "new templates": 0.175}, "more": {}, "baseline_score": 0.06, "baseline_n": 50,
     "trainable_parameters": 8847360, "total_parameters": 143362368, "command": "python train.py --lr 0.1",
-    "sha256": {"train": "ab" * 32, "validation": card.NOTHING, "/home/me/mine.jsonl": "cd" * 32}, "git": "abc-dirty",
+    "sha256": {"backbone": "ef" * 32, "train": "ab" * 32,
+               "validation": card.NOTHING, "/home/me/mine.jsonl": "cd" * 32}, "git": "abc-dirty",
     "date": "2026-11-28", "versions": {"python": "3.11", "torch": "2.13.0"}}
 CONFIG = recipes.run_of("lora-sibo", backbone="meta/llama", task="word-problems", lam=0.2, steps=9).config()
 SETTINGS = Settings("lora", 0.2, targets=("q_proj", "up_proj"), sibo_at=("up_proj",))
