@@ -119,7 +119,7 @@ def save(runs: Sequence[Done], file: Path) -> None:
 
 def without_folders(command: str) -> str:
     """A command line that holds on other machines too."""
-    return re.sub(r""" --(data-dir|out)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", command)
+    return re.sub(r""" --(data-dir|out|results)[ =]('[^']*'|"[^"]*"|[^\s'"])*""", "", command)
 
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:

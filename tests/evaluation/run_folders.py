@@ -17,7 +17,8 @@ def run(folder, method="lora", seed=0, score=0.5, right=None, lost=None, **setti
         "loss": None if lost is None else sum(lost) / len(lost), "similarity": 0.5, "trainable_parameters": 1000,
         "scored_on": "test",
         "similarity_per_layer": [0.1, 0.4, 0.5], "baseline_similarity_per_layer": [0.1, 0.5, 0.6],
-        "command": f"python train.py --data-dir {shlex.quote(config['data_dir'] or '')} --lr 1 --out={config['out']}"}))
+        "command": f"python train.py --data-dir {shlex.quote(config['data_dir'] or '')} --lr 1 --out={config['out']} "
+                   f"--results {folder}"}))
     records = [{"right": bool(r)} for r in (() if right is None else right)] or [{"loss": x} for x in lost or ()]
     if right is not None or lost is not None:
         lines = [json.dumps({"task": "words"} | record) for record in records]
