@@ -137,22 +137,22 @@ def naive_likelihood(m, prompt, choice):
 @given(order=st.permutations(range(len(QUESTIONS))), batch_size=st.integers(1, 6))
 def test_likelihoods_are_those_of_a_pass_for_each_choice_whatever_the_batch_and_the_order(family, method, order,
                                                                                           batch_size):
-    m = tiny(family, method)
+    m = tiny(family, method).double()
     found = scoring.likelihoods(m, Bytes(), [QUESTIONS[i] for i in order], [CHOICES[i] for i in order], batch_size)
     for i, row in zip(order, found, strict=True):
         for choice, logps in zip(CHOICES[i], row, strict=True):
-            assert logps == pytest.approx(naive_likelihood(m, QUESTIONS[i], choice), abs=5e-5)
+            assert logps == pytest.approx(naive_likelihood(m, QUESTIONS[i], choice), abs=1e-9)
 
 
 def test_prompts_that_begin_alike_are_read_once_up_to_what_is_asked_of_them():
-    m, read, choices = tiny("llama"), [], ["the answer", "the end"]
+    m, read, choices = tiny("llama").double(), [], ["the answer", "the end"]
     expected = [naive_likelihood(m, "question", choice) for choice in choices]
     m.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))
     found = scoring.likelihoods(m, Bytes(), ["question"] * 2, [choices] * 2)
     assert read[:2] == [(1, len("questio")), (2, len("n" "the "))]
     for row in found:
         for logps, wanted in zip(row, expected, strict=True):
-            assert logps == pytest.approx(wanted, abs=5e-5)
+            assert logps == pytest.approx(wanted, abs=1e-9)
 
 
 def test_a_prompt_is_read_once_for_all_its_choices_with_what_these_begin_with():
