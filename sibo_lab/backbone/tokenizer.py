@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from sibo_lab import parallel
 from sibo_lab.backbone import gguf, locate, subwords
 from sibo_lab.backbone.tokenizer_json import (
     CLASSES,
@@ -95,7 +96,7 @@ def _config(folder: Path) -> dict:
         raise ValueError(f"unsupported tokenizer_class: expected one of {', '.join(CLASSES)}, got {quoted(name)}")
     generation = json_or_none(folder / "generation_config.json")
     for key, off in PLAIN_SEARCH.items():
-        if generation.get(key) not in (None, off):
+        if generation.get(key) not in (None, off) and not parallel.rank():
             print(f"{folder}: its generation_config.json has {key} {quoted(generation[key])}; answers here are written "
                   "without it", file=sys.stderr)
     ids = {role: [c.get(f"{role}_token_id") for c in (generation, model)] for role in ROLES}
