@@ -143,11 +143,10 @@ def losses(m: nn.Module, t: subwords.Tokenizer, examples: Sequence[tasks.Example
         return []
 
     def work(some):
-        b = batch.to_device(batch.collate(some), m)
-        ids, labels, mask = b["input_ids"], b["labels"][:, 1:], b["attention_mask"][:, :-1]
-        first = int((labels != -100).any(0).nonzero()[0])
-        labels = labels[:, first:]  # the head is needed nowhere else
-        logits, asked = m(ids[:, :-1], mask, cache=m.new_cache(*ids.shape), last=labels.shape[1]), labels != -100
+        b = batch.to_device(batch.collate(some, side="left"), m)
+        ids, labels, mask = b["input_ids"][:, :-1], b["labels"][:, 1:], b["attention_mask"][:, :-1]
+        labels = labels[:, int((labels != -100).any(0).nonzero()[0]):]  # the head is needed nowhere else
+        (logits, *_), asked = generate.prefill(m, ids, mask, ids.shape[1], labels.shape[1]), labels != -100
         each = F.cross_entropy(generate.to_float32(logits[asked]), labels[asked], reduction="none")
         return [{"loss": _finite(float(x.sum())), "tokens": len(x)} for x in each.split(asked.sum(1).tolist())]
 
