@@ -98,7 +98,8 @@ def dry_run(run: Run, spec: dict, task: tasks.Task, unknown: str = "") -> str:
     m = tied(model.build(spec, run.backbone, task.num_labels))
     tree = explain(run, m) if run.settings else f"{type(m).__name__}: everything is trained, nothing gets h0"
     total, trained = quantized.parameters(m), sum(p.numel() for p in m.parameters() if p.requires_grad)
-    flops = 4 * total + 2 * trained  # per weight two forward, two backward, two more if it is trained
+    # per weight two forward, which checkpointing repeats, two backward, and two more if it is trained
+    flops = (6 if run.grad_checkpoint else 4) * total + 2 * trained
     python, parts = peak_memory("cpu"), memory(spec, run, task.num_labels)
     listed = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
     names = ("steps epochs lr warmup batch_size micro_batch_size cutoff train_on_inputs validate validate_every lam "

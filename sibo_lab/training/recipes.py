@@ -68,7 +68,7 @@ class Run:
     device: str = of("cpu", "cpu, cuda or cuda:N (default: cuda where there is a GPU)", "D")
     shard: bool = of(False, "under torchrun: each process holds a slice of all weights")
     compile: bool = of(False, "torch.compile each block: slow first steps, then faster")
-    grad_checkpoint: bool = of(False, "recompute activations: less memory, a third slower")
+    grad_checkpoint: bool = of(False, "recompute activations: less memory, steps up to half as long again")
     base_bits: int | None = of(None, "bits of the blocks' frozen linear weights (default: as --dtype says; needs "
                                "bitsandbytes)", choices=(8, 4))
     limit: int | None = of(None, "score the first N test examples (default: all)", "N", 1)

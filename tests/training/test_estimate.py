@@ -27,6 +27,11 @@ def test_dry_run_of_llama7b_counts_what_pencil_and_paper_count(monkeypatch, caps
                                "--dry-run", "--out", tmp_path / "run")
         total = base + (0 if method == "full" else trained)
         assert code == 0 and f"trainable parameters {trained:,} of {total:,}" in out
+        assert f"FLOPs per token, estimated: {(4 * total + 2 * trained) / 1e9:.2f} G to train" in out
+    _, out, _ = run_train(monkeypatch, capsys, "--backbone", tmp_path, "--task", "math10k", "--dry-run",
+                          "--grad-checkpoint", "--out", tmp_path / "run")
+    total = base + adapters  # of the default; here the forward pass runs twice
+    assert f"FLOPs per token, estimated: {(6 * total + 2 * adapters) / 1e9:.2f} G to train" in out
     assert not (tmp_path / "run").exists()
 
 
