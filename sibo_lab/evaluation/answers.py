@@ -1,6 +1,10 @@
 """The answer that a response gives, and whether it is right."""
 
 import re
+import unicodedata
+from decimal import Decimal
+
+import regex
 
 from sibo_lab.data import tasks
 
@@ -32,12 +36,25 @@ def last_number(text: str) -> str | None:
 
 
 def is_right(task: tasks.Task, text: str, gold: str) -> bool:
-    """Whether a response gives the gold answer: numbers to within 1e-3, letters and words exactly. Where gold is no
-    number and there is no pattern, the response must end in it, but for case and closing punctuation."""
-    text, gold = _read(task, text), gold.strip()
-    if task.answers and task.answers != tasks.NUMBER:
-        return answer_of(task, text) == gold
-    if re.fullmatch(tasks.NUMBER, number := gold.replace(",", "")):
-        return abs(float(last_number(text) or "nan") - float(number)) <= 1e-3  # nan is close to nothing
-    ours, theirs = (re.sub(r"(?<=[^\s.!?)])[\s.!?)]++$", "", words.strip().lower()) for words in (text, gold))
-    return re.search(rf"(?<!\w){re.escape(theirs)}$", ours) is not None
+    """Whether a response gives the gold answer: numbers to within 1e-3, letters and words exactly. Where there is no
+    pattern, the response must end in it, but for spelling: see _spelled."""
+    text = _read(task, text)
+    if task.answers == tasks.NUMBER:
+        return abs(float(last_number(text) or "nan") - float(gold.replace(",", ""))) <= 1e-3  # nan is close to nothing
+    if task.answers:
+        return answer_of(task, text) == gold.strip()
+    ours, theirs = _spelled(text), _spelled(gold)
+    if regex.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", theirs):  # not 1,5: a decimal comma, or two numbers
+        return abs(Decimal(last_number(ours) or "inf") - Decimal(theirs.replace(",", ""))) <= Decimal("1e-3")
+    before = ours.removesuffix(theirs)
+    number = regex.match(r"\p{Sc}?\p{N}", theirs)  # of 5 %, 12.5 % and -5 % are others
+    other = number and regex.search(r"(\p{N}[.,/:\p{Zs}]|[\p{Pd}^])\Z", before)
+    apart = regex.search(r"(?<!\w)\Z|(是|為|为|は|คือ)\Z", before)  # "is", where no space follows it
+    return ours.endswith(theirs) and not other and apart is not None
+
+
+def _spelled(text: str) -> str:
+    """In lower case and one spelling of accents, minus and .5, without closing punctuation."""
+    text = unicodedata.normalize("NFC", text.strip().lower()).replace("\u2212", "-")
+    closing = r"\s*`…\p{Pe}\p{Quotation_Mark}\p{Terminal_Punctuation}"
+    return regex.sub(rf"(?<=[^{closing}])[{closing}]++$", "", regex.sub(r"(?<!\w)\.(?=\d)", "0.", text))

@@ -50,6 +50,7 @@ def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
     ("aqua", "By C, and D", "D", False),
     ("obqa", "the correct answer is answer4", "answer4", True),
     ("obqa", "Answer4", "answer4", False),
+    ("gsm8k", "The answer is \u22125", "5", True),                        # the official pattern reads only -
     ("math10k", "so 3 + 4 = 7\nThe answer is 7.", "7.0", True),
     ("math10k", "All right.\nThe answer is (C).", "C", True),
     ("math10k", "All right.\nThe answer is (C).", "B", False),
@@ -62,6 +63,30 @@ def test_the_last_letter_is_the_last_that_stands_alone(response, letter):
 ])
 def test_right_is_a_number_within_a_thousandth_or_the_very_word(name, response, gold, right):
     assert answers.is_right(tasks.task(name), response, gold) is right
+
+
+@pytest.mark.parametrize(("response", "gold"), [
+    ("The answer is 2.5 apples.", "5 apples"), ("The tax is 12.5%", "5%"), ("The tax is 12,5 %", "5 %"),
+    ("It fell by -5%", "5%"), ("It fell by \u22125%", "5%"), ("It fell by -$5", "$5"), ("The answer is -1/2", "1/2"),
+    ("x = 2 3/4", "3/4"), ("It is $1,200 million", "200 million"), ("It is 1 200 m", "200 m"), ("x^2y", "2y"),
+    ("The answer is 5", "0,5"), ("The answer is 15", "1,5"), ("The answer is 34", "3,4"), ("The answer is 5", "5%"),
+    ("The answer is 5", "-5"), ("It is \u22125", "5"), ("It is .5", "5"), ("12345678901234567", "12345678901234568"),
+    ("The answer is C", "C#"), ("不正确", "正确"), ("ไม่ใช่", "ใช่"), ("不是", "是"), ("nicht wahr, unwahr", "wahr")])
+def test_the_end_of_another_answer_is_wrong(response, gold):
+    assert not answers.is_right(tasks.task("mine.json"), response, gold)
+
+
+@pytest.mark.parametrize(("response", "gold"), [
+    ("The answer is 5 apples.", "5 apples"), ("The tax is 5%.", "5%"), ("It fell by -5%", "-5%"), ("x = 1/2", "1/2"),
+    ("The answers are 3,4", "3,4"), ("So 2 + 3 = 5\n5 apples", "5 apples"), ("1200", "1,200"), ("1,200.50", "1,200.5"),
+    ("The answer is 0.5", ".5"), ("The answer is .5", "0.5"), ("It is \u22125", "-5"), ("It is 1.0009", "1"),
+    ("x = 5 \n5 apples", "5 apples"), ("答案是北京", "北京"), ("北京。", "北京"), ("答えは東京", "東京"),
+    ("答えは「東京」", "東京"), ("คำตอบคือกรุงเทพ", "กรุงเทพ"),
+    ('The answer is "Paris"', "Paris"), ("**Paris**", "Paris"), ("It is `Paris`.", "Paris"), ("Paris,", "Paris"),
+    ("Paris;", "Paris"), ("Paris…", "Paris"), ("Es ist „Paris“", "Paris"), ("C'est « oui »", "oui"), ("In C#.", "C#"),
+    ("e\u0301te\u0301", "\u00e9t\u00e9"), ("\u00e9t\u00e9", "e\u0301te\u0301")])
+def test_the_same_answer_in_another_spelling_is_right(response, gold):
+    assert answers.is_right(tasks.task("mine.json"), response, gold)
 
 
 def official(name, response, gold):
