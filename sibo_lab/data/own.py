@@ -100,7 +100,7 @@ def _example(place: str, row: dict, ignored: tuple, worked: bool) -> Example:
                          f"last, got {', '.join(roles[-6:])}")
     scored = "answer" in given and says != "answer"
     answer = entries.field(place, row, "answer", TEXT) if scored else turns[-1][1]
-    if mark := re.search(r"\n#### ([-\d.,]+)\s*$", answer):  # GSM8K's last line is what its worked answer comes to
+    if mark := re.search(r"\n#### (.*\S)\s*+$", answer):  # GSM8K's last line is what its worked answer comes to
         answer = mark[1]
     if len(turns) > 2 or isinstance(row[asks], list):
         return Chat.of(turns, answer)

@@ -80,6 +80,8 @@ def test_what_is_scored_may_stand_beside_the_output(tmp_path):
 
 @pytest.mark.parametrize(("output", "answer"), [
     ("48/2 = <<48/2=24>>24\n#### 1,072", "1,072"), ("No.\n#### -3.5\n", "-3.5"), ("7", "7"),
+    ("So.\n#### $18", "$18"), ("So.\n#### 50% ", "50%"), ("So.\n#### 1/2", "1/2"), ("So.\n#### 5 apples", "5 apples"),
+    ("### A\n#### B\nSo.\n#### 2", "2"),
     ("A heading\n#### 7 of them\nand text", "A heading\n#### 7 of them\nand text"), ("#### 7", "#### 7")])
 def test_of_an_answer_worked_out_as_in_gsm8k_its_last_line_is_scored(tmp_path, output, answer):
     said = [MESSAGES[0], {"role": "assistant", "content": output}]
