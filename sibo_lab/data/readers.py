@@ -3,15 +3,23 @@
 import hashlib
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, starmap
 from pathlib import Path
+
+import regex
 
 from sibo_lab.data import download, entries, own, word_problems
 from sibo_lab.data.entries import field, in_json, lines, listed
 from sibo_lab.data.tasks import AQUA, GSM8K, MAWPS, MAWPS_VALID, NUMBER, Example, Sentence, Task
 from sibo_lab.files import quoted
 from sibo_lab.parallel import rank
+
+MEANT = regex.compile(  # of a text: all but punctuation, which in numbers and formulas is none
+    r"[\p{L}\p{M}\p{N}\p{Sm}\p{Sc}\p{So}^%]++|(?<!\w)\.(?=\d)|(?<=\d)(?!,\d{3}(?!\d))[.,:](?=\d)"  # not 1,000
+    r"|[*/](?=\s*\d)|(?<=\d\s*)[*/]|(?<!\p{L})-(?=\s*\d)|(?<=\d\s*)-(?!\p{L})"  # 3 - 2, not 3-year-old
+    r"|(?<=[-+*/^]\s*)\(|\)(?=\s*[-+*/^])")
 
 
 def load(task: Task, split: str, data_dir: Path, n: int | None = None, seed: int = 0) -> list:
@@ -107,9 +115,10 @@ def warn_of_overlap(learned: list[tuple[Task, list]], tests: list[tuple[Task, li
 
 
 def _asked(row: Example | Sentence) -> list[tuple[str, ...]]:
-    """Each question that a row answers, its own last: the letters and digits, in any case, of all texts before."""
+    """Each question that a row answers, its own last: all texts before, without case, spaces and punctuation."""
     turns = row.turns if isinstance(row, Example) else [("user", row.text), ("user", row.pair or ""), ("assistant", "")]
-    texts = [re.sub(r"[\W_]+", "", text.lower()) or text for _, text in turns[:-1]]
+    texts = [unicodedata.normalize("NFC", text.lower()).replace("\u2212", "-") for _, text in turns[:-1]]
+    texts = ["".join(MEANT.findall(text)) or text for text in texts]
     return [tuple(texts[:i]) for i, (role, _) in enumerate(turns) if role == "assistant"]
 
 

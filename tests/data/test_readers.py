@@ -101,6 +101,25 @@ def test_questions_without_a_letter_or_digit_are_different_ones():
     assert len(readers.questions([tasks.Example("+"), tasks.Example("-"), tasks.Example("+")])) == 2
 
 
+@pytest.mark.parametrize(("one", "other"), [
+    ("What is 1.5 + 2?", "What is 15 + 2?"), ("What is .5?", "What is 5?"), ("1,5", "15"), ("At 10:30?", "At 1030?"),
+    ("12 - 3", "12 + 3"), ("12 - 3", "12 / 3"), ("12 - 3", "123"), ("x / 3", "x * 3"), ("3 - x", "3 x"), ("1/2", "12"),
+    ("Is -5 < 3?", "Is 5 < 3?"), ("5 < 3", "5 > 3"), ("x^2", "x2"), ("a + b", "ab"), ("$5", "£5"), ("10 %", "10"),
+    ("2 * (3 + 4)", "2 * 3 + 4"), ("(1 + 2) * 3", "1 + 2 * 3"), ("किताब", "कतब"), ("กิน", "กัน")])
+def test_numbers_formulas_and_vowel_signs_tell_questions_apart(one, other):
+    assert readers.overlap([tasks.Example(one)], [tasks.Example(other)]) == 0
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("What is 2+3?", "what is 2 + 3"), ("12 - 3", "12-3."), ("5 - 3", "5 \u2212 3"), ("He has 3.", "He has 3"),
+    ("1,000,000", "1000000"),
+    ("In 2020, 3 men (all 40) sang", "In 2020 3 men, all 40, sang"), ("A 3-year-old", "A 3 year old"),
+    ("Covid-19", "covid 19"), ("\"Why\", he asks", "``Why'' he asks"), ("and/or", "and or"), ("$ 5", "$5"),
+    ("caf\u00e9", "cafe\u0301")])
+def test_punctuation_beside_a_number_is_no_other_question(one, other):
+    assert readers.overlap([tasks.Example(one)], [tasks.Example(other)]) == 1
+
+
 def test_questions_are_in_the_order_of_their_sha256():
     rows = [tasks.Example(f"Question {i}?") for i in range(30)]
     expected = sorted(rows, key=lambda e: hashlib.sha256(e.instruction.encode()).digest())
