@@ -4,9 +4,11 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
@@ -102,8 +104,10 @@ def _parquet(path: Path) -> Iterator[Entry]:
     except (ArrowException, OSError, ValueError) as e:
         raise ValueError(f"{path}: not a whole Parquet file ({one_line(e)}); fetch or copy it again") from None
     _require_different(path, table.column_names)
-    for i, row in enumerate(rows, 1):
-        yield f"{path}, row {i}", row
+    narrow = {column.name: column.type.to_pandas_dtype() for column in table.schema
+              if str(column.type) in ("halffloat", "float")}
+    for i, row in enumerate(rows, 1):  # float32's 3.8 is 3.8, not 3.799999952316284
+        yield f"{path}, row {i}", row | {k: float(str(of(row[k]))) for k, of in narrow.items() if row[k] is not None}
 
 
 def _require_different(place: object, names: list[str]) -> None:
@@ -116,12 +120,17 @@ def listed(names: Iterable[str]) -> str:
 
 
 def field(place: str, entry: dict, key: str, types: tuple = (str,)) -> str:
-    """entry[key], of these types; what is no text as JSON writes it. ValueError for others, and for blanks."""
+    """entry[key], of these types; a float in plain decimals, what else is no text as JSON writes it. ValueError for
+    others, and for blanks."""
     if key not in entry:
         raise ValueError(f"{place}: expected the key {key!r}, got {listed(entry)}")
     if type(entry[key]) not in types:
         raise ValueError(f"{place}: {key!r}: expected {types[0].__name__}, got {type(entry[key]).__name__}")
-    value = entry[key] if isinstance(entry[key], str) else json.dumps(entry[key])
+    value = entry[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {key!r}: expected a finite number, got {value}")
+    if not isinstance(value, str):
+        value = format(Decimal(repr(value)), "f") if isinstance(value, float) else json.dumps(value)
     if not value.strip() or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{place}: {key!r}: expected text, got {'half a surrogate pair' if value.strip() else 'none'}")
     return value

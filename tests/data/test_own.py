@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,8 +81,8 @@ def test_what_is_scored_may_stand_beside_the_output(tmp_path):
 
 @pytest.mark.parametrize(("output", "answer"), [
     ("48/2 = <<48/2=24>>24\n#### 1,072", "1,072"), ("No.\n#### -3.5\n", "-3.5"), ("7", "7"),
-    ("So.\n#### $18", "$18"), ("So.\n#### 50% ", "50%"), ("So.\n#### 1/2", "1/2"), ("So.\n#### 5 apples", "5 apples"),
-    ("### A\n#### B\nSo.\n#### 2", "2"),
+    ("So.\n#### $18", "$18"), ("So.\n#### 50% ", "50%"), ("So.\n#### 1/2", "1/2"),
+    ("So.\n#### 5 apples", "5 apples"), ("### A\n#### B\nSo.\n#### 2", "2"),
     ("A heading\n#### 7 of them\nand text", "A heading\n#### 7 of them\nand text"), ("#### 7", "#### 7")])
 def test_of_an_answer_worked_out_as_in_gsm8k_its_last_line_is_scored(tmp_path, output, answer):
     said = [MESSAGES[0], {"role": "assistant", "content": output}]
@@ -95,6 +96,19 @@ def test_of_an_answer_worked_out_as_in_gsm8k_its_last_line_is_scored(tmp_path, o
 def test_a_number_that_answers_is_its_text_as_json_writes_it(tmp_path, value, text):
     assert read(tmp_path, {"question": "q", "answer": value}).output == text
     assert read(tmp_path, {"messages": [MESSAGES[0], {"role": "assistant", "content": value}]}).output == text
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    ("0.00001", "0.00001"), ("1e16", "10000000000000000"), ("-2.5E-7", "-0.00000025"),
+    ("1e2", "100.0"), ("0.1", "0.1")])
+def test_a_number_that_answers_is_written_out(tmp_path, value, text):
+    assert whole(write(tmp_path / "a.jsonl", f'{{"question": "q", "answer": {value}}}'))[0].answer == text
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1e999"])
+def test_a_number_that_no_float_holds_is_refused_by_name(tmp_path, value):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: 'answer': expected a finite number, got -?inf$"):
+        whole(write(tmp_path / "a.jsonl", f'\n{{"question": "q", "answer": {value}}}'))
 
 
 @pytest.mark.parametrize(("row", "says"), [
@@ -263,6 +277,16 @@ def test_parquet_holds_conversations_and_numbers(tmp_path):
     parquet.write_table(Table.from_pylist([{"question": "q", "answer": 7}, {"question": "q", "answer": None}]),
                         tmp_path / "b.parquet")
     assert [row.output for row in whole(tmp_path / "b.parquet")] == ["7"]
+
+
+@pytest.mark.parametrize("width", ["float16", "float32", "float64"])
+def test_numbers_of_parquet_have_the_digits_that_were_written(tmp_path, width):
+    from pyarrow import Table, array, parquet
+
+    written = [3.8, 0.1, None, 12.1, -7.0, 0.00002]
+    answers = array(np.array(written, float).astype(width), mask=np.array([x is None for x in written]))
+    parquet.write_table(Table.from_pydict({"question": list("abcdef"), "answer": answers}), tmp_path / "a.parquet")
+    assert [row.answer for row in whole(tmp_path / "a.parquet")] == ["3.8", "0.1", "12.1", "-7.0", "0.00002"]
 
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
