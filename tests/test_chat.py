@@ -12,6 +12,7 @@ from sibo_lab import cli
 from sibo_lab.backbone import chat_template, tokenizer
 from sibo_lab.data import batch, commands, readers, tasks
 from sibo_lab.evaluation import scoring
+from sibo_lab.training import recipes
 
 TEMPLATE = ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] + eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}[assistant]{% endif %}")
@@ -176,6 +177,18 @@ def test_show_writes_special_tokens_and_tasks_of_every_kind(tmp_path, capsys, ti
     (tmp_path / "glue/RTE/train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
     command(commands, "show", "rte", "--backbone", tiny_bert, "--data-dir", tmp_path)
     assert "--- 1: 5 tokens, label 0\n[CLS]a[SEP] b[SEP]\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("task", "kind", "family"), [("rte", "glue", "bert"), ("mine.jsonl", "own", "llama")])
+def test_show_cuts_where_training_cuts(tmp_path, capsys, tiny_bert, backbone, task, kind, family):
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    long = "a " * 600
+    (tmp_path / "glue/RTE/train.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\t{long}\tb\tentailment\n")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "q", "answer": long}))
+    of_run = recipes.run_of(**recipes.recipe(family, kind, "lora-sibo")).cutoff
+    name = tmp_path / task if kind == "own" else task
+    command(commands, "show", name, "--backbone", tiny_bert if kind == "glue" else backbone, "--data-dir", tmp_path)
+    assert f"--- 1: {of_run} tokens, " in (out := capsys.readouterr().out) and f"cut off at {of_run}\n" in out
 
 
 @pytest.mark.parametrize(("args", "says"), [

@@ -106,13 +106,15 @@ def show(args: argparse.Namespace, task: tasks.Task, data_dir: Path) -> str:
     if not glue and t.eos_id is None:
         raise ValueError(f"--backbone {name}: expected an LLM, whose tokenizer ends a text, got one without eos")
     speaker = chat_template.Chat(path, t) if protocol == "chat" else t
-    chosen, blocks = args.train_on_inputs, []
+    cutoff, chosen, blocks = args.cutoff, args.train_on_inputs, []
+    if cutoff is None:
+        cutoff = 128 if glue else 256  # as train.py
     on_inputs = protocol != "chat" and task.kind != "word-problems" if chosen is None else chosen  # as train.py
     for i, example in enumerate(examples, 1):
-        row = (batch.encode_sentence(example, t, args.cutoff) if glue else
-               batch.encode(example, speaker, args.cutoff, on_inputs, protocol))
+        row = (batch.encode_sentence(example, t, cutoff) if glue else
+               batch.encode(example, speaker, cutoff, on_inputs, protocol))
         loss = f"label {row.labels}" if glue else f"the loss counts {sum(x != -100 for x in row.labels[1:])}"
-        cut = f", cut off at {args.cutoff}" if row.cut else ""
+        cut = f", cut off at {cutoff}" if row.cut else ""
         blocks.append(f"--- {i}: {len(row.ids)} tokens, {loss}{cut}\n{shown(t, row)}")
     return "\n".join([*blocks, f"--- {task.name} for {name}, protocol {protocol}; no loss on what is in ⟦ ⟧"])
 
@@ -154,7 +156,7 @@ def parser() -> cli.Parser:
     add("--backbone", metavar="NAME", help="whose tokens and chat template (default: smollm2-135m; GLUE minilm)")
     add("--protocol", choices=batch.PROTOCOLS, help="default: as train.py")
     add("--rows", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
-    add("--cutoff", type=int, default=256, metavar="N", help="as train.py's (default: %(default)s)")
+    add("--cutoff", type=int, metavar="N", help="as train.py's (default: 256; GLUE 128)")
     add("--train-on-inputs", action=argparse.BooleanOptionalAction, default=None, help="default: as train.py")
     add("--ignore-columns", metavar="A,B", help="columns of your own file that are not used")
     h = commands.add_parser("harness", help="write multiple choice as task files of lm-evaluation-harness")
