@@ -77,7 +77,7 @@ def main(args: Namespace) -> None:
 
 def table(args: Namespace) -> None:
     runs, first = compare.read(args.table), args.table[0]
-    out = args.out or (first if first.is_dir() else first.parent) / "table.png"
+    out = args.out or (first if first.is_dir() else Path()) / "table.png"
     print(compare.tables(runs, args.markdown))
     if args.save:
         compare.save(runs, args.save)

@@ -114,15 +114,18 @@ def test_the_columns_of_a_table_are_aligned_on_the_left_or_the_right():
     (["export", "runs/a", "hf", "b", "--device", "cpu"], "eval", ["runs/a", "--export", "hf", "b", "--device", "cpu"]),
     (["export", "--help"], "eval", ["--help", "--export"]),
     (["table", "runs", "more", "--markdown"], "eval", ["--table", "runs", "more", "--markdown"]),
+    (["table", "--help"], "eval", ["--help"]),
 ])
 def test_each_command_of_the_package_hands_its_options_to_one_module(monkeypatch, args, module, options):
-    ran = []
-    room = SimpleNamespace(main="main", parser=lambda: "parser")
+    ran, parser = [], SimpleNamespace()
+    room = SimpleNamespace(main="main", parser=lambda: parser)
     monkeypatch.setattr(sys, "argv", ["sibo_lab", *args])
     monkeypatch.setattr(sibo_lab_main.importlib, "import_module", lambda name: ran.append(name) or room)
     monkeypatch.setattr(cli, "run", lambda *given: ran.append(given))
     sibo_lab_main.main()
-    assert ran == [module, ("main", "parser", options)]
+    assert ran == [module, ("main", parser, options)]
+    usage = {"export": "export RUN hf|peft|gguf PLACE", "table": "table DIR …"}.get(args[0])
+    assert vars(parser) == ({"usage": f"python -m sibo_lab {usage} [options of eval.py]"} if usage else {})
 
 
 @pytest.mark.parametrize("args", [[], ["date"], ["help"]])

@@ -185,7 +185,7 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error():
 @pytest.mark.parametrize(("args", "says"), [
     (["train.py", "--lam", "2"], "--lam: expected in [0, 1), got 2.0"),
     (["eval.py"], "one of the arguments run --backbone --table is required; see python eval.py --help"),
-    (["eval.py", "no-such-run"], "no-such-run: expected a run folder that train.py wrote, got no config.json"),
+    (["eval.py", "no-such-run"], "no-such-run: expected a run folder that train.py wrote, got no such folder"),
     (["eval.py", "--backbone", "minilm", "--ask", "How many?"], "minilm: expected a trained classifier head, got none"),
     (["eval.py", "--backbone", "minilm", "--similarity", "--task", "word-problems,word-problems"], "expected one task"),
     (["-m", "sibo_lab"], "expected python -m sibo_lab data|study|bench|export|table, got "),

@@ -86,7 +86,8 @@ def complete(args: argparse.Namespace) -> None:
     """Adds what the run and the backbone say; ValueError or FileNotFoundError where the options do not fit them."""
     require_device(args.device)
     if args.run and not Path(args.run, "config.json").is_file():
-        raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got no config.json in it")
+        got = "no config.json in it" if Path(args.run).is_dir() else "no such folder"
+        raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got {got}")
     args.config = run = files.read_json(Path(args.run, "config.json")) if args.run else {}
     done = Path(args.run, "result.json") if args.run else None
     args.sha256 = files.read_json(done).get("sha256", {}) if done and done.is_file() else {}

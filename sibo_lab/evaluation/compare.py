@@ -58,11 +58,11 @@ def read(places: Sequence[str | Path]) -> list[Done]:
     """All finished runs in and below folders, and in files from `save`; FileNotFoundError for none."""
     runs = []
     for place in map(Path, places):
-        if place.suffix == ".jsonl":
+        if place.suffix == ".jsonl" and place.is_file():
             lines = enumerate(place.read_text("utf-8").splitlines(), 1)
             runs += [_saved(line, f"{place}, line {i}") for i, line in lines]
         elif not place.is_dir():
-            raise FileNotFoundError(f"{place}: no such folder; expected one with runs, or a .jsonl of saved runs")
+            raise FileNotFoundError(f"{place}: expected a folder of runs, or a .jsonl file of saved ones, got neither")
         runs += map(_finished, sorted(file.parent for file in place.rglob("result.json")))
     if not runs:
         raise FileNotFoundError(f"{', '.join(map(str, places))}: expected finished runs (with a result.json), got none")

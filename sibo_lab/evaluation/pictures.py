@@ -30,7 +30,7 @@ def look(name: str) -> dict:
 def draw_runs(runs: Sequence[compare.Done], path: Path) -> None:
     """Each seed's score as a dot (plain methods: a ring), their mean as a bar; one panel per table."""
     tables = compare.groups(runs)
-    height = 0.6 + sum(0.8 + 0.32 * len(rows) for rows in tables)
+    height = 0.8 + sum(0.8 + 0.32 * len(rows) for rows in tables)
     fig, *panels = figure(height=height, ratios=[len(rows) + 1.5 for rows in tables])
     for ax, rows in zip(panels, tables, strict=True):
         for y, g in enumerate(rows):
@@ -43,8 +43,11 @@ def draw_runs(runs: Sequence[compare.Done], path: Path) -> None:
         ax.grid(visible=False, axis="y")
         result = rows[0].first
         on = " (validation)" if result["scored_on"] == "validation" else ""
-        ax.set(xlabel=f"{result['metric']}{on}; a dot per seed, a bar their mean",
-               title=f"{result['backbone']} on {result['task']}")
+        tests = rows[0].config["test"]
+        mean = f"mean of {', '.join(map(compare.name_of, tests))}: " if tests and len(tests) > 1 else ""
+        ax.set(xlabel=f"{mean}{result['metric']}{on}")
+        ax.set_title(f"{result['backbone']} on {result['task']}", loc="right")
+    fig.supxlabel("a dot per seed, a bar their mean", fontsize="medium")  # beside long labels the axes are narrow
     files.write(path, fig.savefig)
 
 

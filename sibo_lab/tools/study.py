@@ -4,6 +4,7 @@ figures show one seed: points are means over --seeds, bars their standard deviat
 
 import csv
 import io
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -153,7 +154,9 @@ def gain(rows: Groups, file: str) -> list[str]:
         raise ValueError(f"{rows[0].config['task']}: expected the loss of each answer in all runs, got runs without; "
                          "use --score-by loss, with --score-on validation where a test file has no answers to learn")
     pictures.draw_differences(found, Path(f"{file}.png"), title(rows))
-    return [f"{label} {d.mean:+.4f} ± {d.half:.4f} (could show {d.could_show:.4f})" for label, d in found.items()]
+    shown = "± {:.4f} (could show {:.4f})".format
+    return [f"{label} {d.mean:+.4f} " + ("(one answer: no interval)" if math.isnan(d.half) else
+                                         shown(d.half, d.could_show)) for label, d in found.items()]
 
 
 def examples(args: Namespace, n: int) -> tuple[nn.Module, list[batch.Row], int]:
@@ -269,7 +272,9 @@ OPTIONS = {  # of train.py's, those that a study reads which does not train by i
 
 def parser() -> cli.Parser:
     p = options.parser()
-    p.prog, p.description = "-m sibo_lab study", "The paper's analyses. Their other options are train.py's."
+    p.prog = "-m sibo_lab study"
+    p.description = ("The paper's analyses, and ours: gain, where, depth, remedies (docs/experiments.md says what each "
+                     "is). Their other options are train.py's.")
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="(default: %(default)s)")
     p.set_defaults(method=None, score_by=None)  # None: the study's own

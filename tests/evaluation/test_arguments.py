@@ -44,7 +44,7 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
 @pytest.mark.parametrize(("args", "says"), [
     ((), "one of the arguments run --backbone --table is required"),
     (("RUN", "--backbone", "minilm"), "argument --backbone: not allowed with argument run"),
-    (("no-such-run",), "no-such-run: expected a run folder that train.py wrote, got no config.json in it"),
+    (("no-such-run",), "no-such-run: expected a run folder that train.py wrote, got no such folder"),
     (("RUN", "--limit", 0), "argument --limit: expected at least 1, got 0"),
     (("RUN", "--batch-size", -1), "argument --batch-size: expected at least 1, got -1"),
     (("RUN", "--num-beams", "x"), "argument --num-beams: invalid .* value: 'x'"),

@@ -204,6 +204,7 @@ def test_a_line_that_is_no_saved_run_is_named(tmp_path, line):
         compare.read([tmp_path / "runs.jsonl"])
 
 
-def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        compare.read([tmp_path / "nowhere"])
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.jsonl"])
+def test_a_place_that_is_not_there_is_not_an_empty_one(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: expected a folder of runs, or a .jsonl file of saved ones"):
+        compare.read([tmp_path / name])
