@@ -216,6 +216,8 @@ def read_data(args: Namespace, dry: bool) -> Data:
     learned = [] if unread else [(t, readers.load(t, "train", folder)) for t in learned]
     train = [row for _, rows in learned for row in rows]
     tests = [] if dry or args.score_on == "validation" else readers.load_tests(tests, folder, args.limit)
+    if not dry:
+        readers.say_unscored([t for t, _ in learned], [t for t, _ in tests], folder)
     scoring.require_answers(tests, args.score_by)
     readers.warn_of_overlap(learned, tests)
     return Data(task, learned, train, tests)

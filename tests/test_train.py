@@ -91,6 +91,21 @@ def test_pairs_are_not_for_a_bert_of_one_segment(monkeypatch, capsys, tmp_path, 
     assert code == 2 and "its pairs of sentences need a BERT of two segments" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("more", "says"), [
+    ((), "100 of its examples are left out of training and scored\n"),
+    (("--test", "mine.jsonl,other.jsonl"), "100 of its examples are left out of training and scored\n"),
+    (("--test", "other.jsonl"), "100 of its examples are left out of training, and not scored\n"),
+    (("--score-on", "validation"), "100 of its examples are left out of training, and not scored\n")])
+def test_what_is_neither_learned_nor_scored_is_counted_once(monkeypatch, capsys, tmp_path, more, says):
+    monkeypatch.chdir(tmp_path)
+    for name, n in (("mine", 1000), ("other", 50)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"question": f"{name} {i}?", "answer": f"{i}"}) + "\n" for i in range(n)))
+    args, = options.grid(train.parser().parse_args(["--task", "mine.jsonl", *more]))
+    d = train.read_data(args, dry=False)
+    assert len(d.train) == 900 and capsys.readouterr().err == f"{tmp_path / 'mine.jsonl'} has no test file: {says}"
+
+
 @pytest.mark.parametrize("both", ["mawps+word-problems", "word-problems+mawps"])
 def test_tasks_are_learned_together_in_any_order(tmp_path, both):
     (tmp_path / tasks.MAWPS).parent.mkdir(parents=True)

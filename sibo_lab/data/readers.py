@@ -1,10 +1,12 @@
 """Read the tasks' files, in the layouts their authors publish, as examples (paper, Section 4.1)."""
 
 import hashlib
+import io
 import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr
 from itertools import chain, islice, starmap
 from pathlib import Path
 
@@ -61,6 +63,17 @@ def load_tests(tests: Iterable[Task], data_dir: Path, n: int | None) -> list[tup
             print(f"{t.name} has no test file: {len(test)} of its examples are left out of training and scored",
                   file=sys.stderr)
     return found
+
+
+def say_unscored(learned: Iterable[Task], scored: Iterable[Task], data_dir: Path) -> None:
+    """On stderr, of tasks without a test file that are learned and not scored, how much of their files is in neither:
+    a run leaves it out all the same, so that eval.py can score it later."""
+    for t in () if rank() else learned:
+        if t.train and not t.test and t not in scored:
+            with redirect_stderr(io.StringIO()):  # what its rows lack was said as they were learned
+                n = len(load(t, "test", data_dir))
+            print(f"{t.name} has no test file: {n} of its examples are left out of training, and not scored",
+                  file=sys.stderr)
 
 
 def hold_out(rows: list, n: int, tenth: bool = False) -> tuple[list, list]:
