@@ -124,7 +124,7 @@ def without_folders(command: str) -> str:
 
 def groups(runs: Sequence[Done]) -> list[list[SeedGroup]]:
     """The rows of each table; ValueError names two runs with one place in it and other results, and two that would be
-    compared but were scored on other examples."""
+    compared but learned from or were scored on other examples."""
     def key(config):
         return json.dumps({k: v for k, v in sorted(config.items()) if k not in ("seed", *ASIDE)})
 
@@ -155,7 +155,7 @@ def _found(run: Done) -> str:
 
 def _require_same_examples(ours: Done, plain: Done) -> None:
     a, b = (run.result.get("sha256", {}) for run in (ours, plain))
-    for name in sorted(a.keys() & b.keys() - {"train"}):
+    for name in sorted(a.keys() & b.keys()):
         if a[name] != b[name]:
             what = name if name == "backbone" else f"{name} examples"
             raise ValueError(f"{ours.where} and {plain.where}: expected the same {what}, to compare them, got "

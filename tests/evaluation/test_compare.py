@@ -172,13 +172,14 @@ def test_a_run_may_stand_beside_its_own_line_of_a_saved_file(tmp_path):
     assert len(both) == 2 and compare.tables(both) == compare.tables(both[:1])
 
 
-def test_only_runs_that_were_scored_on_the_same_examples_are_paired(tmp_path):
+@pytest.mark.parametrize("other", ["train", "words"])
+def test_only_runs_that_learned_from_and_were_scored_on_the_same_examples_are_paired(tmp_path, other):
     plain = on(run(tmp_path, "lora", 0, lost=[1, 2]), train="a", words="b", validation="c")
-    ours = on(run(tmp_path, "lora-sibo", 0, lost=[1, 3]), train="d", words="b")
+    ours = on(run(tmp_path, "lora-sibo", 0, lost=[1, 3]), train="a", words="b")  # what one does not know is no other
     (rows,) = compare.groups(compare.read([tmp_path]))
     assert [compare.loss_difference(g) is None for g in rows] == [True, False]
-    on(ours, train="a", words="d")
-    with pytest.raises(ValueError, match=f"^{ours} and {plain}: expected the same words examples, to compare them, go"):
+    on(ours, **{"train": "a", "words": "b", other: "d"})
+    with pytest.raises(ValueError, match=f"^{ours} and {plain}: expected the same {other} examples, to compare them, "):
         compare.groups(compare.read([tmp_path]))
 
 
