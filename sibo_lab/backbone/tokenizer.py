@@ -21,7 +21,11 @@ PLAIN_SEARCH = {  # keys of generation_config.json that change greedy and beam s
     "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "length_penalty": 1, "min_length": 0,
     "min_new_tokens": 0, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
     "forced_eos_token_id": None, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
-    "sequence_bias": {}}
+    "sequence_bias": {}, "early_stopping": False, "guidance_scale": 1, "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0, "watermarking_config": None, "stop_strings": None, "max_time": None,
+    "token_healing": False, "penalty_alpha": 0, "dola_layers": None, "num_beam_groups": 1, "diversity_penalty": 0,
+    "constraints": None, "force_words_ids": None, "num_return_sequences": 1, "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None, "is_assistant": False, "use_mtp": False}
 
 
 def from_pretrained(name_or_dir: str | Path) -> subwords.Tokenizer:

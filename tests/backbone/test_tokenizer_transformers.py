@@ -4,8 +4,10 @@ import json
 import logging
 
 import pytest
+import torch
 import transformers
 from tokenizer_oracles import LLAMA_TEXTS, PREPEND, folder, llama_spec, refused, seeded, trained
+from twins import generated, theirs_of, words
 
 from sibo_lab.backbone import locate, tokenizer
 
@@ -237,3 +239,35 @@ def test_a_penalty_that_answers_are_written_without_is_said(tmp_path, capsys):
     tokenizer.from_pretrained(folder(tmp_path / "b", **words))
     assert capsys.readouterr().err == (f"{tmp_path / 'a'}: its generation_config.json has repetition_penalty 1.05; "
                                        "answers here are written without it\n")
+
+
+HONOURED = {"bos_token_id", "eos_token_id", "pad_token_id"}
+NEUTRAL = {  # to greedy and beam search: the caller's; sampling's; how it is computed; an assistant's; what is returned
+    "max_length": 7, "max_new_tokens": 3, "do_sample": True,
+    "temperature": 0.5, "top_k": 2, "top_p": 0.5, "min_p": 0.2, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1, "renormalize_logits": True, "remove_invalid_values": True, "use_cache": False,
+    "cache_implementation": "static", "cache_config": {}, "max_cache_len": 40, "prefill_chunk_size": 2,
+    "compile_config": None, "disable_compile": True, "low_memory": False, "continuous_batching_config": None,
+    "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.9, "max_matching_ngram_size": 3, "assistant_lookbehind": 3,
+    "target_lookbehind": 3, "assistant_ensemble_weight": 0.5, "speculation_type": None, "decoder_start_token_id": 3,
+    "output_attentions": True, "output_hidden_states": True, "output_scores": True, "output_logits": True,
+    "return_dict_in_generate": True, "transformers_version": "4.0.0", "_from_model_config": True}
+
+
+def test_each_key_of_generation_config_is_honoured_or_neutral_or_named():
+    theirs = vars(transformers.GenerationConfig()).keys()
+    assert set(tokenizer.PLAIN_SEARCH) | HONOURED | NEUTRAL.keys() == theirs
+    assert len(tokenizer.PLAIN_SEARCH) + len(HONOURED) + len(NEUTRAL) == len(theirs)  # each in one place
+
+
+@pytest.mark.parametrize("keys", [*NEUTRAL, "off"])
+def test_what_is_neutral_or_off_leaves_greedy_and_beam_search_as_they_are(keys):
+    theirs, ids = theirs_of("llama"), words(2, 5)
+    said = {k: v for k, v in tokenizer.PLAIN_SEARCH.items() if v not in ([], {})} if keys == "off" else {
+        keys: NEUTRAL[keys]}
+    for how in ({"num_beams": 1}, {"num_beams": 4}):
+        expected = generated(theirs, ids, max_new_tokens=12, **how)
+        theirs.generation_config = transformers.GenerationConfig(**{"pad_token_id": 2, **said})
+        found = theirs.generate(ids, max_new_tokens=12, do_sample=False, **how)
+        assert torch.equal(found if torch.is_tensor(found) else found.sequences, expected)

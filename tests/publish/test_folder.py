@@ -368,7 +368,8 @@ def test_a_pair_of_sentences_keeps_its_two_segments(file, named, tmp_path):
     assert_near(opened("bert", True, tmp_path / "hf")(**theirs).logits, ours(**mine), 1e-5)
 
 
-@pytest.mark.parametrize("said", [None, {"eos_token_id": 2, "pad_token_id": 3, "repetition_penalty": 1.5},
+@pytest.mark.parametrize("said", [None, {"eos_token_id": 2, "pad_token_id": 3, "repetition_penalty": 1.5,
+                                          "guidance_scale": 3.0},
                                   {"_from_model_config": True, "eos_token_id": 2}], ids=str)
 def test_transformers_stops_where_the_model_was_taught_to_stop(said, tmp_path):
     _, ours = pair("llama", tmp_path / "base")
@@ -384,7 +385,7 @@ def test_transformers_stops_where_the_model_was_taught_to_stop(said, tmp_path):
     assert torch.equal(got, generate.generate(ours, ids(B=1), max_new_tokens=8, eos_token_id=[end, 2]))
     assert got[0, -1] == end and got.shape[1] < ids().shape[1] + 8
     kept = loaded.generation_config.to_dict()
-    dropped = {"_from_model_config", "repetition_penalty"}  # the penalty: answers were scored without it
+    dropped = {"_from_model_config", "repetition_penalty", "guidance_scale"}  # the last two: not in what was scored
     assert said is None or {key: kept[key] for key in said} == said | {"eos_token_id": [end, 2]} | dict.fromkeys(
         dropped & said.keys())
     assert said is not None or (kept["bos_token_id"], kept["pad_token_id"]) == (1, None)
