@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 from sibo_lab import parallel
@@ -98,6 +99,11 @@ class Chat:
         marked = self._render(turns)
         outline = self._require(turns, marked)
         pieces = self._marked(turns, marked, outline) if BEGIN in marked + outline else self._cut(turns, marked)
+        said = "".join(text for text, ours in pieces if ours)
+        if self.special.get(self.eos_id, SAID) not in said:  # SAID: no text has it; nothing would teach it to stop
+            raise ValueError(f"{self.place}: expected what the assistant says to end in a token that ends an answer, "
+                             f"got {quoted(said[-20:])}; bring a chat_template.jinja that writes {{{{ eos_token }}}} "
+                             "there, within {% generation %} if it has that")
         return [piece for piece in pieces if piece[0]]
 
     def _marked(self, turns: Turns, *texts: str) -> list[tuple[str, bool]]:
@@ -109,6 +115,10 @@ class Chat:
         if wrong or not ours or any(re.search(f"{BEGIN}[^{END}]*{BEGIN}", text) for text in texts):
             raise ValueError(f"{self.place}: expected {{% generation %}} around what the assistant says, and around "
                              "nothing that others say, got it elsewhere: the loss would be there")
+        start = self._start(turns, ours[-1], _unmarked(texts[0]))
+        if sum(end <= start for end in accumulate(map(len, pieces))) % 2 == 0:
+            raise ValueError(f"{self.place}: expected {{% generation %}} where a prompt ends (add_generation_prompt), "
+                             "got text before it that the assistant is neither given nor taught")
         return [(piece, i % 2 == 1) for i, piece in enumerate(pieces)]
 
     def _cut(self, turns: Turns, text: str) -> list[tuple[str, bool]]:
@@ -135,7 +145,8 @@ class Chat:
         return [*pieces, (text[end:], False)]
 
     def _start(self, turns: Turns, k: int, whole: str) -> int:
-        given = self._render(turns[:k], True)
+        """Where its prompt ends in the whole text; ValueError if that begins with something else."""
+        given = _unmarked(self._render(turns[:k], True))
         if not whole.startswith(given):
             raise self._error("gives something else to be answered than what it writes before", turns[k][1])
         return len(given)
@@ -154,7 +165,8 @@ class Chat:
 
     def _error(self, what: str, content: str) -> ValueError:
         return ValueError(f"{self.place}: the chat template {what} the turn {quoted(content)}; leave it out, make it "
-                          "the last turn of a row of its own, or bring a chat_template.jinja with {% generation %}")
+                          "the last turn of a row of its own, or bring a chat_template.jinja with {% generation %} "
+                          "where a prompt ends")
 
     def _render(self, turns: Turns, answer: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]

@@ -33,6 +33,8 @@ TEMPLATES = {name: (TRL / f"{name}.jinja").read_text("utf-8") for name in (
     "message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"}
 ASKED = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+MARKED = ("{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] "
+          "+ eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
 NO_SYSTEM, TRIM = {"mistral", "gemma"}, {"llama3", "llama3_2", "gemma"}
 DATED = {"llama3_2": {"date_string": "26 Jul 2024"}}
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\ufdd0\ufdd1\ufdd2"), min_size=1, max_size=12).filter(
@@ -279,6 +281,11 @@ def test_a_template_may_count_format_and_repeat(folder):
     (LOOP.replace("{{", "{% generation %}{% endgeneration %}{{") + ASKED, "expected {% generation %} around what"),
     ("{% generation %}" + LOOP + "{% endgeneration %}" + ASKED, "around nothing that others say"),
     ("{% generation %}a{% generation %}b{% endgeneration %}" + LOOP + "{% endgeneration %}", "got it elsewhere"),
+    (MARKED + ASKED.replace("|>", "|><think></think>"), "gives something else to be answered than what it writes"),
+    (MARKED, "expected {% generation %} where a prompt ends"),
+    (MARKED.replace(" + eos_token }}{% endg", " }}{% endg").replace("tion %}{% else", "tion %}{{ eos_token }}{% else")
+     + ASKED, "expected what the assistant says to end in a token that ends"),
+    (LOOP.replace("eos_token", "'!'") + ASKED, "expected what the assistant says to end in a token that ends"),
     ("{{ messages.append(1) }}", "refuses a conversation of"),
     ("{{ 1 / 0 }}", "refuses a conversation of"),
     ("{% for m in messages %}", "not a Jinja template"),
