@@ -81,8 +81,13 @@ def _in_batches(m: nn.Module, items: Sequence, length: Callable, batch_size: int
 
 def responses(m: nn.Module, t: subwords.Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64,
               num_beams: int = 1, bar: str = "answers") -> list[str]:
-    """What the model writes after each prompt, up to any token that ends a text."""
+    """What the model writes after each prompt, up to any token that ends a text; ValueError if prompts end in one."""
     ends = getattr(t, "eos_ids", [t.eos_id])
+    last, empty = (t.encode(text)[-1:] for text in ("a", ""))
+    if last == empty and last in [[i] for i in ends]:
+        raise ValueError(f"expected a prompt that goes on, got a tokenizer that ends each text in id {last[0]}, which "
+                         "nothing follows; take add_eos_token out of its tokenizer_config.json, or the token out of "
+                         "tokenizer.json's post_processor")
 
     def work(some):
         b = batch.to_device(batch.collate(list(map(batch.Row, some)), side="left"), m)

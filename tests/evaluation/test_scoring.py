@@ -177,6 +177,13 @@ def obqa(monkeypatch):
     return tasks.task("obqa"), examples
 
 
+def test_a_tokenizer_that_ends_each_text_is_not_asked():
+    t = Bytes()
+    t.encode = lambda text: [*Bytes.encode(t, text), t.eos_id]
+    with pytest.raises(ValueError, match="expected a prompt that goes on, got a tokenizer that .* id 256"):
+        scoring.responses(tiny("llama"), t, QUESTIONS, 4)
+
+
 @llms
 @pytest.mark.parametrize("beams", [1, 3])
 def test_neither_batch_size_nor_padding_nor_order_changes_an_answer_or_a_choice(family, method, beams, obqa):
