@@ -85,6 +85,8 @@ def require_exportable(args: argparse.Namespace, kind: str, out: str) -> None:
 def complete(args: argparse.Namespace) -> None:
     """Adds what the run and the backbone say; ValueError or FileNotFoundError where the options do not fit them."""
     require_device(args.device)
+    if of_table := f"--save {args.save}" if args.save else "--markdown" if args.markdown else "":
+        raise ValueError(f"{of_table}: expected --table DIR, got none")
     if args.run and not Path(args.run, "config.json").is_file():
         got = "no config.json in it" if Path(args.run).is_dir() else "no such folder"
         raise FileNotFoundError(f"{args.run}: expected a run folder that train.py wrote, got {got}")

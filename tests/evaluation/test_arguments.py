@@ -48,6 +48,8 @@ def test_a_classifier_has_neither_prompt_nor_beams(complete, option):
     (("RUN", "--limit", 0), "argument --limit: expected at least 1, got 0"),
     (("RUN", "--batch-size", -1), "argument --batch-size: expected at least 1, got -1"),
     (("RUN", "--num-beams", "x"), "argument --num-beams: invalid .* value: 'x'"),
+    (("RUN", "--save", "FILE"), "--save FILE: expected --table DIR, got none"),
+    (("RUN", "--markdown"), "--markdown: expected --table DIR, got none"),
     (("RUN", "--peft", "DIR"), "--peft DIR: expected --backbone, got a run"),
     (("RUN", "--similarity", "--task", "mawps,aqua"), "--similarity: expected one task, got --task mawps,aqua"),
     (("RUN", "--similarity", "--compile"), "--compile: expected an LLM that answers questions, got --similarity"),
