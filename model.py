@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, d hidden_size, H heads, D head_dim, S tokens seen
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -251,6 +251,9 @@ class CausalLM(Transformer):
             positions = (seen.cumsum(-1) - 1).clamp(min=0)  # padding takes no position
             # padding sees itself: no row of the softmax is empty
             mask = (i <= i[past:, None]) & seen[:, None, None] | (i == i[past:, None])
+        most = self.config.max_position_embeddings
+        if past + T > most and (n := int(positions.max()) + 1) > most:
+            self.beyond(n)
         near = mask
         if self.window and past + T > self.window:
             near = positions[:, None, None] > positions[:, None, -T:, None] - self.window
@@ -266,6 +269,10 @@ class CausalLM(Transformer):
         if labels is not None:
             return self.mean_loss(states[-1], labels, shared)
         return self.head(self.norm(states[-1] if cache is None else states[-1][:, -last:]))
+
+    def beyond(self, n: int) -> None:
+        """Of `n` tokens in a text, more than the config's positions; as in transformers, rotary ones go on."""
+        say_beyond(self.config.max_position_embeddings)
 
     def mean_loss(self, h: Tensor, labels: Tensor, shared: SharedPrefix | None) -> Tensor:
         targets, weight = F.pad(labels[:, 1:], (0, 1), value=-100), torch.ones_like(labels)
@@ -284,6 +291,14 @@ class CausalLM(Transformer):
         c, like = self.config, self.norm.weight  # like.new_empty would be sharded too
         empty = partial(torch.empty, (batch, c.heads_kv, capacity, c.d_head), dtype=like.dtype, device=like.device)
         return [KeyValues(empty(), empty()) for _ in self.blocks]
+
+
+@cache
+def say_beyond(most: int) -> None:
+    """Once in a process."""
+    if not parallel.rank():
+        print(f"a text has more tokens than this model has positions, {most} (max_position_embeddings in config.json): "
+              "it goes on beyond what it was trained on", file=sys.stderr)
 
 
 class Llama(CausalLM):
@@ -313,6 +328,11 @@ class GPTJ(CausalLM):
     def __init__(self, c: config.GPTJConfig):
         super().__init__(c, lambda _: GPTJBlock(c), layer_norm(c), nn.Dropout(c.embd_pdrop), head_bias=True)
         self.rotary = partial(rotary_angles, dim=c.rotary_dim or c.d_head, theta=10000.0)
+
+    def beyond(self, n: int) -> None:
+        """ValueError: transformers has a table of so many positions."""
+        raise ValueError(f"expected at most {self.config.max_position_embeddings} tokens, the positions of this GPT-J, "
+                         f"got {n}; shorten the text")
 
 
 class BertEmbeddings(nn.Module):

@@ -273,7 +273,7 @@ class Rows(TorchDispatchMode):
 
 
 def test_logits_exist_at_labelled_positions_only_and_never_all_at_once(tmp_path):
-    _, m = pair("gptj", tmp_path)
+    _, m = pair("gptj", tmp_path, n_positions=400)
     ids = torch.arange(2 * 400).view(2, 400) % m.config.vocab_size
     labels = torch.where(torch.arange(400) < 60, -100, ids)  # 680 tokens are asked
     with Rows(m.config.vocab_size) as rows:
@@ -391,3 +391,35 @@ def test_several_tokens_behind_a_cache_need_their_mask(tmp_path):
 
 def test_the_model_generates_by_its_public_name():
     assert model.generate is generate.generate
+
+
+# ----------------------------------------------------------------------------------------- more tokens than positions
+
+
+def test_what_is_longer_than_the_positions_that_a_llama_was_trained_on_is_said_once(tmp_path, capfd):
+    model.say_beyond.cache_clear()
+    theirs, ours = pair("llama", tmp_path, max_position_embeddings=8)
+    assert_same_model(ours, theirs, words(2, 8))
+    assert "positions" not in capfd.readouterr().err
+    for T in (7, 9):  # the first grows past them as it writes
+        assert torch.equal(generate.generate(ours, words(1, T), max_new_tokens=4),
+                           generated(theirs, words(1, T), max_new_tokens=4))
+    assert_same_model(ours, theirs, words(2, 20))  # as transformers, which goes on too
+    assert [line for line in capfd.readouterr().err.splitlines() if "positions" in line] == [
+        "a text has more tokens than this model has positions, 8 (max_position_embeddings in config.json): it goes on "
+        "beyond what it was trained on"]
+
+
+@torch.no_grad()
+def test_more_tokens_than_a_gptj_has_positions_are_refused_and_padding_is_none(tmp_path):
+    theirs, ours = pair("gptj", tmp_path, n_positions=8)
+    ids, mask = padded([words(1, n, seed=n)[0].tolist() for n in (8, 3)], "left", extra=4)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    there = mask.bool()
+    assert_near(ours(ids, mask)[there], theirs(ids, attention_mask=mask, position_ids=positions).logits[there], 1e-4)
+    with pytest.raises(RuntimeError):
+        theirs(words(1, 9))
+    with pytest.raises(ValueError, match="^expected at most 8 tokens, the positions of this GPT-J, got 9; shorten"):
+        ours(words(1, 9))
+    with pytest.raises(ValueError, match="got 9; shorten the text"):
+        generate.generate(ours, words(1, 7), max_new_tokens=4)
