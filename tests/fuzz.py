@@ -617,7 +617,7 @@ def data_jsonl_cases() -> list[Case]:
             for name, rows in files.items()]
 
 
-CHATML = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m.content | trim }}</s>\n{% endfor %}"
+CHATML = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m.content | trim }}<s>\n{% endfor %}"  # <s>: a token
           "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
 SPELLS = [
     "{{ messages.__class__.__mro__ }}", "{{ ''.__class__ }}", "{{ cycler.__init__.__globals__ }}", "{% for m in x %}",

@@ -139,8 +139,9 @@ def test_what_a_run_learned_from_is_not_scored_as_if_it_had_been_left_out(tmp_pa
     for path in (mine, other):
         path.write_text(json.dumps(rows))
     backbone = shutil.copytree(tiny_llama, tmp_path / "backbone")
-    (backbone / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
-                                                  "{% if add_generation_prompt %}assistant:{% endif %}")
+    (backbone / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}")
     run(train, "--backbone", backbone, "--task", mine, "--score-on", score_on, "--validate", 5, "--score-by", "loss",
         "--protocol", protocol, "--steps", 1, "--batch-size", 2, "--limit", 2, "--dtype", "float32", "--out",
         tmp_path / "run")
