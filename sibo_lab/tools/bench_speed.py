@@ -61,7 +61,10 @@ class Case:
 
     @property
     def peer_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (torch.bfloat16, torch.float32) if self.device == "cpu" else (torch.bfloat16,)
+        if self.device != "cpu":
+            return (torch.bfloat16,)
+        slow = not fast.packs(torch.bfloat16)  # without AVX512 a product takes four to eight times as long
+        return (torch.float32,) if slow else (torch.bfloat16, torch.float32)
 
     def row(self, name: str, ours: Sequence[float] = (), peer: Sequence[float] = (), peer_as: str = "") -> Row:
         unit, goal = GOALS[name]
