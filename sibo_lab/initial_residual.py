@@ -3,14 +3,17 @@
 Source: the *initial token representation* of the paper's Section 3.2, whatever made it: scaled or replaced embeddings,
 positions, image tokens, inputs_embeds. The official code takes the embedding's output instead."""
 
+import inspect
 import sys
 import threading
 from contextlib import suppress
 from functools import partial
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import _CheckpointFrame
 
 from sibo_lab.stacks import Stack, is_embedding
 from sibo_lab.wrapping import reads
@@ -25,7 +28,7 @@ class InitialResidual:
     down, rank = None, 0  # down: in a merged model all A of the stack's modules, as one
 
     def __init__(self):
-        self.live, self.order, self.repeats = threading.local(), [], 1
+        self.live, self.checkpoints, self.order, self.repeats = threading.local(), WeakKeyDictionary(), [], 1
         self.told = False  # whether a pass that could tell (B, T, …) from (T, B, …) ended well
 
     def hook(self, m: nn.Module, stack: Stack) -> None:
@@ -48,6 +51,8 @@ class InitialResidual:
 
     @property
     def h0(self) -> Tensor | None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.recall()
         stale = self.is_stale()
         h0 = None if stale else getattr(self.live, "h0", None)
         if not torch.compiler.is_compiling():
@@ -59,6 +64,16 @@ class InitialResidual:
         if h0 is not None and h0.requires_grad and not torch.is_grad_enabled() and trains(h0):
             raise lost_gradient()
         return h0
+
+    def recall(self) -> None:
+        """A checkpoint that runs again finds its own pass's h0, wherever inside it the gradient came from."""
+        if (checkpoint := running_checkpoint()) is None:
+            return
+        if getattr(self.live, "running", False):
+            if self.live.h0 is not None:
+                self.checkpoints[checkpoint] = alone(self.live.h0), self.live.more
+        elif checkpoint in self.checkpoints:
+            self.put_back(*self.checkpoints[checkpoint])
 
     @property
     def low(self) -> Tensor | None:
@@ -181,24 +196,22 @@ class InitialResidual:
             if isinstance(t, Tensor) and t.requires_grad:
                 t.register_hook(partial(self.put_back, self.live.h0, self.live.more))
 
-    def put_back(self, h0: Tensor, more: list[bool], grad: Tensor) -> None:
+    def put_back(self, h0: Tensor, more: list[bool], grad: Tensor | None = None) -> None:
         task, mine = torch._C._current_graph_task_id(), vars(self.live)  # this thread's: another may finish the pass
         if task != mine.get("task"):
             before = {name: mine.get(name) for name in ("h0", "low", "task", "twice")}
             torch.autograd.Variable._execution_engine.queue_callback(lambda: mine.update(before))
-        again = h0.detach()  # the gradient through h0 has its own way back
-        with suppress(RuntimeError):  # within torch.func
-            again.requires_grad_(h0.requires_grad)
+        again = alone(h0)
         self.keep(again, self.down and self.product(again), task, bool(more))
 
     def keep(self, h0: Tensor | None, low: Tensor | None, task: int | None = None, twice: bool = False) -> None:
         self.live.h0, self.live.low, self.live.task, self.live.twice = h0, low, task, twice
 
     def __getstate__(self) -> dict:  # copies and pickles start without activations
-        return {k: v for k, v in vars(self).items() if k != "live"}
+        return {k: v for k, v in vars(self).items() if k not in ("live", "checkpoints")}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, live=threading.local())
+        vars(self).update(state, live=threading.local(), checkpoints=WeakKeyDictionary())
 
 
 class Turning(TorchDispatchMode):
@@ -225,6 +238,22 @@ class Turning(TorchDispatchMode):
 def is_turned(x: Tensor) -> bool:
     """Whether two of its dimensions, of one size by chance, stand in another order than in memory: (T, B, d), B = T."""
     return any(x.shape[i] == x.shape[i + 1] > 1 and x.stride(i) < x.stride(i + 1) for i in range(x.dim() - 1))
+
+
+def alone(h0: Tensor) -> Tensor:
+    """h0 for a block that runs again: the gradient through h0 has its own way back."""
+    again = h0.detach()
+    with suppress(RuntimeError):  # within torch.func
+        again.requires_grad_(h0.requires_grad)
+    return again
+
+
+def running_checkpoint() -> _CheckpointFrame | None:
+    """The innermost checkpoint that is not a reentrant one, running for the first time or again. None before torch 2.8,
+    where only a gradient that reaches the output of a block, or of the stack, tells its pass."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    held = [cell.cell_contents for cell in inspect.unwrap(top[0]).__closure__ or ()] if top else []
+    return next((x for x in (h() if isinstance(h, ref) else h for h in held) if isinstance(x, _CheckpointFrame)), None)
 
 
 def lost_gradient() -> RuntimeError:

@@ -309,6 +309,31 @@ def test_two_passes_before_their_backward_passes_keep_their_own_h0(family, how, 
     assert h0_is_gone(m)
 
 
+FEATURES = {"before": "input_layernorm", "between": "post_attention_layernorm", "after": "mlp", "whole": ""}
+BOTH = {"model.layers.0": [f"model.layers.{i}.{x}" for i in (0, 1) for x in ("self_attn.q_proj", "mlp.up_proj")]}
+
+
+@pytest.mark.skipif(not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="needs torch 2.8")
+@pytest.mark.parametrize("h0", [None, "embed_tokens", "layers.0"])
+@pytest.mark.parametrize("feature", [*FEATURES, "what no module returns"])
+@pytest.mark.parametrize("other", [False, True], ids=["one pass", "two passes"])
+def test_a_feature_taken_inside_a_checkpointed_block_has_the_gradient_of_its_own_pass(feature, h0, other):
+    m, right, trained = pair(llama(), BOTH, targets=("q_proj", "up_proj"), h0=h0)
+    switch_on(m, reentrant=False)
+    losses = []
+    for x in (m, right):
+        taken, block = [], x.model.layers[1]
+        hook = (block.mlp.down_proj.register_forward_pre_hook(lambda _, args, taken=taken: taken.append(args[0]))
+                if feature not in FEATURES else block.get_submodule(FEATURES[feature]).register_forward_hook(
+                    lambda _, args, out, taken=taken: taken.append(out)))
+        x(A, use_cache=False)
+        hook.remove()
+        losses.append(taken[0].square().mean() + (x(B, use_cache=False).logits.pow(3).mean() if other else 0))
+    losses[0].backward()
+    assert_near_gradients(trained_gradients(m), gradients(losses[1], trained))
+    assert h0_is_gone(m)
+
+
 @REENTRANT
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("make,at", [(bert, QUERY_VALUE), (llama, UP)])
