@@ -29,6 +29,8 @@ UNFIT = {  # by how the class of a block, or of a part of it, begins: why no h0 
     "PatchTST|Time[Ss]former|PegasusX|SwiftFormer|GraniteDocling": ("", "whose layers pool, cut or add tokens"),
     "MobileBertLayer": ("", "whose layers work on other widths than they pass on"),
     "DisentangledSelfAttention": (r"(query|key)_proj", "which reads relative positions too"),
+    "SuperGlue": ("key|value", "which reads the other image's keypoints in every second layer"),
+    "T5Gemma2MergedAttention": ("[kv]_proj", "which reads the encoder's states too"),
     "LxmertXLayer": ("", "whose layers read two sequences"),
     "HrmText": ("", "whose stacks run in a loop, so that what they read is no token's representation"),
     r"\w*HyperConnection|Gemma3nTextAltUp": ("", "whose layers read several streams at once"),

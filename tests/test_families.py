@@ -309,6 +309,43 @@ def test_what_inject_accepts_runs_and_what_it_cannot_adapt_it_refuses_in_one_lin
         assert torch.isfinite(output(m, **given or {"input_ids": IDS})).all()
 
 
+def t5gemma2():
+    sizes = KV | {"head_dim": 4, "layer_types": ["full_attention"] * 2, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.T5Gemma2ForConditionalGeneration(hf.T5Gemma2Config(
+        encoder={"text_config": sizes, "vision_config": V, "mm_tokens_per_image": 4}, decoder=sizes,
+        image_token_index=60, eoi_token_index=61))
+
+
+def superglue():
+    return hf.AutoModelForKeypointMatching.from_config(hf.SuperGlueConfig(
+        hidden_size=16, num_attention_heads=4, keypoint_encoder_sizes=[8, 16], gnn_layers_types=["self", "cross"])).gnn
+
+
+MERGED = {"t5gemma2": (t5gemma2, "q_proj", ("k_proj", "v_proj"), lambda m: m(
+              input_ids=IDS, decoder_input_ids=IDS.flip(1))),
+          "superglue": (superglue, "query", ("key", "value"), lambda m: m(torch.randn(4, 7, 16)))}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_key_or_value_that_reads_another_stream_than_the_query_gets_no_h0(name):
+    make, query, others, run = MERGED[name]
+    torch.manual_seed(0)
+    m, reads = make().eval(), {}
+    for n, x in m.named_modules():
+        x.register_forward_pre_hook(lambda _, args, n=n: reads.setdefault(n, []).extend(args[:1]))
+    with torch.no_grad():
+        run(m)
+    leaves = {n: n.rpartition(".")[0] + f".{query}" for n in reads if n.endswith((query, *others)) and "vision" not in n}
+    own = {n for n, q in leaves.items() if len(reads[n]) == len(reads[q]) and all(map(torch.equal, reads[n], reads[q]))}
+    assert {n.rpartition(".")[2] for n in leaves.keys() - own} == set(others)
+    for wrong in leaves.keys() - own:
+        with pytest.raises(ValueError, match="expected a module that can take h0, got one which reads the"):
+            sibo.inject(copy.deepcopy(m), targets=wrong)
+    asked = {"sibo_at": "attn"} if name == "t5gemma2" else {}
+    at = sibo.inject(m, **asked)
+    assert {x.name for x in at.modules() if isinstance(x, sibo.SIBOLayer) and x.lam_start and x.name in leaves} <= own
+
+
 # ---------------------------------------------------------------------- the same numbers
 
 
