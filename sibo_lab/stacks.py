@@ -217,12 +217,22 @@ def adaptable_widths(a: Anatomy, name: str, side: str, d: int | None) -> tuple[i
     if "Mamba" in kinds[-1] and name.endswith(("out_proj", "x_proj", "dt_proj")):
         raise ValueError(f"{name}: expected a module that is called, got one of {kinds[-1]}, whose fast path reads the "
                          "weight; adapt its in_proj")
+    if any(is_recorded_by(parent, x) for parent in parents):
+        raise ValueError(f"{name}: expected a part of a block, got a whole one, whose output transformers records, for "
+                         "hidden_states, before an adapter could change it; adapt the sub-layer that it ends in")
     if linear := widths(x):
         d_in, d_out = linear
         return {"out": (d_out, d_out), "in": (d_in, d_in)}.get(side, linear)
     if d and side in ("out", "parallel") and not is_container(x):
         return d, d  # a sub-layer, as wide as h0 at both ends
     raise ValueError(f"{name}: expected an nn.Linear, or a sub-layer beside a known h0, got a {type(x).__name__}")
+
+
+def is_recorded_by(m: nn.Module, x: nn.Module) -> bool:
+    """Whether a model of transformers hooks `x`, a block, for its hidden_states, from which LLaVA's tower goes on."""
+    kinds = (getattr(m, "_can_record_outputs", None) or {}).get("hidden_states", ())
+    kinds = [getattr(kind, "target_class", kind) for kind in (kinds if isinstance(kinds, list | tuple) else [kinds])]
+    return isinstance(x, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
 def find(names: Iterable[str] | nn.Module, target: str) -> list[str]:

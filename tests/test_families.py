@@ -335,7 +335,8 @@ def test_a_key_or_value_that_reads_another_stream_than_the_query_gets_no_h0(name
         x.register_forward_pre_hook(lambda _, args, n=n: reads.setdefault(n, []).extend(args[:1]))
     with torch.no_grad():
         run(m)
-    leaves = {n: n.rpartition(".")[0] + f".{query}" for n in reads if n.endswith((query, *others)) and "vision" not in n}
+    leaves = {n: n.rpartition(".")[0] + f".{query}" for n in reads
+              if n.endswith((query, *others)) and "vision" not in n}
     own = {n for n, q in leaves.items() if len(reads[n]) == len(reads[q]) and all(map(torch.equal, reads[n], reads[q]))}
     assert {n.rpartition(".")[2] for n in leaves.keys() - own} == set(others)
     for wrong in leaves.keys() - own:

@@ -1333,8 +1333,6 @@ def test_the_summary_counts_what_is_there():
 CONFIGS = {
     "an adapter on an attention that returns a tuple": (bert, {"method": "adapter", "targets": "attention"}),
     "an adapter on a self_attn called by keyword": (llama, {"method": "adapter", "targets": "self_attn"}),
-    "an adapter on a whole block": (llama, {"method": "adapter", "targets": "model.layers.1"}),
-    "an adapter on each block": (bert, {"method": "adapter", "targets": "encoder.layer.*"}),
     "an adapter on norms": (llama, {"method": "adapter", "targets": "input_layernorm"}),
     "LoRA on the language model's head": (llama, {"targets": ("q_proj", "lm_head"), "sibo_at": ("q_proj",)}),
     "LoRA on all that is as wide as h0": (llama, {"targets": (
@@ -1359,6 +1357,15 @@ def test_what_inject_accepts_runs_forward_backward_and_with_a_cache(case):
             full = m(A).logits
             cache = m(A[:, :4], use_cache=True)
             assert_near(m(A[:, 4:], past_key_values=cache.past_key_values).logits, full[:, 4:])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("make,block", [(llama, "model.layers.1"), (bert, "encoder.layer.*")])
+def test_an_adapter_on_a_block_whose_output_transformers_records_is_refused(make, block, lam):
+    m = make()
+    with pytest.raises(ValueError, match="expected a part of a block, got a whole one, whose output transformers"):
+        sibo.inject(m, "adapter", lam, targets=block)
+    assert not hasattr(m, "sibo")
 
 
 @pytest.mark.parametrize("h0,source", [("model.layers.0.input_layernorm", "input"), ("embed_tokens", "output"),
