@@ -36,7 +36,7 @@ class InitialResidual:
         owner, sources = m.get_submodule(stack.owner), [m.get_submodule(name) for name in stack.sources]
         first, self.repeats = sources[0]._forward_pre_hooks, stack.repeats
         m.sibo_before.hooks += [
-            owner.register_forward_pre_hook(self.begin),
+            owner.register_forward_pre_hook(self.begin, with_kwargs=True),
             *(x.register_forward_hook(self.capture_output) if is_embedding(x) else
               x.register_forward_pre_hook(self.capture, with_kwargs=True) for x in sources),
             *(x.register_forward_hook(self.mark) for x in sources),
@@ -61,7 +61,8 @@ class InitialResidual:
                 when = "before it is mixed in" if getattr(self.live, "running", False) else "in a checkpointed pass"
                 raise RuntimeError(f"h0: expected one output of the embedding {when}, got two; run it and the blocks "
                                    "in a module of their own, once for each")
-        if h0 is not None and h0.requires_grad and not torch.is_grad_enabled() and trains(h0):
+        cut = h0 is not None and h0.requires_grad and not torch.is_grad_enabled()
+        if cut and trains(h0, getattr(self.live, "given", ())):
             raise lost_gradient()
         return h0
 
@@ -105,7 +106,7 @@ class InitialResidual:
             now = now.f_back
         return frame is not now
 
-    def begin(self, owner, args) -> None:
+    def begin(self, owner, args, kwargs) -> None:
         while self.is_over():
             self.leave()
         busy = getattr(self.live, "running", False) or getattr(self.live, "task", None) is not None
@@ -117,6 +118,8 @@ class InitialResidual:
         self.live.watch, self.live.ran, self.live.more = None, {}, []
         self.live.lost, self.live.frame = False, None if torch.compiler.is_compiling() else sys._getframe(1)
         self.live.traced = torch.compiler.is_compiling()  # the whole pass, not a block of it alone
+        self.live.given = [] if self.live.traced else [
+            x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
 
     def capture(self, block, args, kwargs) -> None:
         if self.is_block_alone() and getattr(self.live, "h0", None) is not None:
@@ -146,7 +149,7 @@ class InitialResidual:
     def take(self, x: Tensor) -> None:
         self.live.h0, self.live.read = x.clone(), False  # a copy, as some models go on to add to it in place
         if not torch.compiler.is_compiling():  # in a reentrant checkpoint: the copy hangs on nothing
-            self.live.lost = x.requires_grad and not self.live.h0.requires_grad and trains(x)
+            self.live.lost = x.requires_grad and not self.live.h0.requires_grad and trains(x, self.live.given)
         self.fold_h0()
         if x.dim() > 2 and len(x) == x.shape[1] > 1 and not self.live.watch:
             if not torch.compiler.is_compiling():
@@ -177,7 +180,7 @@ class InitialResidual:
         outer = self.live.outer
         self.keep(None, None)
         self.live.running, self.live.last, self.live.watch, self.live.traced = False, None, None, False
-        self.live.frame = None
+        self.live.frame, self.live.given = None, []
         vars(self.live).update(outer or {})
 
     def mark(self, module, args, output) -> None:
@@ -261,14 +264,15 @@ def lost_gradient() -> RuntimeError:
                         "gradient through h0, got a trained tensor; pass use_reentrant=False")
 
 
-def trains(x: Tensor) -> bool:
-    """Whether a parameter gets a gradient through x."""
+def trains(x: Tensor, given: list[Tensor]) -> bool:
+    """Whether a parameter, or one of the tensors that a pass was given, gets a gradient through x."""
     seen, queue = set(), [x.grad_fn]
     while queue:
         if (node := queue.pop()) is None or node in seen:
             continue
-        if isinstance(getattr(node, "variable", None), nn.Parameter) or isinstance(node, CHECKPOINT):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) or any(leaf is y for y in given) or isinstance(node, CHECKPOINT):
             return True
         seen.add(node)
         queue += [parent for parent, _ in node.next_functions]
-    return isinstance(x, nn.Parameter)
+    return isinstance(x, nn.Parameter) or any(x is y for y in given)

@@ -362,6 +362,23 @@ def test_a_trained_embedding_gets_the_gradient_through_h0_or_checkpointing_is_re
     assert_near_gradients(trained_gradients(m), gradients(expected, trained))
 
 
+@REENTRANT
+@pytest.mark.parametrize("kind", [hf.LlamaForCausalLM, hf.GemmaForCausalLM])  # the latter scales what it is given
+def test_an_embedding_given_as_a_tensor_gets_the_gradient_through_h0_or_checkpointing_is_refused(kind, reentrant):
+    plain = draw(kind(kind.config_class(**S | {"head_dim": 4, "num_key_value_heads": 4}))).eval()
+    m, right, _ = pair(plain)
+    switch_on(m, reentrant)
+    given = [torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            m(inputs_embeds=given[0], use_cache=False)
+        m(A, use_cache=False).logits.square().mean().backward()  # of token ids nothing is trained
+        return
+    for x, e in zip((m, right), given, strict=True):
+        x(inputs_embeds=e, use_cache=False).logits.square().mean().backward()
+    assert_near(given[0].grad, given[1].grad)
+
+
 def test_a_loop_of_reentrant_checkpoints_is_refused_only_where_something_before_it_is_trained():
     m = stir(sibo.inject(Owner(use_reentrant=True), "lora", 0.5, targets="blocks.*.1", modules_to_save="embed"))
     with pytest.raises(RuntimeError, match="nothing trained before the first block, .*use_reentrant=False"):
