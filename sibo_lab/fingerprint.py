@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from sibo_lab import parallel
 from sibo_lab.files import quoted
 
-NO_NUMBERS = re.compile(
-    r"_.*|.*(dropout|pdrop|version|dtype|label|token|path|output|cache|initializer|loss|layerdrop|mask_|apply_spec|chunk|"
-    r"ctc_).*|architectures|problem_type|quantization_config|auto_map|return_dict|vocab_size")  # transformers' settings
+NO_NUMBERS = re.compile(  # transformers' settings
+    r"_(?!remove_final_layer_norm).*|.*((?<!token_)dropout|pdrop|version|dtype|label|token_(id|index)|tokenizer|"
+    r"suppress_tokens|new_tokens|path|output_(\w*attentions|hidden_states|router_logits|past|retrieved|scores)|cache|initializer|"
+    r"loss|layerdrop|mask_|apply_spec|(?<!attention_)chunk_?(size|wise)|ctc_).*|architectures|problem_type|"
+    r"quantization_config|auto_map|return_dict|vocab_size")
 
 
 def plain(name: str) -> str:  # one target may lie inside another

@@ -249,6 +249,28 @@ def test_a_composed_backbone_is_the_same_in_another_precision_and_another_one_by
             sibo.load(llava(**other), tmp_path)
 
 
+@pytest.mark.parametrize("key", ["attention_chunk_size", "lsh_attn_chunk_length", "output_multiplier",
+                                 "output_logit_soft_cap", "mm_tokens_per_image", "num_experts_per_token",
+                                 "_remove_final_layer_norm"])
+def test_a_setting_that_changes_numbers_is_compared_whatever_its_name(key, tmp_path):
+    sibo.save(sibo.inject(llava(**{key: 4}), targets="language_model.*.*.*.up_proj", rank=3), tmp_path)
+    with pytest.raises(ValueError, match=f"another backbone: expected text_config.{key} 4, got 8"):
+        sibo.load(llava(**{key: 8}), tmp_path)
+    sibo.load(llava(**{key: 4}), tmp_path)
+    rewrite(tmp_path, change_spec=lambda spec: spec["backbone"]["text_config"].pop(key))  # as files were once
+    sibo.load(llava(**{key: 4}), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["chunk_size_feed_forward", "chunk_size", "output_scores", "output_hidden_states",
+                                 "output_router_logits", "pad_token_id", "image_token_index", "suppress_tokens",
+                                 "tokenizer_class", "_attn_implementation_autoset", "_name_or_path"])
+def test_a_setting_that_changes_no_number_is_not_compared(key, tmp_path):
+    first, other = llava(), llava()
+    setattr(first.config.text_config, key, 4), setattr(other.config.text_config, key, 8)
+    sibo.save(sibo.inject(first, targets="language_model.*.*.*.up_proj", rank=3), tmp_path)
+    sibo.load(other, tmp_path)
+
+
 def test_a_sample_of_a_tensor_that_the_model_lacks_is_another_backbone(tmp_path):
     sibo.save(inject(tiny(), "lora-sibo"), tmp_path)
     rewrite(tmp_path, lambda t: t.update({".frozen.norm.bias": torch.zeros(16)}))
