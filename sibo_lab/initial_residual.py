@@ -41,7 +41,8 @@ class InitialResidual:
               x.register_forward_pre_hook(self.capture, with_kwargs=True) for x in sources),
             *(x.register_forward_hook(self.mark) for x in sources),
             owner.register_forward_hook(self.end, always_call=True)]
-        self.order += [(first, key) for key, hook in first.items() if hook == self.capture]
+        self.order += [(hooks, key) for hooks in (first, sources[0]._forward_hooks) for key, hook in hooks.items()
+                       if hook in (self.capture, self.capture_output)]
 
     def fold(self, down: Tensor, rank: int) -> nn.Module:
         """Of all A (rank, d) of the stack's modules, one product h0 A."""
@@ -113,7 +114,7 @@ class InitialResidual:
         outer = dict(vars(self.live)) if busy else None  # an owner that calls itself, a pass within a backward pass
         self.keep(None, None)
         for hooks, key in self.order if not torch.compiler.is_compiling() else ():
-            hooks.move_to_end(key)  # after the hooks that others put on the first block since
+            hooks.move_to_end(key)  # after the hooks that others put on the first block, or the embedding, since
         self.live.running, self.live.last, self.live.outer = True, None, outer
         self.live.watch, self.live.ran, self.live.more = None, {}, []
         self.live.lost, self.live.frame = False, None if torch.compiler.is_compiling() else sys._getframe(1)

@@ -161,8 +161,9 @@ def test_the_body_of_an_encoder_is_right_after_a_pass_of_the_classifier():
         assert_near(m.bert.encoder(embedded)[0], right.bert.encoder(embedded)[0])  # the owner itself
 
 
-def test_h0_is_what_the_first_block_reads_also_with_noise_on_the_embeddings():
-    m, right, _ = pair(llama())
+@pytest.mark.parametrize("h0", [None, "embed_tokens"])
+def test_h0_is_what_the_first_block_reads_also_with_noise_on_the_embeddings(h0):
+    m, right, _ = pair(llama(), h0=h0)
     for x in (m, right):  # NEFTune
         x.get_input_embeddings().register_forward_hook(lambda _, args, out: out + 0.3 * torch.sin(9 * out))
     with torch.no_grad():
