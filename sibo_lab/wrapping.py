@@ -33,7 +33,7 @@ class Wrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__("base"), name)
-        return Unread.of(value, self.name) if name == "weight" and isinstance(value, nn.Parameter) else value
+        return Unread.of(value, self.name) if name == "weight" and isinstance(value, Tensor) else value
 
     def __setattr__(self, name: str, value: object) -> None:
         base = vars(self).get("_modules", {}).get("base")

@@ -112,8 +112,10 @@ class Reads(Toy):
 
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 @pytest.mark.parametrize("use", [lambda W: W, lambda W: W.T.T, lambda W: W.data, lambda W: W.to(torch.float64)])
-def test_a_weight_that_is_computed_with_past_its_adapter_is_an_error(method, use):
+@pytest.mark.parametrize("normed", [False, True])  # then the weight is no parameter
+def test_a_weight_that_is_computed_with_past_its_adapter_is_an_error(method, use, normed):
     m = Reads().double()
+    m.sub = nn.utils.parametrizations.weight_norm(m.sub) if normed else m.sub
     m.forward = lambda x: F.linear(m.first(m.embed(x)), use(m.sub.weight))
     m(torch.tensor([[1]]))
     sibo.inject(m, method, 0.0, targets="sub", rank=2, bottleneck=2)
