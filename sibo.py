@@ -41,8 +41,8 @@ class SIBOLayer(Wrapper):
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
-        start = torch.tensor([self.lam_start], device=like.device).logit() if residual and s.learn_lam else None
-        self.lam_logit = None if start is None else nn.Parameter(start)
+        start = torch.tensor([self.lam_start], dtype=torch.float32, device=like.device).logit()
+        self.lam_logit = nn.Parameter(start) if residual and s.learn_lam else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.base = base
 
@@ -68,11 +68,11 @@ class SIBOLayer(Wrapper):
 class Adapter(SIBOLayer):
     def adapt(self, h: Tensor, sub_layer: Callable) -> Tensor:
         side, f, read = self.settings.side, torch.tanh, h
-        out = h if side == "in" else sub_layer(h)
-        h = h if side == "parallel" else out  # what the adapter reads; beside the module: He et al. 2022
+        h = sub_layer(h) if side == "out" else h  # what the adapter reads
         mixed = self.mix(h, read)
-        skip = out if side == "parallel" else mixed if self.settings.skip == "mixed" else h
-        out = skip + self.linear(f(self.linear(mixed, self.down)), self.up)  # Eq. (4); λ = 0: Eq. (1)
+        change = self.linear(f(self.linear(mixed, self.down)), self.up)
+        skip = mixed if self.settings.skip == "mixed" else h
+        out = (sub_layer(h) if side == "parallel" else skip) + change  # Eq. (4); λ = 0: Eq. (1); beside: He et al. 2022
         return sub_layer(out) if side == "in" else out
 
 

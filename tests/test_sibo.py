@@ -173,6 +173,39 @@ def test_a_parallel_adapter_reads_what_its_sub_layer_reads_and_adds_to_its_outpu
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if learned else 1e-11)
 
 
+class InPlace(nn.Linear):
+    def forward(self, h):
+        return super().forward(h.relu_())
+
+
+class OutOfPlace(nn.Linear):
+    def forward(self, h):
+        return super().forward(h.relu())
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_a_parallel_adapter_reads_what_its_sub_layer_reads_also_where_that_begins_in_place(lam):
+    out = []
+    for kind in (InPlace, OutOfPlace):
+        torch.manual_seed(0)
+        m = Toy()
+        m.sub.__class__ = kind
+        sibo.inject(m, "adapter", lam, targets="sub", h0="first", side="parallel", bottleneck=3)
+        nn.init.normal_(m.sub.up)
+        with torch.no_grad():
+            out.append(m(torch.arange(4)[None]))
+    torch.testing.assert_close(*out)
+
+
+def test_a_learned_lambda_is_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        m = sibo.inject(Toy(), "lora", 0.2, targets="sub", h0="embed", learn_lam=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert m.sub.lam_logit.dtype == torch.float32 and float(m.sub.lam()) == pytest.approx(0.2, rel=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------- λ = 0, and λ → 0
 
 
