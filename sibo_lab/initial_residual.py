@@ -11,14 +11,15 @@ from functools import partial
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import _CheckpointFrame
 
 from sibo_lab.stacks import Stack, is_embedding
 from sibo_lab.wrapping import reads
 
 CHECKPOINT = torch.autograd.function.BackwardCFunction  # what it trains does not show in the graph
+KEPT = getattr(torch.utils.checkpoint, "_CheckpointFrame", ())  # what torch keeps of a checkpoint that is not reentrant
 
 
 class InitialResidual:
@@ -252,12 +253,13 @@ def alone(h0: Tensor) -> Tensor:
     return again
 
 
-def running_checkpoint() -> _CheckpointFrame | None:
+def running_checkpoint() -> object | None:
     """The innermost checkpoint that is not a reentrant one, running for the first time or again. None before torch 2.8,
     where only a gradient that reaches the output of a block, or of the stack, tells its pass."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
-    held = [cell.cell_contents for cell in inspect.unwrap(top[0]).__closure__ or ()] if top else []
-    return next((x for x in (h() if isinstance(h, ref) else h for h in held) if isinstance(x, _CheckpointFrame)), None)
+    cells = getattr(inspect.unwrap(top[0]), "__closure__", None) if top else None
+    held = [cell.cell_contents for cell in cells or ()]
+    return next((x for x in (h() if isinstance(h, ref) else h for h in held) if isinstance(x, KEPT)), None)
 
 
 def lost_gradient() -> RuntimeError:

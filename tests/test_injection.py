@@ -5,6 +5,7 @@ Kinds of failure that users of adapters have met, each on tiny models, against h
 import collections
 import copy
 import dataclasses
+import functools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -333,6 +334,15 @@ def test_a_feature_taken_inside_a_checkpointed_block_has_the_gradient_of_its_own
     losses[0].backward()
     assert_near_gradients(trained_gradients(m), gradients(losses[1], trained))
     assert h0_is_gone(m)
+
+
+@pytest.mark.parametrize("pack", [torch.Tensor.clone, functools.partial(torch.mul, 1)])  # not functions of Python
+def test_hooks_of_others_on_saved_tensors_change_no_gradient(pack):
+    m, right, trained = pair(llama())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = m.train()(A).logits.square().mean()
+    loss.backward()
+    assert_near_gradients(trained_gradients(m), gradients(right(A).logits.square().mean(), trained))
 
 
 @REENTRANT
