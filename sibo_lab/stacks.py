@@ -119,11 +119,10 @@ def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | str | None:
     """The stack that a list of blocks is; None for a list of parts of blocks, "models" for one of whole models."""
     blocks = [k for k, x in modules[parent].named_children() if not is_embedding(x)]
     first = modules[f"{parent}.{blocks[0]}".lstrip(".")] if blocks else nn.Module()
-    if not blocks or re.search("(Attention|FFN|MLP)$", type(first).__name__):
+    if not are_blocks([x for x in modules[parent]._modules.values() if not is_embedding(x)]) or re.search(
+            "(Attention|FFN|MLP)$", type(first).__name__):
         return None
-    linear = [(n.rpartition(".")[2], w[0]) for n, x in first.named_modules() if (w := widths(x))]
-    known = [d for leaf, d in linear if QKV.fullmatch(leaf) or FFN_IN.fullmatch(leaf)]
-    d = (known or [d for _, d in linear] or [None])[0]
+    d = width(first)
     embeds = any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules())
     inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_container(x) or
              isinstance(x, nn.Sequential)]
@@ -134,6 +133,25 @@ def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | str | None:
     sources = tuple(called(modules, f"{parent}.{k}".lstrip(".")) for k in blocks)
     repeats = max(Counter(modules[parent]._modules.values()).values())
     return Stack(parent, caller(modules, parent), sources, d, repeats, nested)
+
+
+def width(x: nn.Module) -> int | None:
+    """What a block reads: as wide as its attention's or feed-forward's input, or its first linear module's."""
+    linear = [(n.rpartition(".")[2], w[0]) for n, y in x.named_modules() if (w := widths(y))]
+    known = [d for leaf, d in linear if QKV.fullmatch(leaf) or FFN_IN.fullmatch(leaf)]
+    return (known or [d for _, d in linear] or [None])[0]
+
+
+def are_blocks(xs: Sequence[nn.Module]) -> bool:
+    """Whether one in a list is a block by its names, or two of one class may be: the parts of a block differ."""
+    alike = [type(x) for x in xs if may_be_block(x)]
+    return any(map(is_block, xs)) or len(xs) == len(alike) == 1 or len(alike) > len({*alike})
+
+
+def may_be_block(x: nn.Module) -> bool:
+    """Whether its names tell attention, or a linear module in it writes as wide as it reads."""
+    return any(n and (w[1] == width(x) or QKV.fullmatch(n.rpartition(".")[2])) for n, y in x.named_modules()
+               if (w := widths(y)))
 
 
 def is_block(x: nn.Module) -> bool:

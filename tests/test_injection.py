@@ -1671,6 +1671,78 @@ def test_a_sequential_called_twice_in_one_pass_is_refused_or_right_with_the_h0_t
     assert_near(m(A, B), right(A) + 2 * right(B))
 
 
+class Attention16(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, h):
+        return self.o_proj(nn.functional.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, h):
+        return self.fc2(self.fc1(h).relu())
+
+
+class Whole(nn.Module):
+    """A block of attention and a feed-forward, whose names tell what they are unless the latter is a list."""
+
+    def __init__(self, ff=FeedForward):
+        super().__init__()
+        self.attn, self.ff = Attention16(), ff()
+
+    def forward(self, h):
+        h = h + self.attn(h)
+        return h + (self.ff(h) if not isinstance(self.ff, nn.ModuleList) else self.ff[2](self.ff[1](self.ff[0](h))))
+
+
+class ByName(nn.Module):
+    """Blocks that stand in no numbered list, as torchvision's do."""
+
+    def __init__(self, ff=FeedForward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 16)
+        self.layers = nn.ModuleDict({f"layer_{i}": Whole(ff) for i in range(3)})
+
+    def forward(self, x):
+        h = self.embed(x)
+        for block in self.layers.values():
+            h = block(h)
+        return h
+
+
+LISTED = {  # a feed-forward that is a list itself, and its first linear module
+    "Linear, GELU, Linear": (lambda: nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)), "ff.0"),
+    "one type": (lambda: nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16)), "ff.0"),
+    "a ModuleList": (lambda: nn.ModuleList([nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)]), "ff.0"),
+    "a norm first": (lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)), "ff.1"),
+    "in another module": (lambda: nn.Sequential(nn.LayerNorm(16), FeedForward()), "ff.1.fc1"),
+    "halves": (lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 24), nn.GELU()), nn.Sequential(nn.Linear(24, 16))),
+               "ff.0.0"),
+    "a projection in another module": (lambda: nn.ModuleList([
+        nn.Sequential(nn.Linear(16, 24), nn.GELU()), nn.Dropout(0.0), nn.Linear(24, 16)]), "ff.0.0"),
+}
+
+
+@pytest.mark.parametrize("ff", LISTED)
+def test_a_feed_forward_that_is_a_list_is_not_taken_for_the_blocks(ff):
+    make, target = LISTED[ff]
+    for more in ({}, {"targets": target}):
+        m, before = ByName(make), ByName(make)
+        with pytest.raises(ValueError, match="expected .* in a list of blocks"):
+            sibo.inject(m, **SMALL, **more)
+        assert_untouched(m, before)
+    at = {"layers.layer_0": [f"layers.layer_{i}.{target}" for i in range(3)]}
+    m, right, _ = pair(ByName(make), at, targets=target, h0="layers.layer_0")
+    assert_near(m(A), right(A))
+
+
 class Placed(nn.Module):
     """A block that reads positions beside the stream."""
 
