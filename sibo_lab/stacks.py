@@ -51,8 +51,8 @@ class Anatomy(NamedTuple):
             for parent in (".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()):
                 if parent not in lists:
                     lists[parent] = stack_at(modules, parent)
-                if lists[parent] != "models":
-                    stacks |= {name: lists[parent]} if lists[parent] else {}
+                if lists[parent]:
+                    stacks[name] = lists[parent]
                     break
         return cls(modules, stacks)
 
@@ -98,9 +98,13 @@ def is_embedding(x: nn.Module) -> bool:
 
 def caller(modules: dict[str, nn.Module], name: str) -> str:
     """The nearest module that calls what is in it, from `name` upward. nn.Sequential may be iterated over instead."""
-    while name and (is_container(modules[name]) or isinstance(modules[name], nn.Sequential)):
+    while name and is_list(modules[name]):
         name = name.rpartition(".")[0]
     return name
+
+
+def is_list(x: nn.Module) -> bool:
+    return is_container(x) or isinstance(x, nn.Sequential)
 
 
 def is_container(x: nn.Module) -> bool:
@@ -115,24 +119,37 @@ def called(modules: dict[str, nn.Module], name: str) -> str:
     return name
 
 
-def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | str | None:
-    """The stack that a list of blocks is; None for a list of parts of blocks, "models" for one of whole models."""
-    blocks = [k for k, x in modules[parent].named_children() if not is_embedding(x)]
-    first = modules[f"{parent}.{blocks[0]}".lstrip(".")] if blocks else nn.Module()
+def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | None:
+    """The stack that a list of blocks is; None for a list of parts of blocks, or of whole models."""
+    blocks = {k: x for k, x in modules[parent].named_children() if not is_embedding(x)}
+    first = next(iter(blocks.values()), None)
     if not are_blocks([x for x in modules[parent]._modules.values() if not is_embedding(x)]) or re.search(
             "(Attention|FFN|MLP)$", type(first).__name__):
         return None
     d = width(first)
-    embeds = any(isinstance(x, nn.Embedding) and x.embedding_dim == d for x in first.modules())
-    inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_container(x) or
-             isinstance(x, nn.Sequential)]
-    if (embeds or len(blocks) > 1) and any(len(xs) > 1 and all(map(is_block, xs)) for _, xs in inner):
-        return "models"
-    nested = any(len(xs) > 1 and len({*map(type, xs)}) == 1 and re.fullmatch("layers?|(res)?blocks?|h", n) and
-                 any(xs[0].children()) for n, xs in inner)
+    models = [*filter(holds_blocks, blocks.values())]
+    one = len(blocks) > 1 and [*filter(is_block, blocks.values())] == models[:1]  # beside an embedding's norm, a head
+    if models and (one or len(models) == len(blocks) and all(makes_tokens(x, d) for x in models)):
+        return None
+    inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_list(x)]
+    nested = len(models) > 1 or any(len(xs) > 1 and len({*map(type, xs)}) == 1 and any(xs[0].children()) and
+                                    re.fullmatch("layers?|(res)?blocks?|h", n) for n, xs in inner)
     sources = tuple(called(modules, f"{parent}.{k}".lstrip(".")) for k in blocks)
     repeats = max(Counter(modules[parent]._modules.values()).values())
     return Stack(parent, caller(modules, parent), sources, d, repeats, nested)
+
+
+def holds_blocks(x: nn.Module) -> bool:
+    """Whether it is or holds a list of blocks that are told by their names."""
+    return any(is_list(y) and len([*y.children()]) > 1 and all(map(is_block, y.children())) for y in x.modules())
+
+
+def makes_tokens(x: nn.Module, d: int | None) -> bool:
+    """Whether a model has an embedding of its own, or a convolution as a vision model's, outside of its blocks."""
+    if is_block(x) and not holds_blocks(x):
+        return False
+    own = isinstance(x, nn.Embedding) and x.embedding_dim == d or isinstance(x, nn.modules.conv._ConvNd)
+    return own or any(makes_tokens(y, d) for y in x.children())
 
 
 def width(x: nn.Module) -> int | None:
@@ -168,13 +185,12 @@ def why_unfit(a: Anatomy, name: str, named: bool = False) -> str:
     block, _, inner = name.removeprefix(f"{stack.name}.").partition(".")
     if EXPERT.search(inner):
         return "whose rows are not one sequence's tokens in order, as an expert's"
-    if stack.nested and not named:
-        return "in a list within a list, of which either may be the blocks; pass h0="
     if reads_another_stack(inner):
         return "which reads another stack's states, as a cross-attention's k and v do"
     kinds = {type(x).__name__ for x in a.modules[f"{stack.name}.{block}".lstrip(".")].modules()}
+    doubt = "in a list within a list, of which either may be the blocks; pass h0=" if stack.nested and not named else ""
     return next((why for kind, (leaf, why) in UNFIT.items()
-                 if re.search(leaf, inner) and any(re.match(kind, x) for x in kinds)), "")
+                 if re.search(leaf, inner) and any(re.match(kind, x) for x in kinds)), doubt)
 
 
 def reads_another_stack(inner: str) -> bool:

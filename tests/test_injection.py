@@ -1607,6 +1607,84 @@ def test_an_ensemble_of_encoders_in_a_list_has_an_h0_for_each():
         assert_near(m(A, B), right(A, B))
 
 
+class Attention16(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, h):
+        return self.o_proj(nn.functional.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, h):
+        return self.fc2(self.fc1(h).relu())
+
+
+class Whole(nn.Module):
+    """A block of attention and a feed-forward, whose names tell what they are unless the latter is a list."""
+
+    def __init__(self, ff=FeedForward):
+        super().__init__()
+        self.attn, self.ff = Attention16(), ff()
+
+    def forward(self, h):
+        h = h + self.attn(h)
+        return h + (self.ff(h) if not isinstance(self.ff, nn.ModuleList) else self.ff[2](self.ff[1](self.ff[0](h))))
+
+
+class Stages(nn.Module):
+    """One stream through lists of blocks in a list, as pipelines and checkpointed groups have them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 16)
+        self.stages = nn.ModuleList(nn.Sequential(Whole(), Whole()) for _ in range(2))
+
+    def forward(self, x):
+        h = self.embed(x)
+        for stage in self.stages:
+            h = stage(h)
+        return h
+
+
+def albert(groups, inner):
+    torch.manual_seed(0)
+    return draw(hf.AlbertModel(hf.AlbertConfig(**S | NO_DROPOUT, embedding_size=8, num_hidden_groups=groups,
+                                               inner_group_num=inner))).eval()
+
+
+ALBERT = "encoder.albert_layer_groups"
+
+
+@pytest.mark.parametrize("make,first,at", [
+    (Stages, "stages.0.0", [f"stages.{i}.{j}.ff.fc1" for i in (0, 1) for j in (0, 1)]),
+    (lambda: albert(2, 2), f"{ALBERT}.0.albert_layers.0", [
+        f"{ALBERT}.{i}.albert_layers.{j}.attention.{x}" for i in (0, 1) for j in (0, 1) for x in ("query", "value")])],
+    ids=["stages", "ALBERT's groups"])
+def test_lists_of_blocks_on_one_stream_are_refused_or_right_with_the_first_block_as_h0(make, first, at):
+    targets = {n.rpartition(".")[2] for n in at}
+    for more in ({}, {"targets": tuple(targets)}):
+        m, before = make(), make()
+        with pytest.raises(ValueError, match="in a list within a list, of which either may be the blocks; pass h0="):
+            sibo.inject(m, **SMALL, **more)
+        assert_untouched(m, before)
+    m, right, _ = pair(make(), {first: at}, targets=tuple(targets), h0=first)
+    assert_near(*(net(A) if make is Stages else net(A)[0] for net in (m, right)))
+
+
+def test_blocks_between_an_embedding_and_a_head_in_a_sequential_have_what_the_first_of_them_reads():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(64, 16), nn.Sequential(Whole(), Whole()), nn.Linear(16, 5))
+    m, right, _ = pair(plain, {"1.0": ["1.0.ff.fc1", "1.1.ff.fc1"]}, targets="fc1")
+    assert_near(m(A), right(A))
+
+
 class TwoLists(Owner):
     """Two lists of blocks in one owner, as a U-Net's way down and up."""
 
@@ -1669,36 +1747,6 @@ def test_a_sequential_called_twice_in_one_pass_is_refused_or_right_with_the_h0_t
         m(A, B)
     m = stir(sibo.inject(Both("called"), "lora", 0.5, targets="blocks.*.1", h0="embed", **SMALL))
     assert_near(m(A, B), right(A) + 2 * right(B))
-
-
-class Attention16(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
-
-    def forward(self, h):
-        return self.o_proj(nn.functional.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h)))
-
-
-class FeedForward(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, h):
-        return self.fc2(self.fc1(h).relu())
-
-
-class Whole(nn.Module):
-    """A block of attention and a feed-forward, whose names tell what they are unless the latter is a list."""
-
-    def __init__(self, ff=FeedForward):
-        super().__init__()
-        self.attn, self.ff = Attention16(), ff()
-
-    def forward(self, h):
-        h = h + self.attn(h)
-        return h + (self.ff(h) if not isinstance(self.ff, nn.ModuleList) else self.ff[2](self.ff[1](self.ff[0](h))))
 
 
 class ByName(nn.Module):
