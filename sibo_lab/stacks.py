@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import dropwhile
 from typing import NamedTuple
 
 import torch
@@ -122,15 +123,16 @@ def called(modules: dict[str, nn.Module], name: str) -> str:
 def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | None:
     """The stack that a list of blocks is; None for a list of parts of blocks, or of whole models."""
     blocks = {k: x for k, x in modules[parent].named_children() if not is_embedding(x)}
-    first = next(iter(blocks.values()), None)
     if not are_blocks([x for x in modules[parent]._modules.values() if not is_embedding(x)]) or re.search(
-            "(Attention|FFN|MLP)$", type(first).__name__):
+            "(Attention|FFN|MLP)$", type(next(iter(blocks.values()))).__name__):
         return None
-    d = width(first)
+    d = width(next(filter(may_be_block, blocks.values())))
     models = [*filter(holds_blocks, blocks.values())]
     one = len(blocks) > 1 and [*filter(is_block, blocks.values())] == models[:1]  # beside an embedding's norm, a head
     if models and (one or len(models) == len(blocks) and all(makes_tokens(x, d) for x in models)):
         return None
+    blocks = dict(dropwhile(lambda item: not may_be_block(item[1]), blocks.items()))  # positions, a norm
+    first = next(iter(blocks.values()))
     inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_list(x)]
     nested = len(models) > 1 or any(len(xs) > 1 and len({*map(type, xs)}) == 1 and any(xs[0].children()) and
                                     re.fullmatch("layers?|(res)?blocks?|h", n) for n, xs in inner)

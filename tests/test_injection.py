@@ -1791,6 +1791,47 @@ def test_a_feed_forward_that_is_a_list_is_not_taken_for_the_blocks(ff):
     assert_near(m(A), right(A))
 
 
+class Positions(nn.Module):
+    """As in PyTorch's tutorials: a table, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+        self.register_buffer("table", torch.randn(7, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, h):
+        return self.dropout(h + self.table)
+
+
+class Unnamed(nn.Module):
+    """A block whose names tell nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, h):
+        return h + self.inner(self.norm(h)).tanh()
+
+
+FRONT = {"positions": Positions, "a norm": lambda: nn.LayerNorm(16), "a linear module": lambda: nn.Linear(16, 16),
+         "a wider one in a module": lambda: nn.Sequential(nn.Linear(16, 24), nn.GELU()), "dropout": nn.Dropout}
+
+
+@pytest.mark.parametrize("front", FRONT)
+@pytest.mark.parametrize("block,inner", [(Whole, "ff.fc1"), (Unnamed, "inner")])
+def test_what_stands_in_a_list_before_its_blocks_is_none_of_them(front, block, inner):
+    torch.manual_seed(0)
+    back = nn.Linear(24, 16) if front == "a wider one in a module" else nn.Identity()
+    plain = InSequence("called")
+    plain.blocks = nn.Sequential(FRONT[front](), back, block(), block())
+    m, right, _ = pair(plain, {"blocks.2": [f"blocks.{i}.{inner}" for i in (2, 3)]}, targets=inner)
+    with torch.random.fork_rng():
+        got = m.train()(A)
+    with torch.random.fork_rng():
+        assert_near(got, right.train()(A))
+
+
 class Placed(nn.Module):
     """A block that reads positions beside the stream."""
 
