@@ -27,6 +27,8 @@ FFN_OUT = re.compile(r"down_proj|fc_?2|fc_out|c_proj|dense_4h_to_h|w2|wo|lin(ear
 ATTENTION_OUT = re.compile(r"o|out|wo|output|dense|(o|out|c|post)_proj|out_lin|attention_out", re.I)
 GATE = re.compile(r"gate_proj|w1|wi_0|w_0", re.I)
 ATTENTION = re.compile(r"att|mixer", re.I)
+ADDS_RESIDUAL = re.compile("BloomMLP|MptMLP|XLNetFeedForward|TimesFmMLP|CpmAntFFNBlock|LwDetrMLP|RfDetrMLP|"
+                           "DabDetrDecoderLayerFFN")  # feed-forwards that do what in others their block does
 BERTS_OUTPUTS = {"attention.output.dropout": "attn", "output.dropout": "ffn"}
 
 
@@ -94,7 +96,8 @@ def outputs(modules: dict[str, nn.Module], inside: dict[str, str], roles: dict[s
     """The feed-forward sub-layers, and an encoder's attention: as modules, or by the linear module that they end in."""
     whole = {"attn": [n for n, inner in inside.items() if inner == "attn"],
              "ffn": [n for n, inner in inside.items() if FFN.fullmatch(inner) and not (
-                 widths(modules[n]) or is_container(modules[n]))]}
+                 widths(modules[n]) or is_container(modules[n]) or
+                 side == "out" and ADDS_RESIDUAL.fullmatch(type(modules[n]).__name__))]}
     bert = {part: [n for n, inner in inside.items() if BERTS_OUTPUTS.get(inner) == part] for part in ("attn", "ffn")}
     found = {}
     for part in ("attn", "ffn"):
