@@ -5,7 +5,8 @@ What no name or shape tells, that a layer reshapes its tokens or reads weights p
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import dropwhile
 from typing import NamedTuple
 
@@ -123,15 +124,17 @@ def called(modules: dict[str, nn.Module], name: str) -> str:
 def stack_at(modules: dict[str, nn.Module], parent: str) -> Stack | None:
     """The stack that a list of blocks is; None for a list of parts of blocks, or of whole models."""
     blocks = {k: x for k, x in modules[parent].named_children() if not is_embedding(x)}
-    if not are_blocks([x for x in modules[parent]._modules.values() if not is_embedding(x)]) or re.search(
+    bare = bool(parent) and "." not in parent and is_container(modules[parent])  # of the model itself, not of a block
+    may_be = partial(may_be_block, bare=bare)
+    if not are_blocks([x for x in modules[parent]._modules.values() if not is_embedding(x)], may_be) or re.search(
             "(Attention|FFN|MLP)$", type(next(iter(blocks.values()))).__name__):
         return None
-    d = width(next(filter(may_be_block, blocks.values())))
+    d = width(next(filter(may_be, blocks.values())))
     models = [*filter(holds_blocks, blocks.values())]
     one = len(blocks) > 1 and [*filter(is_block, blocks.values())] == models[:1]  # beside an embedding's norm, a head
     if models and (one or len(models) == len(blocks) and all(makes_tokens(x, d) for x in models)):
         return None
-    blocks = dict(dropwhile(lambda item: not may_be_block(item[1]), blocks.items()))  # positions, a norm
+    blocks = dict(dropwhile(lambda item: not may_be(item[1]), blocks.items()))  # positions, a norm
     first = next(iter(blocks.values()))
     inner = [(n.rpartition(".")[2], [*x.children()]) for n, x in first.named_modules() if is_list(x)]
     nested = len(models) > 1 or any(len(xs) > 1 and len({*map(type, xs)}) == 1 and any(xs[0].children()) and
@@ -161,15 +164,15 @@ def width(x: nn.Module) -> int | None:
     return (known or [d for _, d in linear] or [None])[0]
 
 
-def are_blocks(xs: Sequence[nn.Module]) -> bool:
+def are_blocks(xs: Sequence[nn.Module], may_be: Callable[[nn.Module], bool]) -> bool:
     """Whether one in a list is a block by its names, or two of one class may be: the parts of a block differ."""
-    alike = [type(x) for x in xs if may_be_block(x)]
+    alike = [type(x) for x in xs if may_be(x)]
     return any(map(is_block, xs)) or len(xs) == len(alike) == 1 or len(alike) > len({*alike})
 
 
-def may_be_block(x: nn.Module) -> bool:
-    """Whether its names tell attention, or a linear module in it writes as wide as it reads."""
-    return any(n and (w[1] == width(x) or QKV.fullmatch(n.rpartition(".")[2])) for n, y in x.named_modules()
+def may_be_block(x: nn.Module, bare: bool) -> bool:
+    """Whether its names tell attention, or a linear module in it (`bare`: or it itself) writes as wide as it reads."""
+    return any((n or bare) and (w[1] == width(x) or QKV.fullmatch(n.rpartition(".")[2])) for n, y in x.named_modules()
                if (w := widths(y)))
 
 

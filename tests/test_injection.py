@@ -1778,6 +1778,25 @@ LISTED = {  # a feed-forward that is a list itself, and its first linear module
 }
 
 
+def test_a_models_own_list_of_linear_modules_is_its_blocks():
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.blocks = nn.Embedding(64, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+        def forward(self, ids):
+            return self.blocks[1](self.blocks[0](self.embed(ids)))
+
+    torch.manual_seed(0)
+    m = sibo.inject(Toy(), "lora", 0.3, targets=("blocks.0", "blocks.1"), rank=2, alpha=2)
+    nn.init.normal_(m.blocks[1].up)
+    ids = torch.arange(12).view(3, 4)
+    h0, last = m.embed(ids), m.blocks[1]
+    h = m.blocks[0].base(h0)
+    right = last.base(h) + (0.7 * h + 0.3 * h0) @ last.down.T @ last.up.T
+    torch.testing.assert_close(m(ids), right)
+
+
 @pytest.mark.parametrize("ff", LISTED)
 def test_a_feed_forward_that_is_a_list_is_not_taken_for_the_blocks(ff):
     make, target = LISTED[ff]
