@@ -1,7 +1,7 @@
 """Operations that PyTorch has too, but slower on CPUs or with more memory."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -97,10 +97,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN (bfloat16, on CPUs with AVX512 or more) or MKL (float32) packs weights of this type here."""
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 and torch.backends.mkl.is_available()
+    """Whether oneDNN packs weights of this type here: of bfloat16 on CPUs with AVX512 or more."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _ops = torch.library.Library("sibo", "FRAGMENT")  # torch.compile cannot look into packed weights
@@ -108,16 +107,10 @@ _ops.define("packed_linear(Tensor x, Tensor W, Tensor? b) -> Tensor")
 
 
 def _packed_linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b, with W.packed instead of W where it serves as many rows as x has."""
-    rows = x.numel() // x.shape[-1]
-    if W.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._linear_pointwise(x, W.packed, b, "none", [], "")
-    if rows > W.rows:
+    """x Wᵀ + b, with W.packed instead of W."""
+    if W.dtype == torch.float32 and x.numel() > 128 * x.shape[-1]:  # as of prompts: MKL is faster with many rows
         return F.linear(x, W, b)
-    if rows == W.rows:
-        return torch.ops.mkl._mkl_linear(x, W.packed, W, b, rows)
-    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, W.rows - rows))  # MKL's layout is for a number of rows
-    return torch.ops.mkl._mkl_linear(filled, W.packed, W, b, W.rows)[:rows].view(*x.shape[:-1], -1)
+    return torch.ops.mkldnn._linear_pointwise(x, W.packed, b, "none", [], "")
 
 
 _ops.impl("packed_linear", _packed_linear, "CPU")
@@ -148,33 +141,23 @@ class PackedLinear(nn.Linear):
 
 
 @contextmanager
-def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[Callable[[int], None]]:
-    """Inside, each nn.Linear of a CPU model multiplies with a copy of its weight in the layout of oneDNN (bfloat16) or
-    MKL (float32), in half the time for few rows: PyTorch packs the weight in every call. Not for more than `most`
-    bytes. MKL's copies are made when the function that it yields is told how many rows come next; a context within
-    another uses its copies."""
-    linears = [x for x in m.modules() if type(x) in (nn.Linear, PackedLinear) and type(x.weight) is nn.Parameter
+def packed_weights(m: nn.Module, most: int = 2**30) -> Iterator[None]:
+    """Inside, each nn.Linear of a CPU model multiplies few rows with a copy of its weight in oneDNN's layout, in less
+    time: PyTorch packs the weight in every call. Not for more than `most` bytes; a context within another uses its
+    copies."""
+    linears = [x for x in m.modules() if type(x) is nn.Linear and type(x.weight) is nn.Parameter
                and x.weight.device.type == "cpu" and packs(x.weight.dtype)]
     if sum(x.weight.nbytes for x in linears) > most:
         linears = []
-    weights, unpacked = [x.weight for x in linears], [x for x in linears if type(x) is nn.Linear]
-
-    def pack(rows: int) -> None:
-        for W in weights:
-            if W.dtype == torch.float32 and (rows > max(W.rows, 1) or 2 * rows <= W.rows > 16):
-                W.packed, W.rows = torch.ops.mkl._mkl_reorder_linear_weight(W.detach(), rows), rows
-
     try:
-        for x in unpacked:
-            x.__class__, x.weight.rows, x.weight.packed = PackedLinear, 0, None
-            if x.weight.dtype == torch.bfloat16:
-                x.weight.packed = torch.ops.mkldnn._reorder_linear_weight(x.weight.detach())
-        yield pack
+        for x in linears:
+            x.__class__ = PackedLinear
+            x.weight.packed = torch.ops.mkldnn._reorder_linear_weight(x.weight.detach())
+        yield
     finally:
-        for x in unpacked:
+        for x in linears:
             x.__class__ = nn.Linear
-            for name in ("packed", "rows"):
-                vars(x.weight).pop(name, None)  # another module may have had the same weight
+            vars(x.weight).pop("packed", None)  # another module may have had the same weight
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Greedy and beam search with a cache of keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +54,10 @@ def generate(m: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = No
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     pad = pad_token_id if pad_token_id is not None else (eos or [0])[0]
     eos = torch.tensor(eos, dtype=torch.int64, device=input_ids.device)
-    with fast.packed_weights(m) as pack, fast.compiled_where(False, m):
+    with fast.packed_weights(m), fast.compiled_where(False, m):
         if num_beams > 1:
-            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad, pack)
-        return _greedy(m, input_ids, mask, max_new_tokens, eos, pad, pack)
+            return _beam_search(m, input_ids, mask, max_new_tokens, num_beams, eos, pad)
+        return _greedy(m, input_ids, mask, max_new_tokens, eos, pad)
 
 
 def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: int = 1) -> tuple:
@@ -79,8 +79,7 @@ def prefill(m: nn.Module, prompts: Tensor, mask: Tensor, capacity: int, last: in
     return m(prompts[:, common:], mask, cache=cache, last=last), mask, cache
 
 
-def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int,
-            pack: Callable[[int], None]) -> Tensor:
+def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tensor, pad: int) -> Tensor:
     B, T = prompts.shape
     out = F.pad(prompts, (0, max_new), value=pad)
     rows, unfinished = torch.arange(B, device=out.device), torch.ones(B, dtype=torch.bool, device=out.device)
@@ -94,14 +93,12 @@ def _greedy(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, eos: Tens
         if 1 < unfinished.sum() <= 7 * len(rows) // 8:  # an eighth are done: drop them (one row compiles anew)
             new, mask, rows = new[unfinished], mask[unfinished], rows[unfinished]
             cache, unfinished = [kv.select(unfinished) for kv in cache], unfinished[unfinished]
-        pack(len(rows))
         mask = F.pad(mask, (0, 1), value=1)
         with fast.compiled_where(True, m):
             logits = m(new, mask, cache=cache)
 
 
-def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int,
-                 pack: Callable[[int], None]) -> Tensor:
+def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: int, eos: Tensor, pad: int) -> Tensor:
     """Keeps each prompt's K likeliest continuations; a finished one scores log p / its new tokens. A prompt is done
     when its K finished ones all score better than an open one could at its present length."""
     (B, T), device = prompts.shape, prompts.device
@@ -114,7 +111,6 @@ def _beam_search(m: nn.Module, prompts: Tensor, mask: Tensor, max_new: int, K: i
     logits, mask, cache = prefill(m, prompts, mask, T + max_new)
     rows = each.expand(B, K).flatten() // K  # read once, continued by K beams
     logits, mask, cache = logits[rows], mask[rows], [kv.select(rows) for kv in cache]
-    pack(B * K)
     most = min(max(2, 1 + len(eos)) * K, K * logits.shape[-1])  # however many end here, K go on
     for n in range(1, max_new + 1):
         logp = logits[:, -1].float().log_softmax(-1).view(B, K, -1) + scores[..., None]

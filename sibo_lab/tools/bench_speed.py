@@ -258,14 +258,14 @@ def generation(case: Case) -> Rows:
 def decoding(m: nn.Module, ids: Tensor, packed: ExitStack) -> Callable:
     """A function that computes the next token of each of `ids` (B, T), as generate does, once its weights are packed
     and its prompts read; `packed` unpacks them."""
-    pack, (B, T) = packed.enter_context(fast.packed_weights(m.eval())), ids.shape
+    packed.enter_context(fast.packed_weights(m.eval()))
+    B, T = ids.shape
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         _, mask, cache = prefill(m, ids, torch.ones_like(ids), T + 1)
     mask = F.pad(mask, (0, 1), value=1)
 
     @torch.no_grad()
     def step(*_) -> None:
-        pack(B)
         for kv in cache:
             kv.length = T
         m(ids[:, -1:], mask, cache=cache).max(-1)
