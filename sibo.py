@@ -41,8 +41,8 @@ class SIBOLayer(Wrapper):
         r = s.rank if lora else s.bottleneck
         self.down = nn.Parameter(torch.empty(r, d_in, dtype=dtype, device=like.device))  # as nn.Linear stores it: x Wᵀ
         self.up = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=like.device))
-        start = torch.tensor([self.lam_start], dtype=torch.float32, device=like.device).logit()
-        self.lam_logit = nn.Parameter(start) if residual and s.learn_lam else None
+        start = torch.tensor([self.lam_start], dtype=torch.float32, device=like.device)
+        self.lam_logit = nn.Parameter(start.logit()) if residual and s.learn_lam else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5)) if lora else nn.init.normal_(self.down, std=0.02)
         self.base = base
 
