@@ -60,20 +60,21 @@ class SharedPrefix:
 
     rows: int  # B
     common: int  # P
+    own: int  # T − P
 
     @classmethod
     def of(cls, input_ids: Tensor, labels: Tensor) -> "SharedPrefix | None":
         """Without the last common token: the label after it differs."""
         alike = ((input_ids == input_ids[:1]) & (labels == labels[:1])).all(0)
         common = int(alike.int().cumprod(0).sum()) - 1
-        return cls(len(labels), common) if len(labels) > 1 and common > 0 else None
+        B, T = labels.shape
+        return cls(B, common, T - common) if B > 1 and common > 0 else None
 
     def pack(self, x: Tensor) -> Tensor:
-        return torch.cat((x[:1, :self.common], x[:, self.common:].flatten(0, 1)[None]), 1)
+        return fast.pack(x, self.rows, self.common, self.own)
 
     def unpack(self, x: Tensor) -> Tensor:
-        own = x[0, self.common:].unflatten(0, (self.rows, -1))
-        return torch.cat((x[:, :self.common].expand(self.rows, -1, -1), own), 1)
+        return fast.unpack(x, self.rows, self.common, self.own)
 
 
 @dataclass

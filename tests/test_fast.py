@@ -1,13 +1,19 @@
 """The fast paths against the plain ones: PyTorch's own dropout, cross-entropy and linear layer are the oracles."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import ids, inject, stir, tiny
 from torch import nn
+from torch.autograd import gradcheck
 
+import model
 from sibo_lab import fast
+from sibo_lab.backbone.generate import generate
 
 
 @given(n=st.integers(1, 40), d=st.integers(1, 9), V=st.integers(2, 30), chunk=st.integers(1, 50), bias=st.booleans(),
@@ -77,6 +83,16 @@ def test_dropout_compiles_into_one_graph_with_the_same_mask():
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), plain)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_packing_and_unpacking_rows_are_each_others_backward_pass(shared):
+    rows, packed = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 7, 4), (1, 17, 4)))
+    shape = 3, 2, 5, shared
+    assert gradcheck(lambda x: fast.pack(x, *shape), rows) and gradcheck(lambda x: fast.unpack(x, *shape), packed)
+    for op, x in ((fast.pack, rows), (fast.unpack, packed)):
+        torch.library.opcheck(op, (x, *shape))
+    assert torch.equal(fast.pack(fast.unpack(packed, 3, 2, 5), 3, 2, 5), packed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same_product_of_any_number_of_rows_and_leave_nothing_behind(dtype):
     """A CPU without AVX512 packs no bfloat16."""
@@ -121,3 +137,27 @@ def test_the_formula_used_for_bfloat16_on_cpus_is_the_kernels():
     (theirs * weight).sum().backward()
     for x, y in zip(qkv, wide, strict=True):
         torch.testing.assert_close(x.grad.float(), y.grad, atol=0.06, rtol=0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_blocks_learn_and_answer_the_same_and_are_compiled_once_for_each():
+    def learned(m, rows, length):
+        input_ids = torch.cat((ids(0, 1, 5).expand(rows, -1), ids(rows, rows, length)), 1)  # all begin alike
+        labels = torch.where(torch.arange(5 + length) < 7, -100, input_ids)
+        m.zero_grad()
+        loss = model.loss(m.train(), input_ids, labels)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in m.parameters() if p.requires_grad)]
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (stir(inject(tiny(num_hidden_layers=3), "lora-sibo")) for _ in range(2))
+    fast.compiled(compiled)
+    for shape in ((4, 6), (3, 9)):
+        for ours, theirs in zip(learned(compiled, *shape), learned(plain, *shape), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)  # rotary angles are float32
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(*(generate(m.eval(), ids(1, 2, 4), max_new_tokens=5) for m in (compiled, plain)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
