@@ -237,8 +237,9 @@ def generation(case: Case) -> Rows:
     for size, most in SIZES.items():
         some = prompts(case, PAIRS["generation"], size)
         sides = [partial(side, most) for side in (partial(answer, mine), partial(answer, folded), *peers.values())]
-        in_turn(sides, some[:1])
-        *found, default, merged, static = in_turn(sides, some)
+        with fast.packed_weights(mine), fast.packed_weights(folded):  # once for all batches, as eval.py does
+            in_turn(sides, some[:1])
+            *found, default, merged, static = in_turn(sides, some)
         speeds = dict(zip(peers, (default, merged, static), strict=True))
         for beside, mine_so, way in zip(("default", "fastest way"), found, ("default", max(
                 peers, key=lambda way: median(speeds[way]))), strict=True):
