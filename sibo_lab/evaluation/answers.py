@@ -44,13 +44,21 @@ def is_right(task: tasks.Task, text: str, gold: str) -> bool:
     if task.answers:
         return answer_of(task, text) == gold.strip()
     ours, theirs = _spelled(text), _spelled(gold)
-    if regex.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", theirs):  # not 1,5: a decimal comma, or two numbers
-        return abs(Decimal(last_number(ours) or "inf") - Decimal(theirs.replace(",", ""))) <= Decimal("1e-3")
+    if (right := _number(theirs)) is not None:
+        given = _number((regex.findall(r"-?\d+(?:,\d+)*(?:\.\d+)?", ours) or [""])[-1])
+        return given is not None and abs(given - right) <= Decimal("1e-3")
     before = ours.removesuffix(theirs)
     number = regex.match(r"\p{Sc}?\p{N}", theirs)  # of 5 %, 12.5 % and -5 % are others
     other = number and regex.search(r"(\p{N}[.,/:\p{Zs}]|[\p{Pd}^])\Z", before)
-    apart = regex.search(r"(?<!\w)\Z|(是|為|为|は|คือ)\Z", before)  # "is", where no space follows it
-    return ours.endswith(theirs) and not other and apart is not None
+    denied = regex.search(r"(\b(not|no|non|never|nicht|keine?|pas)|n['’]t)\p{Zs}+\Z", before)
+    apart = regex.search(r"(?<!\w|\w[-‐‑])\Z|(是|為|为|は|คือ)\Z", before)  # "is", where no space follows it
+    return ours.endswith(theirs) and not other and not denied and apart is not None
+
+
+def _number(text: str) -> Decimal | None:
+    """None for 1,5, too: a decimal comma, or two numbers."""
+    whole = regex.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", text)
+    return Decimal(text.replace(",", "")) if whole else None
 
 
 def _spelled(text: str) -> str:

@@ -71,7 +71,9 @@ def test_right_is_a_number_within_a_thousandth_or_the_very_word(name, response, 
     ("x = 2 3/4", "3/4"), ("It is $1,200 million", "200 million"), ("It is 1 200 m", "200 m"), ("x^2y", "2y"),
     ("The answer is 5", "0,5"), ("The answer is 15", "1,5"), ("The answer is 34", "3,4"), ("The answer is 5", "5%"),
     ("The answer is 5", "-5"), ("It is \u22125", "5"), ("It is .5", "5"), ("12345678901234567", "12345678901234568"),
-    ("The answer is C", "C#"), ("不正确", "正确"), ("ไม่ใช่", "ใช่"), ("不是", "是"), ("nicht wahr, unwahr", "wahr")])
+    ("The answer is C", "C#"), ("不正确", "正确"), ("ไม่ใช่", "ใช่"), ("不是", "是"), ("nicht wahr, unwahr", "wahr"),
+    ("It is 1,5", "15"), ("non-toxic", "toxic"), ("It is not toxic.", "toxic"), ("It isn't spam", "spam"),
+    ("never smoker", "smoker"), ("Das ist nicht wahr", "wahr")])
 def test_the_end_of_another_answer_is_wrong(response, gold):
     assert not answers.is_right(tasks.task("mine.json"), response, gold)
 
@@ -82,6 +84,8 @@ def test_the_end_of_another_answer_is_wrong(response, gold):
     ("The answer is 0.5", ".5"), ("The answer is .5", "0.5"), ("It is \u22125", "-5"), ("It is 1.0009", "1"),
     ("x = 5 \n5 apples", "5 apples"), ("答案是北京", "北京"), ("北京。", "北京"), ("答えは東京", "東京"),
     ("答えは「東京」", "東京"), ("คำตอบคือกรุงเทพ", "กรุงเทพ"),
+    ("Toxic or not? Toxic", "toxic"), ("No, Paris", "Paris"), ("It is not toxic", "not toxic"), ("So: no", "no"),
+    ("The sum, 12, is 1,015.", "1015"), ("The capital—Paris", "Paris"), ("- Paris", "Paris"),
     ('The answer is "Paris"', "Paris"), ("**Paris**", "Paris"), ("It is `Paris`.", "Paris"), ("Paris,", "Paris"),
     ("Paris;", "Paris"), ("Paris…", "Paris"), ("Es ist „Paris“", "Paris"), ("C'est « oui »", "oui"), ("In C#.", "C#"),
     ("e\u0301te\u0301", "\u00e9t\u00e9"), ("\u00e9t\u00e9", "e\u0301te\u0301")])
