@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from time import monotonic
+from time import monotonic, sleep
 
 import torch
 from torch import nn
 
 from sibo_lab import fast
 
-PAUSE = 0.5  # seconds between looks: Linux counts the time of processors in hundredths
+PAUSE = 0.25  # seconds between looks: Linux counts the time of processors in hundredths
 
 
 def times() -> tuple[float, float]:
@@ -60,6 +60,7 @@ def shared(m: nn.Module) -> Iterator[None]:
         yield
         return
     sharing = Sharing(most, len(os.sched_getaffinity(0)))
+    sleep(PAUSE)  # or the first pass, with all threads beside a busy process, may take half a minute
 
     def adapt(*_) -> None:
         if (threads := sharing.look()) != torch.get_num_threads():

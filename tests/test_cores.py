@@ -13,9 +13,10 @@ class Machine:
     """A clock, and what processors did: `others` cores are busy with other processes, `own` with this one."""
 
     def __init__(self, monkeypatch):
-        self.now = self.all = self.own = 0.0
+        self.now = self.all = self.own = self.others = 0.0
         monkeypatch.setattr(cores, "monotonic", lambda: self.now)
         monkeypatch.setattr(cores, "times", lambda: (self.all, self.own))
+        monkeypatch.setattr(cores, "sleep", lambda seconds: self.goes_on(seconds, self.others, own=0.0))
 
     def goes_on(self, seconds: float, others: float, own: float = 1.0) -> None:
         self.now += seconds
@@ -73,6 +74,18 @@ def test_each_forward_pass_looks_threads_come_back_and_a_process_says_so_once(ma
     assert used == [2, 1, 2, 1, 2] + [1, 2, 1, 2]
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "using 1 of 2 threads" in err
+
+
+def test_the_first_pass_too_leaves_a_core_that_is_busy(machine, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1})
+    used, machine.others = [2], 1.0
+    m = nn.Linear(2, 2)
+    with cores.shared(m):
+        m(torch.zeros(1, 2))
+        assert used == [2, 1]
 
 
 def test_a_number_that_the_user_fixed_stays(machine, monkeypatch):

@@ -42,6 +42,7 @@ def draw_scaling(rows: Sequence[Row], path: Path) -> None:
             points = {int(r.name.removeprefix(start)): r.ours for r in rows if r.name.startswith(start)}
             ax.loglog(points.keys(), points.values(), mark, ms=4, label=work, base=2)
             ax.set_xticks([*points], [*points])
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set(xlabel=what, ylabel="tokens per second")
     panels[0].legend(frameon=False)
     files.write(path, fig.savefig)
