@@ -147,8 +147,8 @@ _ops.impl("packed_linear", lambda x, W, b: x.new_empty(*x.shape[:-1], len(W)), "
 
 def compiled(m: nn.Module) -> nn.Module:
     """`m` with its blocks compiled in place, to shared code. Not the first: in training its input often needs no
-    gradient, which would take another minute. Sets how the process compiles numbers: each is a constant, else the
-    compiler starts over, ten seconds later, as it may not take a dropout's p for an input."""
+    gradient, which would take another minute. All that the process compiles later takes numbers as constants: else the
+    compiler tries a dropout's p as an input, and starts over after ten seconds."""
     torch._dynamo.config.specialize_float = True
     cpu = next(m.parameters()).device.type == "cpu"  # kernels called from C++: a step in a tenth less time
     for block in m.blocks[1:]:
